@@ -1,0 +1,34 @@
+"""Strictest settings for every test, and where the golden values lie."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+# Compiled programs are shared by the workers of one run and by later runs.
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.get("TTT_TEST_CACHE", str(Path(tempfile.gettempdir()) / "ttt-test-cache")),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def golden_dir() -> Path:
+    """Folder of golden values: TTT_GOLDEN_DIR, or `shared/golden` beside the repository."""
+    beside = Path(__file__).parents[2] / "shared" / "golden"
+    return Path(os.environ.get("TTT_GOLDEN_DIR", beside))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden values; tests that need it skip where there is none."""
+    folder = golden_dir()
+    if not folder.is_dir():
+        pytest.skip(f"no golden values at {folder}: set TTT_GOLDEN_DIR")
+    return folder

@@ -1,0 +1,1 @@
+"""Language models that go on learning while they read: test-time training, end to end."""

@@ -1,0 +1,42 @@
+"""Leaves of a pytree by dotted name: `language_model.model.wte.weight`."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ttt.core.precision import at_least_float32
+from ttt.globs import matches
+
+
+def named_leaves(tree: PyTree) -> dict[str, Array]:
+    """Dotted name -> leaf, in the tree's order. None is no leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def with_leaves(tree: PyTree, leaves: dict[str, Array]) -> PyTree:
+    """The same tree with its leaves taken from `leaves`, which must name all of them."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)])
+
+
+def select(tree: PyTree, globs: Sequence[str]) -> PyTree[bool]:
+    """A tree of booleans: whether any of the dotted globs matches the leaf's name."""
+    chosen = [any(matches(glob, name) for glob in globs) for name in named_leaves(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), chosen)
+
+
+def cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:
+    """Every leaf in `dtype`."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def squared_norm(tree: PyTree) -> Float[Array, ""]:
+    """Sum of squares over all leaves, accumulated in at least float32."""
+    return sum(jnp.sum(jnp.square(at_least_float32(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def count(tree: PyTree) -> int:
+    """Numbers in all leaves together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

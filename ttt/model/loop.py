@@ -1,0 +1,149 @@
+"""The outer loop: one training step over a batch, and evaluation of a batch. Arrays in, arrays out."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from ttt.config import Config, TrainingConfig
+from ttt.core import tree
+from ttt.core.batch import Batch
+from ttt.core.scan import mean_over
+from ttt.model.inner_loop import InnerRule, warmup_scale
+from ttt.model.transformer import Learning, MetaModel, SequenceLoss
+from ttt.optimizers import make_optimizer, make_schedule
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    model: MetaModel
+    opt_state: PyTree
+    step: Int[Array, ""]
+    """Outer steps taken."""
+
+
+class StepMetrics(NamedTuple):
+    """Of one outer step."""
+
+    loss: Float[Array, ""]
+    """Mean over the batch before the step, in nats per token."""
+    gradient_norm: Float[Array, ""]
+    """√(Σg² + 1e−5) of the outer gradient, before clipping."""
+    learning_rate: Float[Array, ""]
+    inner_rate: Float[Array, ""]
+    """η · m(s)."""
+    inner_gradient_norm: Float[Array, ""]
+    """Mean over chunks and sequences, before clipping."""
+    first_chunk_loss: Float[Array, ""]
+    last_chunk_loss: Float[Array, ""]
+
+
+def sequence_loss(
+    model: MetaModel, batch: Batch, training: TrainingConfig, scale: Float[Array, ""] | float
+) -> SequenceLoss:
+    """The loss of one sequence as `train_mode` says; `scale` multiplies the inner learning rate."""
+    if training.train_mode == "pretrain":
+        return model.loss(batch)
+    inner = training.optimizer_inner
+    rule = InnerRule(inner.lr * scale, inner.clip_gradient)
+    learning = Learning(training.spec_inner, rule, training.inner_remat_freq)
+    return model.loss_while_learning(batch, learning)
+
+
+def init_state(config: Config) -> TrainState:
+    """A fresh model from `model_seed`, with its optimizer's state."""
+    model = MetaModel(config.model, key=jax.random.key(config.training.model_seed))
+    return start_from(model, config.training)
+
+
+def start_from(model: MetaModel, training: TrainingConfig) -> TrainState:
+    """A model at step 0 with a fresh optimizer."""
+    trained = eqx.filter(model, tree.select(model, training.spec_outer))
+    opt_state = make_optimizer(training.optimizer_outer).init(trained)
+    return TrainState(model, opt_state, jnp.zeros((), jnp.int32))
+
+
+def make_train_step(
+    training: TrainingConfig,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """One outer step over a batch [accum, B, T], to be jitted with its state donated."""
+    optimizer = make_optimizer(training.optimizer_outer)
+    schedule = make_schedule(training.optimizer_outer)
+    inner = training.optimizer_inner
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        scale = warmup_scale(
+            state.step,
+            rate=inner.lr,
+            initial=training.ilr_init,
+            warmup_steps=training.ilr_warmup_steps,
+        )
+        trained, frozen = eqx.partition(state.model, tree.select(state.model, training.spec_outer))
+
+        def batch_loss(trained: MetaModel, batch: Batch) -> tuple[Float[Array, ""], SequenceLoss]:
+            model = eqx.combine(trained, frozen)
+            losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(batch)
+            return jnp.mean(losses.loss), jax.tree.map(lambda x: jnp.mean(x, axis=0), losses)
+
+        (_, losses), gradient = mean_over(
+            lambda batch: jax.value_and_grad(batch_loss, has_aux=True)(trained, batch), batch
+        )
+        # optax mixes integer counts with floats, which our strict promotion (in tests) refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+            learning_rate = schedule(state.step)
+        model = eqx.combine(optax.apply_updates(trained, updates), frozen)
+        metrics = StepMetrics(
+            loss=losses.loss,
+            gradient_norm=jnp.sqrt(tree.squared_norm(gradient) + 1e-5),
+            learning_rate=jnp.asarray(learning_rate, jnp.float32),
+            inner_rate=inner.lr * scale,
+            inner_gradient_norm=jnp.mean(losses.gradient_norms),
+            first_chunk_loss=losses.chunk_losses[0],
+            last_chunk_loss=losses.chunk_losses[-1],
+        )
+        return TrainState(model, opt_state, state.step + 1), metrics
+
+    return train_step
+
+
+class Scores(NamedTuple):
+    """Of the sequences of one batch."""
+
+    loss: Float[np.ndarray, " B"]
+    """Mean over chunks of the masked mean, as in training."""
+    token_nll: Float[np.ndarray, "B T"]
+    """−log p of every target, in nats, masked or not."""
+    loss_mask: Float[np.ndarray, "B T"]
+    """1 where a target counts."""
+
+
+class Evaluator:
+    """Scores batches with full inner rate, or without learning."""
+
+    def __init__(self, training: TrainingConfig):
+        self.batch_size = training.eval_batch_size
+
+        # The inner rate is an argument, so that learning on and off are one compiled program.
+        def score(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
+            losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(batch)
+            return losses.loss, losses.token_nll
+
+        self._score = jax.jit(score)
+
+    def __call__(self, model: MetaModel, batch: Batch, *, learn: bool = True) -> Scores:
+        """Scores of a batch [b, T] of at most `eval_batch_size` sequences."""
+        sequences = len(batch.inputs)
+        missing = self.batch_size - sequences
+        padded = jax.tree.map(
+            lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]), batch
+        )
+        loss, nll = self._score(model, padded, jnp.float32(learn))
+        loss, nll = np.asarray(loss)[:sequences], np.asarray(nll)[:sequences]
+        return Scores(loss, nll, np.asarray(batch.loss_mask, np.float32))

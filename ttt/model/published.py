@@ -1,0 +1,57 @@
+"""Our tree <-> the published parameter names (METHOD.md section 1), the one layout on disk.
+
+In memory prefix and suffix are two stacks; on disk all blocks are one stack, prefix first, and what the suffix alone
+has (prime MLPs and their norms) stands in `prime_storage`.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ttt.core.tree import named_leaves, with_leaves
+
+_STACKS = "language_model.model.h."
+_PRIME = ("feed_forward_prime", "ffn_prime_norm", "ffn_prime_post_norm")
+
+
+def to_published(tree: PyTree) -> dict[str, Array]:
+    """A model-shaped tree (parameters, moments, gradients) as published name -> array."""
+    leaves = named_leaves(tree)
+    published = {name: leaf for name, leaf in leaves.items() if not name.startswith(_STACKS)}
+    for name in leaves:
+        if name.startswith(_STACKS):
+            target = published_name(name)
+            parts = [leaves[part] for part in own_names(target) if part in leaves]
+            published[target] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return published
+
+
+def from_published(like: PyTree, published: Mapping[str, Array]) -> PyTree:
+    """The tree of `like`'s structure with the arrays of `to_published`; `like` may hold shapes instead of arrays."""
+    leaves = named_leaves(like)
+    taken = {}
+    for name, leaf in leaves.items():
+        array = published[published_name(name)]
+        if name.startswith(f"{_STACKS}suffix_blocks."):
+            array = array[array.shape[0] - leaf.shape[0] :]
+        elif name.startswith(f"{_STACKS}prefix_blocks."):
+            array = array[: leaf.shape[0]]
+        taken[name] = array
+    return with_leaves(like, taken)
+
+
+def published_name(name: str) -> str:
+    """The published name of a leaf: `….suffix_blocks.feed_forward_prime.w1.weight` -> `….prime_storage.…`."""
+    if not name.startswith(_STACKS):
+        return name
+    field = name.removeprefix(_STACKS).split(".", 1)[1]
+    return f"{_STACKS}{'prime_storage' if field.startswith(_PRIME) else 'blocks'}.{field}"
+
+
+def own_names(published: str) -> list[str]:
+    """The names in our tree that a published stacked array is cut into, prefix first."""
+    field = published.removeprefix(_STACKS).split(".", 1)[1]
+    return [f"{_STACKS}{stack}.{field}" for stack in ("prefix_blocks", "suffix_blocks")]

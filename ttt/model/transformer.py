@@ -1,0 +1,270 @@
+"""The network: blocks, two stacks, the language model, and its loss over one sequence, plain or while learning."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from ttt.config import ModelConfig
+from ttt.core import tree
+from ttt.core.batch import Batch
+from ttt.core.precision import Precision
+from ttt.core.remat import remat
+from ttt.errors import UserError
+from ttt.model import inner_loop
+from ttt.model.layers import Embedding, Linear, RMSNorm, SwiGLU
+from ttt.model.mixer import AbstractMixer
+from ttt.model.pattern import make_mixer
+from ttt.ops.cross_entropy import masked_mean, token_nll, token_nll_in_blocks
+
+
+class Block(eqx.Module):
+    """Mixer, prime MLP (if any), MLP: each between its norms, each added to the stream."""
+
+    seq_modeling_block: AbstractMixer
+    feed_forward: SwiGLU
+    seq_norm: RMSNorm | None
+    seq_post_norm: RMSNorm | None
+    ffn_norm: RMSNorm | None
+    ffn_post_norm: RMSNorm | None
+    feed_forward_prime: SwiGLU | None
+    ffn_prime_norm: RMSNorm | None
+    ffn_prime_post_norm: RMSNorm | None
+
+    def __init__(self, config: ModelConfig, *, prime: bool, key: PRNGKeyArray):
+        mixer_key, mlp_key, prime_key = jax.random.split(key, 3)
+        width, dtype = config.hidden_size, Precision.of(config).param
+
+        def norm(present: bool) -> RMSNorm | None:
+            return RMSNorm(width, eps=config.rms_norm_eps, dtype=dtype) if present else None
+
+        def mlp(key: PRNGKeyArray) -> SwiGLU:
+            scale = config.initializer_range
+            return SwiGLU(width, config.intermediate_size, scale=scale, dtype=dtype, key=key)
+
+        self.seq_modeling_block = make_mixer(config, mixer_key)
+        self.feed_forward = mlp(mlp_key)
+        self.seq_norm, self.ffn_norm = norm(config.pre_norm), norm(config.pre_norm)
+        self.seq_post_norm, self.ffn_post_norm = norm(config.post_norm), norm(config.post_norm)
+        self.feed_forward_prime = mlp(prime_key) if prime else None
+        self.ffn_prime_norm = norm(prime and config.pre_norm)
+        self.ffn_prime_post_norm = norm(prime and config.post_norm)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The whole sequence."""
+        mixed = self.seq_modeling_block(_apply(self.seq_norm, x))
+        return self._mlps(x + _apply(self.seq_post_norm, mixed))
+
+    def step(self, state: PyTree, x: Float[Array, "C D"]) -> tuple[PyTree, Float[Array, "C D"]]:
+        """The next C tokens, with the mixer's state."""
+        state, mixed = self.seq_modeling_block.step(state, _apply(self.seq_norm, x))
+        return state, self._mlps(x + _apply(self.seq_post_norm, mixed))
+
+    def _mlps(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        if self.feed_forward_prime is not None:
+            fast = self.feed_forward_prime(_apply(self.ffn_prime_norm, x))
+            x = x + _apply(self.ffn_prime_post_norm, fast)
+        slow = self.feed_forward(_apply(self.ffn_norm, x))
+        return x + _apply(self.ffn_post_norm, slow)
+
+
+def _apply(norm: RMSNorm | None, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    return x if norm is None else norm(x)
+
+
+class Stacks(eqx.Module):
+    """Blocks of one kind stand stacked on a leading axis and are scanned, so depth costs no compile time."""
+
+    prefix_blocks: Block | None
+    suffix_blocks: Block | None
+
+    def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, config.num_hidden_layers)
+        first_suffix = config.num_hidden_layers - config.suffix_len
+
+        def stack(keys: PRNGKeyArray, prime: bool) -> Block | None:
+            make = jax.vmap(lambda key: Block(config, prime=prime, key=key))
+            return make(keys) if len(keys) else None
+
+        self.prefix_blocks = stack(keys[:first_suffix], prime=False)
+        self.suffix_blocks = stack(keys[first_suffix:], prime=config.prime)
+
+
+def run_blocks(blocks: Block | None, x: Float[Array, "T D"], policy: str) -> Float[Array, "T D"]:
+    """The whole sequence through a stack of blocks."""
+    if blocks is None:
+        return x
+
+    def one(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
+        return block(x), None
+
+    return jax.lax.scan(remat(one, policy), x, blocks)[0]
+
+
+def step_blocks(
+    blocks: Block, states: PyTree, x: Float[Array, "C D"], policy: str
+) -> tuple[PyTree, Float[Array, "C D"]]:
+    """The next C tokens through a stack of blocks; states are stacked as the blocks are."""
+
+    def one(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
+        block, state = layer
+        state, y = block.step(state, x)
+        return y, state
+
+    y, states = jax.lax.scan(remat(one, policy), x, (blocks, states))
+    return states, y
+
+
+class Decoder(eqx.Module):
+    """Embedding, blocks, final norm."""
+
+    wte: Embedding
+    h: Stacks
+    ln_f: RMSNorm
+
+
+class CausalLM(eqx.Module):
+    """The decoder and its head; with tied embeddings there is no head of its own."""
+
+    model: Decoder
+    lm_head: Linear | None
+
+    def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
+        wte_key, blocks_key, head_key = jax.random.split(key, 3)
+        width, dtype = config.hidden_size, Precision.of(config).param
+        scale, vocab = config.initializer_range, config.vocab_size
+        wte = Embedding(vocab, width, scale=scale, dtype=dtype, key=wte_key)
+        ln_f = RMSNorm(width, eps=config.rms_norm_eps, dtype=dtype)
+        self.model = Decoder(wte, Stacks(config, key=blocks_key), ln_f)
+        tied = config.tie_word_embeddings
+        self.lm_head = (
+            None if tied else Linear(width, vocab, scale=scale, dtype=dtype, key=head_key)
+        )
+
+    @property
+    def head(self) -> Float[Array, "D V"]:
+        """The matrix that turns final hidden states into logits."""
+        return self.model.wte.weight.T if self.lm_head is None else self.lm_head.weight
+
+
+class Learning(NamedTuple):
+    """How the model learns while it reads."""
+
+    spec_inner: tuple[str, ...]
+    """Dotted globs of the fast weights."""
+    rule: inner_loop.InnerRule
+    group: int = 1
+    """Chunks that share one stored carry in the backward pass."""
+
+
+class SequenceLoss(NamedTuple):
+    """The loss of one sequence and what it is made of."""
+
+    loss: Float[Array, ""]
+    """Mean over chunks, in nats per token."""
+    chunk_losses: Float[Array, " N"]
+    token_nll: Float[Array, " T"]
+    """−log p of every target, masked or not."""
+    gradient_norms: Float[Array, " N"]
+    """Of the inner gradients, before clipping; zeros where nothing is learned."""
+
+
+class MetaModel(eqx.Module):
+    """A language model that can go on learning while it reads."""
+
+    language_model: CausalLM
+    config: ModelConfig = eqx.field(static=True)
+
+    def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
+        self.language_model = CausalLM(config, key=key)
+        self.config = config
+
+    def embed(self, ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token rows in the compute dtype."""
+        return self.language_model.model.wte(ids, Precision.of(self.config).compute)
+
+    def prefix(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The first L − S blocks."""
+        stacks = self.language_model.model.h
+        return run_blocks(stacks.prefix_blocks, x, self.config.remat_prefix)
+
+    def fast_weights(self, spec_inner: Sequence[str]) -> tuple["MetaModel", "MetaModel"]:
+        """(fast, slow): the model parted by the globs of `spec_inner`, fast weights in the state dtype.
+
+        Only what is computed chunk by chunk can be fast: suffix blocks, final norm, own head.
+        """
+        mask = tree.select(self, spec_inner)
+        chosen = [name for name, fast in tree.named_leaves(mask).items() if fast]
+        late = ("suffix_blocks", "ln_f", "lm_head")
+        early = [name for name in chosen if not set(late) & set(name.split("."))]
+        if not chosen or early:
+            found = f"it matches {', '.join(early)}" if early else "it matches no parameter"
+            raise UserError(
+                f"training.spec_inner={list(spec_inner)}: {found}; fast weights are parameters of the suffix blocks, "
+                "ln_f or lm_head. The prime MLPs are 'language_model.**.suffix_blocks.feed_forward_prime.**'."
+            )
+        fast, slow = eqx.partition(self, mask)
+        return tree.cast(fast, Precision.of(self.config).state), slow
+
+    def loss(self, batch: Batch) -> SequenceLoss:
+        """METHOD: one sequence, plain (`train_mode: pretrain`)."""
+        config, stacks = self.config, self.language_model.model.h
+
+        def hidden(ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+            x = run_blocks(stacks.suffix_blocks, self.prefix(self.embed(ids)), config.remat_prefix)
+            return self.language_model.model.ln_f(x)
+
+        chunk = config.mini_batch_size
+        if config.seq_modeling_block == "self_attention":
+            x = jax.vmap(hidden)(batch.inputs.reshape(-1, chunk))
+            x = x.reshape(-1, x.shape[-1])
+        else:
+            x = hidden(batch.inputs)
+        nll = token_nll_in_blocks(x, self.language_model.head, batch.targets, chunk)
+        losses = jax.vmap(masked_mean)(
+            nll.reshape(-1, chunk), batch.loss_mask.reshape(-1, chunk)
+        )
+        return SequenceLoss(jnp.mean(losses), losses, nll, jnp.zeros_like(losses))
+
+    def loss_while_learning(self, batch: Batch, learning: Learning) -> SequenceLoss:
+        """METHOD: one sequence, meta (`train_mode: meta`): prefix once, suffix chunk by chunk with test-time training."""
+        fast, slow = self.fast_weights(learning.spec_inner)
+        chunk = self.config.mini_batch_size
+        x = self.prefix(self.embed(batch.inputs))
+        pieces = jax.tree.map(
+            lambda y: y.reshape(-1, chunk, *y.shape[1:]), (x, batch.targets, batch.loss_mask)
+        )
+
+        def chunk_loss(fast: MetaModel, carry: PyTree, piece: PyTree) -> tuple[Array, PyTree]:
+            x, targets, mask = piece
+            carry, nll = eqx.combine(fast, slow).step(carry, x, targets)
+            return masked_mean(nll, mask), (carry, nll)
+
+        state = self.init_state(len(batch.inputs))
+        reading = inner_loop.read(
+            chunk_loss, fast, state, pieces, learning.rule, group=learning.group
+        )
+        return SequenceLoss(
+            jnp.mean(reading.losses),
+            reading.losses,
+            reading.aux.reshape(-1),
+            reading.gradient_norms,
+        )
+
+    def init_state(self, context: int) -> PyTree:
+        """The suffix's mixer states before a sequence of at most `context` tokens."""
+        blocks = self.language_model.model.h.suffix_blocks
+        dtype = Precision.of(self.config).compute
+        return jax.vmap(lambda b: b.seq_modeling_block.init_state(context, dtype))(blocks)
+
+    def step(
+        self, states: PyTree, x: Float[Array, "C D"], targets: Int[Array, " C"]
+    ) -> tuple[PyTree, Float[Array, " C"]]:
+        """The next C tokens through suffix and head: prefix output -> (states, −log p of the targets)."""
+        stacks = self.language_model.model.h
+        states, x = step_blocks(stacks.suffix_blocks, states, x, self.config.remat_suffix)
+        hidden = self.language_model.model.ln_f(x)
+        return states, token_nll(hidden, self.language_model.head, targets)

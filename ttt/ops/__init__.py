@@ -1,0 +1,1 @@
+"""Floor 2: functions of arrays; no parameters, no configuration."""

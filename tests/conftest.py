@@ -32,3 +32,10 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no golden values at {folder}: set TTT_GOLDEN_DIR")
     return folder
+
+
+@pytest.fixture
+def float64():
+    """Arrays of the test are float64 by default."""
+    with jax.enable_x64(True):
+        yield

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     """False where the target starts another document (`bos_token_id`): it cannot be foreseen."""
 
 
-def from_tokens(tokens: Int[np.ndarray, "*lead T+1"], bos_token_id: int) -> Batch:
+def from_tokens(tokens: Int[np.ndarray, "*lead tokens"], bos_token_id: int) -> Batch:
     """Cut T+1 tokens into T inputs and T targets, int32; targets equal to `bos_token_id` do not count."""
     tokens = tokens.astype(np.int32)
     targets = tokens[..., 1:]

@@ -31,8 +31,8 @@ def window_mask(queries: int, window: int, seen: Int[Array, ""] | int) -> Bool[A
 
     Query i stands at key slot W + i and sees the W slots that end there. Only the last `seen` cached slots hold keys.
     """
-    query = window + jnp.arange(queries)[:, None]
-    key = jnp.arange(window + queries)[None, :]
+    slots = jnp.arange(window + queries, dtype=jnp.int32)
+    query, key = slots[window:, None], slots[None, :]
     return (key > query - window) & (key <= query) & (key >= window - jnp.minimum(seen, window))
 
 
@@ -62,4 +62,4 @@ def sliding_window(q: Heads, k: Heads, v: Heads, window: int, block: int) -> Hea
         mask = window_mask(block, window, start)
         return masked(band(q, block), band(k, window + block), band(v, window + block), mask)
 
-    return jax.lax.map(attend, jnp.arange(0, length, block)).reshape(q.shape)
+    return jax.lax.map(attend, jnp.arange(0, length, block, dtype=jnp.int32)).reshape(q.shape)

@@ -1,0 +1,32 @@
+"""Launchers for Hydra sweeps: `submitit_slurm_ttt` and `submitit_local_ttt`.
+
+Those of hydra-submitit-launcher with the defaults that a JAX run wants; every field of theirs can
+be set as `hydra.launcher.FIELD=VALUE`. Logs go to `.submitit` in the sweep's folder, under
+`deploy_paths.experiments`.
+"""
+
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
+
+
+@dataclass
+class SlurmTTT(SlurmQueueConf):
+    """A Slurm job of one task per node: JAX drives all of a node's devices from one process."""
+
+    timeout_min: int = 24 * 60
+    tasks_per_node: int = 1
+    stderr_to_stdout: bool = True
+
+
+@dataclass
+class LocalTTT(LocalQueueConf):
+    """A background process on this machine."""
+
+    timeout_min: int = 24 * 60
+    stderr_to_stdout: bool = True
+
+
+for _name, _node in {"submitit_slurm_ttt": SlurmTTT, "submitit_local_ttt": LocalTTT}.items():
+    ConfigStore.instance().store(group="hydra/launcher", name=_name, node=_node, provider="ttt")

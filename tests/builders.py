@@ -1,0 +1,101 @@
+"""Configurations and inputs small enough to compile fast."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from ttt.config import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
+
+MODEL = ModelConfig(
+    name="test",
+    vocab_size=40,
+    bos_token_id=1,
+    eos_token_id=2,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    mini_batch_size=8,
+    sliding_window_size=12,
+    seq_modeling_block="SWA",
+    suffix_len=2,
+    prime=True,
+    feed_forward_prime="swiglu",
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    # Large enough for the softmax and the inner gradient to be far from uniform and from zero.
+    initializer_range=0.3,
+    qk_norm=True,
+    pre_norm=True,
+    post_norm=True,
+    tie_word_embeddings=True,
+    compute_dtype="fp32",
+    param_dtype="fp32",
+    state_dtype="fp32",
+    remat_prefix="none",
+    remat_suffix="none",
+)
+
+TRAINING = TrainingConfig(
+    exp_folder="tests",
+    exp_name="test",
+    train_mode="meta",
+    dataset_name="none",
+    data_split="train",
+    eval_split="val",
+    dummy_dataset=True,
+    seq_length=32,
+    global_batch_size=2,
+    accum_steps=1,
+    eval_batch_size=2,
+    total_steps=4,
+    model_seed=0,
+    data_seed=0,
+    spec_inner=("language_model.**.suffix_blocks.feed_forward_prime.**",),
+    spec_outer=("**",),
+    optimizer_inner=OptimizerInnerConfig(optimizer_type="sgd", lr=0.5, clip_gradient=0.5),
+    optimizer_outer=OptimizerOuterConfig(
+        optimizer_type="adamw",
+        lr=3e-3,
+        init_lr=1e-3,
+        end_lr=1e-5,
+        lr_warmup_steps=2,
+        lr_decay_steps=8,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.1,
+        emb_wd=True,
+        clip_gradient=1.0,
+        bf16_momentum=False,
+    ),
+    ilr_init=1.0,
+    ilr_warmup_steps=0,
+    inner_remat_freq=1,
+    eval_every_steps=0,
+    eval_batches=1,
+    save_every_steps=0,
+    save_milestone_freq=0,
+    keep_checkpoints=2,
+    load_part="none",
+    resume_exp_folder="tests",
+    resume_exp_name="",
+    resume_step=-1,
+    allow_config_change=False,
+    log_every_steps=1,
+    log_wandb=False,
+    wandb_entity="",
+    wandb_project="",
+    wandb_key="",
+)
+
+
+def full_attention(model: ModelConfig = MODEL) -> ModelConfig:
+    """The plain Transformer beside `model`: one chunk is the whole sequence."""
+    return replace(
+        model, seq_modeling_block="self_attention", suffix_len=0, prime=False, mini_batch_size=32
+    )
+
+
+def random_tokens(*shape: int, seed: int = 0, model: ModelConfig = MODEL) -> np.ndarray:
+    """Token ids of any shape, some of them the document start that is not scored."""
+    return np.random.default_rng(seed).integers(0, model.vocab_size, shape)

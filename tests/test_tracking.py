@@ -1,0 +1,153 @@
+"""Trackers: the record gets everything, and losing W&B stops nothing. The progress line."""
+
+import io
+import logging
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from ttt.infra.progress import Progress
+from ttt.infra.record import RunRecord
+from ttt.infra.tracking import CompositeTracker, RecordTracker, WandbTracker
+
+KEY = "0123456789abcdef"
+
+
+class FakeWandb:
+    """Stands in for the module and for its run; fails in the call it is told to."""
+
+    def __init__(self, failing: str = ""):
+        self.failing = failing
+        self.calls = []
+
+    def init(self, **arguments):
+        self._call("init", arguments)
+        return SimpleNamespace(
+            log=lambda metrics, step: self._call("log", (step, metrics)),
+            finish=lambda exit_code: self._call("finish", exit_code),
+        )
+
+    def _call(self, name, arguments):
+        self.calls.append((name, arguments))
+        if name == self.failing:
+            raise RuntimeError(f"no network for key {KEY}")
+
+
+def wandb_tracker(monkeypatch, folder, fake: FakeWandb) -> WandbTracker:
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "another")
+    return WandbTracker(
+        entity="", project="p", name="n", run_id="id1", folder=folder, config={"a": 1}, key=KEY
+    )
+
+
+def test_wandb_gets_what_the_record_gets(tmp_path, monkeypatch):
+    record = RunRecord(tmp_path)
+    record.start({}, devices=[], data={})
+    fake = FakeWandb()
+    tracker = CompositeTracker(RecordTracker(record), wandb_tracker(monkeypatch, tmp_path, fake))
+    tracker.log(1, {"loss": 2.0})
+    tracker.finish("finished")
+    assert record.metrics() == [{"step": 1, "loss": 2.0}]
+    assert record.run()["status"] == "finished"
+    (_, init), *rest = fake.calls
+    assert init["entity"] is None
+    assert (init["id"], init["resume"]) == ("id1", "allow")
+    assert rest == [("log", (1, {"loss": 2.0})), ("finish", 0)]
+
+
+def test_the_key_goes_to_the_environment_and_nowhere_else(tmp_path, monkeypatch):
+    # The real W&B uploads sys.argv.
+    monkeypatch.setattr(sys, "argv", ["train", f"training.wandb_key={KEY}", "training.lr=1"])
+    fake = FakeWandb()
+    wandb_tracker(monkeypatch, tmp_path, fake)
+    assert KEY not in str(fake.calls)
+    assert sys.argv == ["train", "training.wandb_key=***", "training.lr=1"]
+    assert os.environ["WANDB_API_KEY"] == KEY
+
+
+def test_a_failed_run_is_told_to_wandb(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    wandb_tracker(monkeypatch, tmp_path, fake).finish("interrupted")
+    assert fake.calls[-1] == ("finish", 1)
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_losing_wandb_is_told_once_without_the_key_and_stops_nothing(
+    tmp_path, monkeypatch, caplog, failing
+):
+    with caplog.at_level(logging.WARNING):
+        tracker = wandb_tracker(monkeypatch, tmp_path, FakeWandb(failing))
+        for step in range(3):
+            tracker.log(step, {"loss": 1.0})
+        tracker.finish("finished")
+        tracker.finish("finished")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "W&B is lost" in message
+    assert "no network" in message
+    assert KEY not in message
+
+
+def test_a_missing_wandb_is_a_lost_one(tmp_path, monkeypatch, caplog):
+    wandb_tracker(monkeypatch, tmp_path, None).log(1, {})
+    assert "W&B is lost" in caplog.text
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(console: Console, seconds: list[float], total: int, start: int = 0) -> str:
+    """Steps that take so many seconds each, 10 tokens apiece; what was printed."""
+    clock = Clock()
+    with Progress(total, "training", start=start, console=console, clock=clock) as progress:
+        for step, passed in enumerate(seconds, start=start + 1):
+            clock.now += passed
+            progress.update(step, loss=1.0 / step, tokens=10)
+    return console.file.getvalue()
+
+
+def log_file() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False)
+
+
+def test_a_log_file_gets_the_first_line_one_each_ten_seconds_and_the_last():
+    lines = run(log_file(), [30.0] + [1.0] * 24, total=25).splitlines()
+    assert [line.split()[1] for line in lines] == ["1/25", "11/25", "21/25", "25/25"]
+    assert lines[1] == "training 11/25  loss 0.0909  10 tokens/s  0:00:14 left"
+
+
+def test_the_compiling_first_step_counts_neither_for_speed_nor_for_time_left():
+    first, *_, last = run(log_file(), [600.0, 10.0, 10.0], total=10).splitlines()
+    assert "left" not in first
+    assert "tokens/s" not in first
+    assert last.endswith("1 tokens/s  0:01:10 left")
+
+
+def test_a_resumed_run_counts_from_its_start():
+    *_, last = run(log_file(), [5.0, 10.0], total=104, start=100).splitlines()
+    assert last == "training 102/104  loss 0.0098  1 tokens/s  0:00:20 left  resumed at 100"
+
+
+def test_markup_in_a_name_is_text():
+    console = log_file()
+    with Progress(1, "[red]val[/red]", console=console) as progress:
+        progress.update(1)
+    assert console.file.getvalue() == "[red]val[/red] 1/1\n"
+
+
+def test_a_terminal_shows_one_line_that_ends_in_the_last_state():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    text = run(console, [1.0] * 5, total=5)
+    assert "loss 1.0000" in text
+    assert text.count("\n") == 1
+    assert "training 5/5" in text.splitlines()[0]

@@ -1,0 +1,695 @@
+"""Every knob of the framework, as frozen dataclasses without JAX.
+
+Hydra composes `configs/` into a DictConfig (`compose`); `resolve` turns it into a `Config` once,
+and reports every fault at once. Key names are those that users know from the paper's code; units
+and rules stand beside each field, rules between fields in `_RELATIONS`.
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ttt.errors import UserError
+from ttt.globs import is_glob, matches
+
+MIXERS = ("self_attention", "SWA")
+FEED_FORWARDS = ("swiglu",)
+DTYPES = ("fp32", "bf16", "fp64")
+TRAIN_MODES = ("pretrain", "meta")
+LOAD_PARTS = ("none", "params", "all")
+REMAT_POLICIES = ("none", "dots", "block")
+PLATFORMS = ("auto", "cpu", "cuda", "tpu")
+OUTER_OPTIMIZERS = ("adamw",)
+INNER_OPTIMIZERS = ("sgd",)
+
+
+# ---- rules on one value --------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """What a value must satisfy; `says` gives the rule and the remedy."""
+
+    holds: Callable[[Any], bool]
+    says: str
+    names: Sequence[str] = ()
+    """The names that hold, where they are few: a near miss is pointed out."""
+
+
+def _one_of(names: Sequence[str]) -> Rule:
+    return Rule(lambda v: v in names, f"must be one of {', '.join(names)}; choose one", names)
+
+
+def _is_folder_name(name: str) -> bool:
+    return name == name.strip() and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+_ONE_FOLDER = "must name one folder; give it no '/', no '\\' and no blanks at its ends"
+_NOT_NEGATIVE = Rule(lambda v: v >= 0, "must not be negative; raise it to 0 or more")
+
+Count = Annotated[int, Rule(lambda v: v >= 1, "must be at least 1; raise it")]
+Natural = Annotated[int, _NOT_NEGATIVE]
+Positive = Annotated[float, Rule(lambda v: v > 0, "must be above 0; raise it")]
+NotNegative = Annotated[float, _NOT_NEGATIVE]
+Fraction = Annotated[float, Rule(lambda v: 0 <= v < 1, "must lie in [0, 1); change it")]
+Step = Annotated[int, Rule(lambda v: v >= -1, "must be a step or -1 (the latest); set it to -1")]
+FolderName = Annotated[str, Rule(_is_folder_name, _ONE_FOLDER)]
+MaybeFolderName = Annotated[str, Rule(lambda v: v == "" or _is_folder_name(v), _ONE_FOLDER)]
+Globs = Annotated[
+    tuple[str, ...],
+    Rule(
+        lambda globs: bool(globs) and all(map(is_glob, globs)),
+        "must be dotted globs of letters, digits, '_' and '*', with '**' on its own; "
+        "write them like ['**.feed_forward_prime.**']",
+    ),
+]
+Mixer = Annotated[str, _one_of(MIXERS)]
+FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
+DType = Annotated[str, _one_of(DTYPES)]
+TrainMode = Annotated[str, _one_of(TRAIN_MODES)]
+LoadPart = Annotated[str, _one_of(LOAD_PARTS)]
+RematPolicy = Annotated[str, _one_of(REMAT_POLICIES)]
+Platform = Annotated[str, _one_of(PLATFORMS)]
+OuterOptimizer = Annotated[str, _one_of(OUTER_OPTIMIZERS)]
+InnerOptimizer = Annotated[str, _one_of(INNER_OPTIMIZERS)]
+
+
+# ---- the knobs -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network (METHOD.md, section 1)."""
+
+    name: str
+    vocab_size: Count
+    bos_token_id: Natural
+    """Starts a document; a target that equals it is not scored."""
+    eos_token_id: Natural
+    hidden_size: Count
+    intermediate_size: Count
+    """Width of every MLP, prime MLPs included."""
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    mini_batch_size: Count
+    """Tokens in a chunk: the span of one test-time step, and of one loss mean."""
+    sliding_window_size: Count
+    """Keys that a query of `SWA` sees, itself included."""
+    seq_modeling_block: Mixer
+    suffix_len: Natural
+    """Last blocks that run chunk by chunk; they hold the prime MLPs."""
+    prime: bool
+    """Whether the suffix blocks have prime MLPs."""
+    feed_forward_prime: FeedForward
+    rope_theta: Positive
+    rms_norm_eps: Positive
+    initializer_range: Positive
+    """Standard deviation of the initial weights."""
+    qk_norm: bool
+    pre_norm: bool
+    post_norm: bool
+    tie_word_embeddings: bool
+    compute_dtype: DType
+    """Of matrix products."""
+    param_dtype: DType
+    """Of stored parameters."""
+    state_dtype: DType
+    """Of fast weights and the test-time step."""
+    remat_prefix: RematPolicy
+    """What a prefix block (any block, in `pretrain`) keeps for its backward pass."""
+    remat_suffix: RematPolicy
+    """What a suffix block keeps for its backward pass within a chunk."""
+
+
+@dataclass(frozen=True)
+class OptimizerInnerConfig:
+    """The test-time step (METHOD.md, section 3)."""
+
+    optimizer_type: InnerOptimizer
+    lr: Positive
+    clip_gradient: NotNegative
+    """Bound of the global norm over all fast weights; 0: none."""
+
+
+@dataclass(frozen=True)
+class OptimizerOuterConfig:
+    """The training step (METHOD.md, section 4)."""
+
+    optimizer_type: OuterOptimizer
+    lr: Positive
+    init_lr: NotNegative
+    end_lr: NotNegative
+    lr_warmup_steps: Natural
+    lr_decay_steps: Count
+    b1: Fraction
+    b2: Fraction
+    weight_decay: NotNegative
+    emb_wd: bool
+    """Whether weight decay takes the embedding too."""
+    clip_gradient: NotNegative
+    """Bound of the global gradient norm; 0: none."""
+    bf16_momentum: bool
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run: data, schedule, where it starts from, what it leaves behind."""
+
+    exp_folder: FolderName
+    exp_name: FolderName
+    train_mode: TrainMode
+    """`meta`: test-time training inside the loss; `pretrain`: plain next-token prediction."""
+    dataset_name: str
+    """A key of `deploy_paths.data`."""
+    data_split: FolderName
+    eval_split: FolderName
+    dummy_dataset: bool
+    """Seeded random tokens in place of the store, for smoke tests and timings."""
+    seq_length: Count
+    global_batch_size: Count
+    """Sequences per outer step, over all hosts and microbatches."""
+    accum_steps: Count
+    eval_batch_size: Count
+    total_steps: Count
+    model_seed: Natural
+    data_seed: Natural
+    spec_inner: Globs
+    """Dotted globs of the fast weights."""
+    spec_outer: Globs
+    """Dotted globs of the parameters that the outer loop trains."""
+    optimizer_inner: OptimizerInnerConfig
+    optimizer_outer: OptimizerOuterConfig
+    ilr_init: NotNegative
+    ilr_warmup_steps: Natural
+    inner_remat_freq: Count
+    """Chunks that share one stored carry in the backward pass."""
+    eval_every_steps: Natural
+    """0: only at the end."""
+    eval_batches: Natural
+    """Batches of the evaluation split to score; 0: all of it."""
+    save_every_steps: Natural
+    """0: only at the end."""
+    save_milestone_freq: Natural
+    """Every so many steps a checkpoint is kept for good; 0: none."""
+    keep_checkpoints: Count
+    """Latest checkpoints that stay beside the milestones."""
+    load_part: LoadPart
+    """What to take from `resume_exp_name` at step 0: nothing, the parameters, or all the state."""
+    resume_exp_folder: FolderName
+    resume_exp_name: MaybeFolderName
+    resume_step: Step
+    """-1: the latest."""
+    allow_config_change: bool
+    """Continue this run's own checkpoint though settings that change its numbers differ."""
+    log_every_steps: Count
+    log_wandb: bool
+    wandb_entity: str
+    wandb_project: str
+    wandb_key: str
+    """Prefer the environment variable WANDB_API_KEY; masked in every record."""
+
+
+@dataclass(frozen=True)
+class DeployPathsConfig:
+    """Where things lie on this machine."""
+
+    data: Mapping[str, str]
+    """Dataset name -> root of its token store."""
+    checkpoint: str
+    experiments: str
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """The hardware, and how JAX is started on it."""
+
+    platform: Platform
+    distributed: bool
+    """Start jax.distributed (one process per host) before the first computation."""
+    fake_devices: Natural
+    """CPU devices to pretend, for tests of sharding; 0: the real ones."""
+    compilation_cache_dir: str
+    """Persistent cache of compiled programs; empty: none."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of the above."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    deploy_paths: DeployPathsConfig
+    backend: BackendConfig
+
+
+# ---- rules between values ------------------------------------------------------------
+
+
+class Relation(NamedTuple):
+    """A rule on the values of `keys` together; `says` gives the rule and the remedy."""
+
+    keys: tuple[str, ...]
+    holds: Callable[..., bool]
+    says: str
+
+
+_OUTER = "training.optimizer_outer"
+# What runs chunk by chunk and so can be fast; the model tells which of it there is.
+_SUFFIX = "language_model.model.h.suffix_blocks"
+_CAN_BE_FAST = (
+    *(f"{_SUFFIX}.feed_forward_prime.{w}.weight" for w in ("w1", "w2", "w3")),
+    *(f"{_SUFFIX}.feed_forward.{w}.weight" for w in ("w1", "w2", "w3")),
+    *(f"{_SUFFIX}.seq_modeling_block.{w}.weight" for w in ("wq", "wk", "wv", "wo")),
+    *(f"{_SUFFIX}.seq_modeling_block.{norm}.weight" for norm in ("q_norm", "k_norm")),
+    *(f"{_SUFFIX}.{part}{side}norm.weight" for part in ("seq_", "ffn_") for side in ("", "post_")),
+    *(f"{_SUFFIX}.ffn_prime_{side}norm.weight" for side in ("", "post_")),
+    "language_model.model.ln_f.weight",
+    "language_model.lm_head.weight",
+)
+
+
+def _learns(mode: str, spec: tuple[str, ...]) -> bool:
+    return mode != "meta" or any(matches(glob, name) for glob in spec for name in _CAN_BE_FAST)
+
+
+_RELATIONS = (
+    Relation(
+        ("model.hidden_size", "model.num_attention_heads"),
+        lambda width, heads: width % (2 * heads) == 0,
+        "heads must have one even width; make hidden_size a multiple of 2 x num_attention_heads",
+    ),
+    Relation(
+        ("model.suffix_len", "model.num_hidden_layers"),
+        lambda suffix, layers: suffix <= layers,
+        "the suffix is a part of the layers; lower suffix_len",
+    ),
+    *(
+        Relation(
+            (f"model.{token}_token_id", "model.vocab_size"),
+            lambda token, vocab: token < vocab,
+            "a token id must be below vocab_size; set both as the tokenizer has them",
+        )
+        for token in ("bos", "eos")
+    ),
+    Relation(
+        ("training.seq_length", "model.mini_batch_size"),
+        lambda length, chunk: length % chunk == 0,
+        "a sequence must be whole chunks; make seq_length a multiple of mini_batch_size",
+    ),
+    Relation(
+        ("training.global_batch_size", "training.accum_steps"),
+        lambda batch, parts: batch % parts == 0,
+        "microbatches must be equal; make global_batch_size a multiple of accum_steps",
+    ),
+    Relation(
+        ("training.train_mode", "model.seq_modeling_block"),
+        lambda mode, mixer: mode != "meta" or mixer == "SWA",
+        "test-time training runs on sliding-window attention; set model.seq_modeling_block=SWA",
+    ),
+    Relation(
+        ("training.train_mode", "model.suffix_len"),
+        lambda mode, suffix: mode != "meta" or suffix > 0,
+        "test-time training needs suffix blocks; raise suffix_len, or set train_mode=pretrain",
+    ),
+    Relation(
+        ("training.train_mode", "model.prime"),
+        lambda mode, prime: mode != "meta" or prime,
+        "test-time training updates the prime MLPs; set model.prime=true, or train_mode=pretrain",
+    ),
+    Relation(
+        ("training.train_mode", "training.spec_inner"),
+        _learns,
+        "no parameter of the suffix is matched; for the prime MLPs write "
+        "['language_model.**.suffix_blocks.feed_forward_prime.**']",
+    ),
+    Relation(
+        (f"{_OUTER}.lr_warmup_steps", f"{_OUTER}.lr_decay_steps"),
+        lambda warmup, decay: warmup < decay,
+        "the warm-up must end before the decay does; lower lr_warmup_steps or raise lr_decay_steps",
+    ),
+    *(
+        Relation(
+            (f"{_OUTER}.{end}", f"{_OUTER}.lr"),
+            lambda end, peak: end <= peak,
+            "the schedule cannot start or end above its peak; lower it or raise lr",
+        )
+        for end in ("init_lr", "end_lr")
+    ),
+    Relation(
+        ("training.load_part", "training.resume_exp_name"),
+        lambda part, name: (part == "none") == (name == ""),
+        "loading needs a part and a run; set load_part=params (or all) and resume_exp_name=NAME, "
+        "or load_part=none and resume_exp_name=''",
+    ),
+    Relation(
+        ("training.dataset_name", "training.dummy_dataset", "deploy_paths.data"),
+        lambda name, dummy, data: dummy or name in data,
+        "this dataset has no place; add +deploy_paths.data.NAME=FOLDER, or name one that has",
+    ),
+    Relation(
+        ("training.log_wandb", "training.wandb_project"),
+        lambda log, project: not log or project != "",
+        "W&B needs a project; set training.wandb_project=NAME or training.log_wandb=false",
+    ),
+    Relation(
+        ("backend.fake_devices", "backend.platform"),
+        lambda count, platform: count == 0 or platform in ("auto", "cpu"),
+        "only CPU devices can be pretended; set backend.platform=cpu or backend.fake_devices=0",
+    ),
+)
+
+
+# ---- from a composed DictConfig to a Config ------------------------------------------
+
+
+class ConfigError(UserError):
+    """All that is wrong with a configuration, fault by fault in `faults`."""
+
+    def __init__(self, faults: Iterable[str]):
+        self.faults: tuple[str, ...] = tuple(faults)
+        super().__init__(self.faults)
+
+    def __str__(self) -> str:
+        count = len(self.faults)
+        lines = (f"  {i}. {fault}" for i, fault in enumerate(self.faults, 1))
+        return "\n".join([f"{count} fault{'s' * (count > 1)} in the configuration:", *lines])
+
+
+def resolve(cfg: DictConfig) -> Config:
+    """Check `cfg` against every rule and freeze it.
+
+    Raises ConfigError with all unknown or missing keys, wrong types and broken rules, or UserError
+    if neither a model nor an experiment is named.
+    """
+    if all(OmegaConf.select(cfg, key) is None for key in ("model.name", "training.exp_name")):
+        raise UserError(
+            "no experiment named: add +experiment=NAME, such as "
+            "+experiment=tiny/pretrain/pretrain-tiny-e2e; train --help says more. There are:\n"
+            + _experiment_list()
+        )
+    values, faults = _read(cfg)
+    for relation in _RELATIONS:
+        present = {key: values[key] for key in relation.keys if key in values}
+        if len(present) == len(relation.keys) and not relation.holds(*present.values()):
+            shown = ", ".join(_show(key, value) for key, value in present.items())
+            faults.append(f"{shown}: {relation.says}")
+    if faults:
+        raise ConfigError(faults)
+    return _build(Config, values)
+
+
+def _leaves(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every field below `section`."""
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        if is_dataclass(kind):
+            yield from _leaves(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+_LEAVES: dict[str, Any] = dict(_leaves(Config))
+_RULE_INPUTS = frozenset({"size"})  # read by the rules in configs/, not by the framework
+_SECRETS = frozenset({"training.wandb_key"})
+_MASK = "***"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+# What a value must look like in YAML to be taken for a type; 1e6 is a whole number.
+_TYPES: dict[Any, Rule] = {
+    bool: Rule(lambda v: isinstance(v, bool), "must be true or false; choose one"),
+    int: Rule(lambda v: _is_number(v) and v == int(v), "must be a whole number; write one"),
+    float: Rule(_is_number, "must be a finite number; write one"),
+    str: Rule(lambda v: isinstance(v, str), "must be text; quote what looks otherwise: \"'123'\""),
+    tuple: Rule(
+        lambda v: isinstance(v, list) and _are_texts(v), "must be a list of texts; write [a,b]"
+    ),
+    Mapping: Rule(
+        lambda v: isinstance(v, dict) and _are_texts(v.values()),
+        "must be names with texts; write {a: b}",
+    ),
+}
+
+
+class _FaultError(ValueError):
+    """Rule and remedy for one value."""
+
+
+def _read(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
+    """Sound values by dotted key, and a fault for every other."""
+    values: dict[str, Any] = {}
+    faults: dict[str, str] = {}
+    for key, kind in _LEAVES.items():
+        try:
+            value = OmegaConf.select(cfg, key)
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            if value is None:
+                faults[key] = f"{key}=???: must be set; add {key}=VALUE"
+            else:
+                values[key] = _checked(kind, value)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            faults[key] = f"{key}={_raw(cfg, key)}: cannot be derived ({reason}); set it"
+        except _FaultError as fault:
+            faults[key] = f"{_show(key, value)}: {fault}"
+    # Of a faulty setting and those that follow from it, the first alone is worth reading.
+    roots = [text for key, text in faults.items() if not _inputs(_raw(cfg, key)) & faults.keys()]
+    return values, [*_unknown_keys(cfg, Config), *roots]
+
+
+def _inputs(raw: Any) -> set[str]:
+    """Settings that an interpolation reads."""
+    return set(re.findall(r"[a-z_]+(?:\.\w+)+", str(raw))) if "${" in str(raw) else set()
+
+
+def _raw(cfg: DictConfig, key: str) -> Any:
+    """The value at `key` as it is written, interpolations and all; None if there is none."""
+    node: Any = OmegaConf.to_container(cfg, resolve=False)
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _checked(kind: Any, value: Any) -> Any:
+    """`value` as the type `kind` and within its rules. Raises _FaultError."""
+    base, *rules = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    base = get_origin(base) or base
+    if not _TYPES[base].holds(value):
+        raise _FaultError(_TYPES[base].says)
+    value = value if base is Mapping else base(value)
+    for rule in rules:
+        if not rule.holds(value):
+            raise _FaultError(rule.says + _did_you_mean(value, rule.names))
+    return value
+
+
+def _unknown_keys(node: Any, section: type, prefix: str = "") -> Iterator[str]:
+    """Faults of keys that no field answers to, at any depth."""
+    kinds = get_type_hints(section)
+    for key in node:
+        if key in kinds:
+            child = None if not is_dataclass(kinds[key]) else OmegaConf.select(node, key)
+            if isinstance(child, DictConfig):
+                yield from _unknown_keys(child, kinds[key], f"{prefix}{key}.")
+        elif prefix or key not in _RULE_INPUTS:
+            name = f"{prefix}{key}"
+            yield f"{name}: no such setting; remove it" + _did_you_mean(name, _LEAVES)
+
+
+def _build(section: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    return section(
+        **{
+            name: _build(kind, values, f"{prefix}{name}.")
+            if is_dataclass(kind)
+            else values[prefix + name]
+            for name, kind in get_type_hints(section).items()
+        }
+    )
+
+
+def _show(key: str, value: Any) -> str:
+    return f"{key}={_MASK if key in _SECRETS and value else value}"
+
+
+def _did_you_mean(name: Any, options: Iterable[str]) -> str:
+    """The end of a message: the `options` whose last segment is closest to that of `name`."""
+    by_last: dict[str, list[str]] = {}
+    for option in options:
+        by_last.setdefault(option.split(".")[-1], []).append(option)
+    close = difflib.get_close_matches(str(name).split(".")[-1], by_last, n=1)
+    return f"; did you mean {' or '.join(by_last[close[0]])}?" if close else ""
+
+
+# ---- records of a Config -------------------------------------------------------------
+
+# Settings that leave a run's numbers as they are: a run may go on under another value of them.
+_NEUTRAL = frozenset(
+    {
+        # where things lie, and what the run is called
+        "deploy_paths.**",
+        "training.exp_*",
+        "training.resume_exp_folder",
+        # the hardware: the same mathematics in another order of summation
+        "backend.**",
+        "training.accum_steps",
+        # what is kept for the backward pass and what is computed again
+        "model.remat_*",
+        "training.inner_remat_freq",
+        # the length of the run: the schedule has its own keys
+        "training.total_steps",
+        # looking on: logs, evaluations, checkpoints
+        "training.log_*",
+        "training.wandb_*",
+        "training.eval_*",
+        "training.save_*",
+        "training.keep_checkpoints",
+        # the permission to differ
+        "training.allow_config_change",
+    }
+)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dicts and lists for JSON or YAML, secrets masked."""
+    nested: dict[str, Any] = {}
+    for key, value in _flat(asdict(config)).items():
+        *sections, name = key.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+        value = list(value) if isinstance(value, tuple) else value
+        node[name] = _MASK if key in _SECRETS and value else value
+    return nested
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that change a run's numbers and differ between two `to_dict` results, as (a's, b's).
+
+    A setting that one of them lacks counts as None there.
+    """
+    left, right = _flat(a), _flat(b)
+    return {
+        key: (left.get(key), right.get(key))
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key) and not any(matches(glob, key) for glob in _NEUTRAL)
+    }
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {prefix + name: value}
+        )
+    return flat
+
+
+# ---- composing -----------------------------------------------------------------------
+
+
+def config_dir() -> Path:
+    """The folder of `config.yaml`: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    places = (package / "configs", package.parent / "configs")
+    for place in places:
+        if (place / "config.yaml").is_file():
+            return place
+    raise UserError(f"no config.yaml in {places[0]} or {places[1]}; install the package ttt again")
+
+
+def experiments() -> tuple[str, ...]:
+    """Names for `+experiment=NAME`, sorted."""
+    return _choices("experiment")
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """What `train OVERRIDES...` starts from. Raises UserError where Hydra refuses."""
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            return hydra.compose("config", list(overrides))
+        except HydraException as error:
+            raise explain(error) from error
+
+
+def explain(error: HydraException) -> UserError:
+    """Hydra's complaint about a command line, with the closest names there are."""
+    message = str(error)
+    if isinstance(error, MissingConfigException) and "/" in (asked := error.missing_cfg_file or ""):
+        group, name = asked.split("/", 1)
+        options = _choices(group)
+        close = difflib.get_close_matches(name, options, n=3, cutoff=0.5) or options
+        return UserError(
+            f"{group}={name}: no such choice; take one that exists, such as {', '.join(close)}"
+        )
+    if found := re.match(
+        r"Multiple values for ([\w/]+)\.|([\w/]+) appears more than once", message
+    ):
+        group = found[1] or found[2]
+        return UserError(f"{group} is chosen already; write {group}=NAME, without a +")
+    if found := re.match(r"Could not override '([\w.]+)'\.\s+To append", message):
+        return UserError(
+            f"{found[1]}: no such setting; correct its name" + _did_you_mean(found[1], _LEAVES)
+        )
+    return UserError(f"{message}\n{error.__cause__}" if error.__cause__ else message)
+
+
+def _choices(group: str) -> tuple[str, ...]:
+    """Names of a config group's files, sorted."""
+    folder = config_dir() / group
+    files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    return tuple(sorted(path.with_suffix("").as_posix() for path in files))
+
+
+def _experiment_list() -> str:
+    return "\n".join(f"  {name}" for name in experiments())
+
+
+# ---- rules that the files in configs/ follow -----------------------------------------
+
+
+def narrowed_width(width: int, layers: int, suffix: int) -> int:
+    """MLP width at which `layers + suffix` MLPs cost what `layers` did, rounded up to 128."""
+    return math.ceil(width * layers / (layers + suffix) / 128) * 128
+
+
+def full_attention_rope_theta(base: float, seq_length: int) -> float:
+    """The paper's rotary base for full attention: `base` up to 8K tokens, growing beyond."""
+    growth = {8192: 1, 16384: 2, 32768: 4, 65536: 10}
+    return base * next((by for length, by in growth.items() if seq_length <= length), 20)
+
+
+def extension_batch_size(batch: int, seq_length: int, extended_length: int) -> int:
+    """Sequences of `extended_length` tokens that hold twice the tokens of a pretraining batch."""
+    return max(1, 2 * batch * seq_length // extended_length)
+
+
+def _cache_dir(name: str) -> str:
+    """A folder of this user for what can be made again."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(root, "ttt", name)
+
+
+for _resolver in (narrowed_width, full_attention_rope_theta, extension_batch_size):
+    OmegaConf.register_new_resolver(f"ttt.{_resolver.__name__}", _resolver, replace=True)
+OmegaConf.register_new_resolver("ttt.floordiv", lambda number, by: number // by, replace=True)
+OmegaConf.register_new_resolver("ttt.cache_dir", _cache_dir, replace=True)
+OmegaConf.register_new_resolver("ttt.experiments", _experiment_list, replace=True)
+OmegaConf.register_new_resolver("ttt.choices", lambda g: ", ".join(_choices(g)), replace=True)

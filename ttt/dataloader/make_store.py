@@ -1,0 +1,76 @@
+"""A new token store from one of three sources: built-in text, text files, random ids."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ttt.dataloader import text, token_store
+from ttt.dataloader.token_store import Progress
+from ttt.errors import UserError
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "builtin": {"train_tokens": None, "val_tokens": None},
+    "text": {
+        "text": None,
+        "tokenizer": "bytes",
+        "bos_token": None,
+        "val_share": 0.1,
+        "train_tokens": None,
+        "val_tokens": None,
+    },
+    "random": {"vocab_size": 258, "train_tokens": 1_000_000, "val_tokens": 100_000},
+}
+"""Source -> the options it takes. Of text, tokens are upper bounds and None is all of it."""
+
+
+def make_store(
+    root: Path | str,
+    source: str,
+    *,
+    seed: int = 0,
+    dry_run: bool = False,
+    progress: Progress = lambda done, total: None,
+    **given: Any,
+) -> str:
+    """Make the store, or with `dry_run` check all that can be checked; return what it is, in words.
+
+    `source` is a key of `DEFAULTS`, `given` its options; None stands for the default. Raises
+    `UserError` for an option that the source does not take or a value that it cannot use.
+    """
+    options = _options(source, given)
+    token_store.refuse_existing(root)
+    bounds = {name: options[name] for name in ("train_tokens", "val_tokens")}
+    if source == "random":
+        lengths = {"train": bounds["train_tokens"], "val": bounds["val_tokens"]}
+        vocab_size = options["vocab_size"]
+        if not dry_run:
+            token_store.write_random(
+                root, lengths, vocab_size=vocab_size, seed=seed, progress=progress
+            )
+        return f"random ids below {vocab_size}, {lengths['train']} train and {lengths['val']} val"
+    if source == "builtin":
+        tokenizer, corpus = text.ByteTokenizer(), text.builtin_corpus(seed=seed)
+    else:
+        tokenizer = text.load_tokenizer(options["tokenizer"], options["bos_token"])
+        corpus = text.text_corpus(options["text"], seed=seed, val_share=options["val_share"])
+    if dry_run:
+        text.check_readable(corpus, tokenizer)
+    else:
+        text.write_corpus(root, corpus, tokenizer, **bounds, progress=progress)
+    return f"{corpus.source}, from {corpus.size / 1e6:.1f} MB of text"
+
+
+def _options(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of the source with what was given; raises `UserError`."""
+    given = {name: value for name, value in given.items() if value is not None}
+    own = DEFAULTS[source]
+    if foreign := [name for name in given if name not in own]:
+        raise UserError(
+            f"{', '.join(foreign)}: not for source {source}, which takes {', '.join(own)}."
+        )
+    for name in ("train_tokens", "val_tokens", "vocab_size"):
+        if given.get(name, 1) < 1:
+            raise UserError(f"{name}={given[name]} must be at least 1.")
+    if source == "text" and not given.get("text"):
+        raise UserError("Source text needs the files: give globs (--text 'notes/**/*.txt').")
+    return {**own, **given}

@@ -1,0 +1,236 @@
+"""Token stores: one zarr v3 group on disk, one 1-D array of token ids per split.
+
+`<root>/train` and `<root>/val` hold the ids; the group's attributes say where they come from
+(`tokenizer`, `vocab_size`, `bos_token_id`, `eos_token_id`, `source`). The published stores carry no
+attributes.
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+
+from ttt.errors import UserError
+
+CHUNK_TOKENS = 1 << 16
+"""Tokens in a chunk on disk, 256 KiB before compression; a sample unpacks those it touches."""
+
+MAKE_REMEDY = (
+    "Make one with scripts/04_make_token_data.py, or fetch one with scripts/00_data_fetch.py."
+)
+
+Progress = Callable[[int, int], None]
+"""Called with the work done and all of it, in tokens or documents."""
+
+_FINGERPRINT_SPANS = 16
+_FINGERPRINT_SPAN_TOKENS = 1 << 16
+
+
+class StoreError(UserError):
+    """A token store that is absent, broken, not what was asked for, or in the way."""
+
+
+class Writer:
+    """Appends tokens to the splits of a store that is being made; see `create`."""
+
+    def __init__(self, folder: Path, attributes: Mapping[str, Any]):
+        """Start an empty store in `folder`; ids stay below `attributes["vocab_size"]`, if any."""
+        self._group = zarr.create_group(folder, attributes=dict(attributes))
+        self._id_bound = int(attributes.get("vocab_size", 1 << 31))
+        self._arrays: dict[str, zarr.Array] = {}
+        self._pending: dict[str, np.ndarray] = {}
+
+    def append(self, split: str, tokens: np.ndarray) -> None:
+        """Add a 1-D integer array; whole chunks go to disk at once, so that memory stays small.
+
+        Raises `StoreError` if an id is outside [0, vocab_size).
+        """
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise StoreError(
+                f"{split}: tokens are 1-D integers, not {tokens.dtype} {tokens.shape}."
+            )
+        if split not in self._arrays:
+            self._arrays[split] = self._group.create_array(
+                split,
+                shape=(0,),
+                chunks=(CHUNK_TOKENS,),
+                dtype="int32",
+                compressors=BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
+                # A chunk of zeros is written too, so that an absent file always means damage.
+                config={"write_empty_chunks": True},
+            )
+            self._pending[split] = np.zeros(0, np.int32)
+        if outside := ids_outside(tokens, self._id_bound):
+            raise StoreError(
+                f"{split}: token id {outside[0]} is outside [0, {self._id_bound}): "
+                "check the tokenizer and vocab_size."
+            )
+        pending = np.concatenate([self._pending[split], tokens.astype(np.int32)])
+        whole = pending.size - pending.size % CHUNK_TOKENS
+        if whole:
+            self._arrays[split].append(pending[:whole])
+        self._pending[split] = pending[whole:]
+
+    def flush(self) -> None:
+        """Write the last, partial chunks. Nothing may be appended afterwards."""
+        for split, pending in self._pending.items():
+            if pending.size:
+                self._arrays[split].append(pending)
+
+
+@contextmanager
+def create(
+    root: Path | str, *, attributes: Mapping[str, Any], files: Mapping[str, Path] | None = None
+) -> Generator[Writer]:
+    """Make a store at `root`: written beside it, renamed when the block ends without error.
+
+    `attributes` must be JSON-able; `files` (name in the store -> path) are copied in. Raises
+    `StoreError` if `root` exists: before anything is written or, if another process was faster, at
+    the end.
+    """
+    root = Path(root)
+    refuse_existing(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = root.with_name(f".{root.name}.{uuid.uuid4().hex}.partial")
+    try:
+        writer = Writer(partial, attributes)
+        for name, source in (files or {}).items():
+            shutil.copyfile(source, partial / name)
+        yield writer
+        writer.flush()
+        try:
+            partial.rename(root)
+        except OSError:
+            refuse_existing(root)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(root: Path | str) -> None:
+    """Raise `StoreError` if anything stands at `root`: a store is never overwritten."""
+    root = Path(root)
+    if root.exists():
+        raise StoreError(
+            f"{root} exists, and a token store is never overwritten: "
+            "remove it or choose another destination."
+        )
+
+
+def write(
+    root: Path | str,
+    splits: Mapping[str, np.ndarray | Iterable[np.ndarray]],
+    *,
+    attributes: Mapping[str, Any],
+) -> None:
+    """Make a store of `splits`: name -> 1-D integers, or a stream of such arrays; see `create`."""
+    with create(root, attributes=attributes) as writer:
+        for split, tokens in splits.items():
+            for part in [tokens] if isinstance(tokens, np.ndarray) else tokens:
+                writer.append(split, part)
+
+
+def write_random(
+    root: Path | str,
+    lengths: Mapping[str, int],
+    *,
+    vocab_size: int,
+    seed: int,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Make a store of uniform random ids of [0, vocab_size); `lengths`: split -> tokens, from 1."""
+    attributes = {"source": f"uniform random ids, seed {seed}", "vocab_size": vocab_size}
+    rng = np.random.default_rng(seed)
+    done, total = 0, sum(lengths.values())
+    with create(root, attributes=attributes) as writer:
+        for split, length in lengths.items():
+            for start in range(0, length, CHUNK_TOKENS):
+                count = min(CHUNK_TOKENS, length - start)
+                writer.append(split, rng.integers(0, vocab_size, count, dtype=np.int32))
+                done += count
+                progress(done, total)
+
+
+def open_split(root: Path | str, split: str, *, remedy: str = MAKE_REMEDY) -> zarr.Array:
+    """Open `<root>/<split>`, a 1-D integer array, for reading.
+
+    Raises `StoreError` if the store or the split is absent or unusable; `remedy`, the command that
+    brings the data, ends the message where the data is absent or incomplete.
+    """
+    root = Path(root)
+    present = _split_names(root, remedy)
+    if split not in present:
+        raise StoreError(f"{root} has no split {split!r}; it has {', '.join(present) or 'none'}.")
+    array = zarr.open(root / split, mode="r")
+    if not isinstance(array, zarr.Array):
+        raise StoreError(f"{root / split} is a zarr group; a split is a 1-D array of token ids.")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise StoreError(
+            f"{root / split} has shape {array.shape} and dtype {array.dtype}; "
+            "a split is 1-D and of integers."
+        )
+    if array.nchunks_initialized < array.nchunks:
+        # zarr reads an absent chunk as zeros without a word, and training would learn them.
+        raise StoreError(
+            f"{root / split} holds {array.nchunks_initialized} of its {array.nchunks} chunks, "
+            f"as after an interrupted copy; complete it. {remedy}"
+        )
+    return array
+
+
+def read_attributes(root: Path | str) -> dict[str, Any]:
+    """Return what the store says about itself; empty for the published stores."""
+    _split_names(Path(root), MAKE_REMEDY)
+    return dict(zarr.open_group(root, mode="r").attrs)
+
+
+def fingerprint(root: Path | str, split: str) -> str:
+    """Hash shape, dtype and 16 evenly spaced spans of 65536 tokens: `sha256:` and 16 hex digits.
+
+    The first and the last span are among them, and a split of up to 16 spans is hashed whole; so it
+    reads a few MB of a store of any size. It does not depend on chunks or compression, and does not
+    see a change outside the spans.
+    """
+    array = open_split(root, split)
+    digest = hashlib.sha256(f"{array.shape} {array.dtype.str}".encode())
+    last = max(0, array.shape[0] - _FINGERPRINT_SPAN_TOKENS)
+    count = min(_FINGERPRINT_SPANS, -(-array.shape[0] // _FINGERPRINT_SPAN_TOKENS))
+    for start in np.linspace(0, last, count, dtype=np.int64).tolist():
+        digest.update(np.asarray(array[start : start + _FINGERPRINT_SPAN_TOKENS]).tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def ids_outside(tokens: np.ndarray, vocab_size: int) -> tuple[int, int] | None:
+    """Return value and position of the first id outside [0, vocab_size), or None."""
+    if not tokens.size or (tokens.min() >= 0 and tokens.max() < vocab_size):
+        return None
+    position = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+    return int(tokens[position]), position
+
+
+def _split_names(root: Path, remedy: str) -> list[str]:
+    """Names of the arrays in the store at `root`; raises `StoreError` unless it is a zarr group."""
+    if not root.is_dir():
+        raise StoreError(f"No token store at {root.resolve()}. {remedy}")
+    if not _is_group(root):
+        inside = sorted(p.name for p in root.iterdir() if _is_group(p))
+        hint = f"The group seems to be {root / inside[0]}." if inside else remedy
+        raise StoreError(
+            f"{root.resolve()} is no zarr v3 group: it has no zarr.json that says so. {hint}"
+        )
+    return sorted(p.name for p in root.iterdir() if (p / "zarr.json").is_file())
+
+
+def _is_group(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "zarr.json").read_text())["node_type"] == "group"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,1 @@
+"""Disk and devices: checkpoints, run records, trackers, progress, start-up and meshes."""

@@ -1,0 +1,93 @@
+"""A line that tells how far a loop is: live in a terminal, now and then in a log file."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+_LOG_SECONDS = 10.0
+_LIVE_SECONDS = 0.1
+_WINDOW = 50
+
+
+class Progress:
+    """Progress of a loop of `total` steps, as a context manager."""
+
+    def __init__(
+        self,
+        total: int,
+        what: str,
+        *,
+        start: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Nothing is shown before the first `update`.
+
+        what: the first word of the line.
+        start: steps done before this loop (a resumed run).
+        clock: seconds.
+        """
+        self._total = total
+        self._what = what
+        self._start = start
+        self._clock = clock
+        self._console = console or Console()
+        live = self._console.is_terminal
+        self._live = Live(console=self._console, auto_refresh=False) if live else None
+        self._interval = _LIVE_SECONDS if live else _LOG_SECONDS
+        self._shown = -float("inf")
+        # (time, step, tokens so far) at the end of the last steps. Speeds are taken between two of
+        # them, so the first step, which waits for the compiler, never counts.
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW)
+
+    def __enter__(self) -> Self:
+        """Take over the terminal's last line."""
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give it back, the last state left to read."""
+        if self._live:
+            self._live.stop()
+
+    def update(self, step: int, *, loss: float | None = None, tokens: int = 0) -> None:
+        """Tell that `step` steps are done, the last with this loss and this many tokens."""
+        now = self._clock()
+        so_far = self._marks[-1][2] if self._marks else 0
+        self._marks.append((now, step, so_far + tokens))
+        if now - self._shown >= self._interval or step >= self._total:
+            self._shown = now
+            self._show(self._line(step, loss))
+
+    def _line(self, step: int, loss: float | None) -> str:
+        parts = [f"{self._what} {step:>{len(str(self._total))}}/{self._total}"]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        (then, first, before), (now, last, after) = self._marks[0], self._marks[-1]
+        if last > first and now > then:
+            if after > before:
+                parts.append(f"{(after - before) / (now - then):,.0f} tokens/s")
+            left = (self._total - step) * (now - then) / (last - first)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        if self._start:
+            parts.append(f"resumed at {self._start}")
+        return "  ".join(parts)
+
+    def _show(self, line: str) -> None:
+        if self._live:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,262 @@
+"""The run record: what ran, on what, and what came out, as files that outlive every service.
+
+    <experiments>/<exp_folder>/<exp_name>/config.yaml              settings of the last attempt
+                                          run.json                 see `RunRecord.start`
+                                          metrics.jsonl            one JSON object per step
+                                          eval/<name>-<step>.npz   arrays of an evaluation
+                                          eval/<name>-<step>.json  its summary
+
+Every line of `metrics.jsonl` has `step` (outer steps done) and the metrics of that step, usually
+`loss` (nats per token), `grad_norm` (before clipping), `lr` and `tokens_per_second`. JSON has no
+number for a diverged loss: NaN and the infinities are written as the strings "NaN", "Infinity" and
+"-Infinity", and read back as floats.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from ttt.errors import UserError
+
+_REPOSITORY = Path(__file__).parents[2]
+_PACKAGES = ("ttt", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
+_SECRET = re.compile(r".*(key|token|password)|.*secret.*", re.IGNORECASE)
+_MASK = "***"
+_NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
+
+
+class RecordError(UserError):
+    """A record on disk that cannot be read."""
+
+
+class RunRecord:
+    """The record of one run. One process of the run writes it; anyone may read it."""
+
+    def __init__(self, folder: str | Path):
+        """Bind to `folder`; nothing is read or made."""
+        self.folder = Path(folder).expanduser().absolute()
+
+    def start(
+        self,
+        config: Mapping[str, Any],
+        *,
+        devices: Sequence[str],
+        data: Mapping[str, str],
+    ) -> None:
+        """Open a new record, or reopen the one that is there for another attempt.
+
+        config: resolved settings, masked here once more.
+        devices: kinds of the accelerators, one per device.
+        data: split -> fingerprint of its tokens.
+
+        Writes `config.yaml` and `run.json`: `id` (stable over attempts), `status` (running,
+        finished, failed or interrupted) and `attempts`, each with `started` and `finished` (UTC),
+        `status`, `command`, `versions`, `git`, `hardware`, `data` and `restored`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = OmegaConf.to_yaml(OmegaConf.create(masked(config)))
+        _write(self.folder / "config.yaml", lambda file: file.write(settings.encode()))
+        run = {"id": uuid.uuid4().hex[:12], "attempts": []}
+        if self._run_json.exists():
+            run = self.run()
+            for earlier in run["attempts"]:
+                if earlier["status"] == "running":  # killed before it could say so
+                    earlier["status"] = "interrupted"
+        attempt = {
+            "started": _now(),
+            "finished": None,
+            "status": "running",
+            "command": masked_arguments(sys.argv),
+            "versions": _versions(),
+            "git": _git(),
+            "hardware": {
+                "platform": platform.platform(),
+                "cpus": os.cpu_count(),
+                "devices": list(devices),
+            },
+            "data": dict(data),
+            "restored": None,
+        }
+        run["attempts"].append(attempt)
+        self._write_run(run)
+
+    def restored(self, account: Mapping[str, Any]) -> None:
+        """Note what this attempt took from a checkpoint."""
+        self._amend({"restored": account})
+
+    def finish(self, status: str) -> None:
+        """Close this attempt as finished, failed or interrupted."""
+        self._amend({"finished": _now(), "status": status})
+
+    def run(self) -> dict[str, Any]:
+        """The content of `run.json`."""
+        return _loads(self._run_json.read_bytes(), self._run_json)
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Append a step's metrics: numbers, strings or lists of them, NumPy and JAX included."""
+        line = json.dumps(_plain({"step": step, **metrics}), allow_nan=False)
+        # Opened each time, so that what is logged is in the file when the call returns.
+        with self._metrics_jsonl.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All logged lines, in order; a last line that a crash cut off is left out."""
+        if not self._metrics_jsonl.exists():
+            return []
+        lines = self._metrics_jsonl.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        rows = [
+            _loads(line, f"{self._metrics_jsonl}, line {number}")
+            for number, line in enumerate(whole, start=1)
+        ]
+        return [{name: _number(value) for name, value in row.items()} for row in rows]
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines of later steps, and a last line that a crash cut off.
+
+        Call it whenever training starts, with the restored step (0: from scratch), so that steps
+        which are trained again are not logged twice.
+        """
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        lines = [json.dumps(_plain(row), allow_nan=False) + "\n" for row in kept]
+        _write(self._metrics_jsonl, lambda file: file.write("".join(lines).encode()))
+
+    def save_arrays(
+        self,
+        name: str,
+        step: int,
+        arrays: Mapping[str, np.ndarray],
+        summary: Mapping[str, Any],
+    ) -> Path:
+        """Write an evaluation's arrays and summary; returns the path of the arrays."""
+        folder = self.folder / "eval"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}-{step}.npz"
+        _write(path, lambda file: np.savez(file, **arrays))
+        _write_json(path.with_suffix(".json"), summary)
+        return path
+
+    @property
+    def _run_json(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
+    def _metrics_jsonl(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def _amend(self, changes: Mapping[str, Any]) -> None:
+        run = self.run()
+        run["attempts"][-1].update(changes)
+        self._write_run(run)
+
+    def _write_run(self, run: Mapping[str, Any]) -> None:
+        _write_json(self._run_json, {**run, "status": run["attempts"][-1]["status"]})
+
+
+def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which the text of every secret, told by its name, is replaced by ***.
+
+    Secret is what is named `…key`, `…token`, `…password` or `…secret…` (not `bos_token_id`).
+    """
+    return {
+        name: masked(value)
+        if isinstance(value, Mapping)
+        else _MASK
+        if _SECRET.fullmatch(name) and isinstance(value, str) and value
+        else value
+        for name, value in settings.items()
+    }
+
+
+def masked_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line without the values of secrets in `section.name=value`."""
+    shown = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        secret = _SECRET.fullmatch(name.lstrip("+~-").split(".")[-1])
+        shown.append(name + equals + _MASK if secret and value else argument)
+    return shown
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _git() -> dict[str, Any] | str:
+    """Commit and dirty flag of the checkout that this file lies in."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        ran = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+        return ran.stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's checkout.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != _REPOSITORY.resolve():
+            return "not a checkout"
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return "not a checkout"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if hasattr(value, "tolist"):  # arrays and scalars of NumPy and JAX
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _number(value: Any) -> Any:
+    """What `_plain` made of a float, as a float again."""
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return float(value) if isinstance(value, str) and value in _NOT_FINITE else value
+
+
+def _loads(text: bytes, place: Path | str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RecordError(f"{place} is not valid JSON ({error}): repair or delete it") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write beside and rename, so that readers and crashes meet the old file or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        write(file)
+    beside.replace(path)

@@ -1,11 +1,9 @@
 """Checkpoints: whole or absent, exact, and every parameter accounted for."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -202,22 +200,13 @@ def test_flat_reading_gives_host_arrays_without_the_absent_leaves(saved):
     assert flat["model.wte.weight"].dtype == jnp.bfloat16
 
 
-def published() -> Path:
-    beside = Path(__file__).parents[2] / "shared" / "golden"
-    folder = Path(os.environ.get("TTT_GOLDEN_DIR", beside)) / "published_checkpoint"
-    if not folder.is_dir():
-        pytest.skip(f"no published checkpoint at {folder}: set TTT_GOLDEN_DIR")
-    return folder
-
-
-def test_a_published_checkpoint_reads_by_name():
-    checkpoints = Checkpoints(published())
+def test_a_published_checkpoint_reads_by_name(golden):
+    checkpoints = Checkpoints(golden / "published_checkpoint")
     assert checkpoints.steps() == [7]
     flat = read_flat(checkpoints.find(), "model_weights")
-    golden = np.load(published().parent / "e2e_meta.npz")
-    expected = {
-        key.removeprefix("param."): golden[key] for key in golden.files if key.startswith("param.")
-    }
+    with np.load(golden / "e2e_meta.npz") as case:
+        names = [key for key in case.files if key.startswith("param.")]
+        expected = {key.removeprefix("param."): case[key] for key in names}
     assert flat.keys() == expected.keys()
     for name, array in flat.items():
         np.testing.assert_array_equal(array, expected[name])

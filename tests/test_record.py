@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from ttt.infra.record import RecordError, RunRecord, masked
+from ttt.infra.record import RecordError, RunRecord, masked, masked_arguments
 
 CONFIG = {
     "model": {"bos_token_id": 256, "rope_theta": 1e4},
@@ -76,6 +76,11 @@ def test_no_secret_reaches_the_disk(tmp_path, monkeypatch):
         "+x.api_token=***",
         "model.bos_token_id=3",
     ]
+
+
+def test_secrets_inside_a_dict_on_the_command_line_are_masked():
+    (shown,) = masked_arguments(["+training={lr:1,wandb_key:hush-hush,with,commas}"])
+    assert shown == "+training={lr:1,wandb_key:***}"
 
 
 def test_masking_goes_by_name_and_leaves_numbers_and_empty_values():

@@ -150,4 +150,4 @@ def test_a_terminal_shows_one_line_that_ends_in_the_last_state():
     text = run(console, [1.0] * 5, total=5)
     assert "loss 1.0000" in text
     assert text.count("\n") == 1
-    assert "training 5/5" in text.splitlines()[0]
+    assert "training 5/5" in text.split("\n")[0]

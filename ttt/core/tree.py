@@ -21,6 +21,18 @@ def with_leaves(tree: PyTree, leaves: dict[str, Array]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)])
 
 
+def nested(leaves: dict[str, Array]) -> dict:
+    """Dotted names as a dict of dicts, whose `named_leaves` they are."""
+    root: dict = {}
+    for name, leaf in leaves.items():
+        *sections, last = name.split(".")
+        node = root
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = leaf
+    return root
+
+
 def select(tree: PyTree, globs: Sequence[str]) -> PyTree[bool]:
     """A tree of booleans: whether any of the dotted globs matches the leaf's name."""
     chosen = [any(matches(glob, name) for glob in globs) for name in named_leaves(tree)]

@@ -30,6 +30,8 @@ from ttt.globs import matches
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 _JSON_FILES = {"train_ds_iter": "global_batch_progress.json", "manifest": "manifest.json"}
 
+type AnyArray = np.ndarray | jax.Array
+
 
 class CheckpointError(UserError):
     """No such run, step or item, or one that does not fit what was asked for."""
@@ -38,8 +40,11 @@ class CheckpointError(UserError):
 class ShapeDtype(Protocol):
     """What a target needs to tell: an array, or `jax.ShapeDtypeStruct`."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> np.dtype: ...  # noqa: D102
 
 
 def run_folder(root: str | Path, exp_folder: str, exp_name: str) -> Path:
@@ -113,7 +118,7 @@ class Checkpoints:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         self._delete_leftovers()
-        ocp.save_checkpointables(self.folder / str(step), items)
+        ocp.save_checkpointables(str(self.folder / str(step)), items)
         self._delete_old()
 
     def restore(self, step: int, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -151,10 +156,11 @@ class Checkpoints:
 
 def read_flat(step_dir: str | Path, item: str) -> dict[str, np.ndarray]:
     """An array item as dotted name -> array in host memory, as stored; absent leaves left out."""
-    step_dir = _item_folder(step_dir, item).parent
-    stored = ocp.metadata(step_dir, item).metadata
+    path = str(_item_folder(step_dir, item).parent)
+    stored = ocp.metadata(path, item).metadata
     on_host = jax.tree.map(lambda leaf: _OnHost(tuple(leaf.shape), leaf.dtype), stored)
-    return named_leaves(ocp.load(step_dir, on_host, checkpointable_name=item))
+    loaded = named_leaves(ocp.load(path, on_host, checkpointable_name=item))
+    return {name: np.asarray(array) for name, array in loaded.items()}
 
 
 def read_json(step_dir: str | Path, item: str) -> dict[str, Any]:
@@ -187,12 +193,12 @@ class RestoreAccount:
         return "\n".join([f"restored {len(self.restored)} of {total} parameters", *lines])
 
 
-def account[Array: (np.ndarray, jax.Array)](
+def account(
     target: Mapping[str, ShapeDtype],
-    source: Mapping[str, Array],
+    source: Mapping[str, AnyArray],
     *,
     may_initialise: Sequence[str] = (),
-) -> tuple[dict[str, Array], RestoreAccount]:
+) -> tuple[dict[str, AnyArray], RestoreAccount]:
     """Take every parameter of `target` from `source`, in the target's dtype, and account for it.
 
     may_initialise: dotted globs of parameters that may be missing from the source; they are left
@@ -201,7 +207,7 @@ def account[Array: (np.ndarray, jax.Array)](
     be, or one whose shape differs or whose dtype is of another kind, allowed or not.
     """
     faults = []
-    restored: dict[str, Array] = {}
+    restored: dict[str, AnyArray] = {}
     initialised = []
     for name, wanted in target.items():
         if name in source:
@@ -271,7 +277,7 @@ def _item_folder(step_dir: str | Path, item: str) -> Path:
 def _savable(tree: PyTree) -> PyTree:
     """Scalars as arrays: Orbax refuses NumPy's, and would give Python's back without a dtype."""
 
-    def array(leaf: Any) -> jax.Array | np.ndarray:
+    def array(leaf: Any) -> AnyArray:
         return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
     tree = jax.tree.map(array, tree)
@@ -283,8 +289,8 @@ def _savable(tree: PyTree) -> PyTree:
 
 
 def _restore_item(step_dir: Path, item: str, like: PyTree) -> PyTree:
-    _item_folder(step_dir, item)
-    stored = ocp.metadata(step_dir, item).metadata
+    path = str(_item_folder(step_dir, item).parent)
+    stored = ocp.metadata(path, item).metadata
     wanted, there = named_leaves(like), named_leaves(stored)
     faults = [f"{name}: not in the checkpoint" for name in wanted if name not in there]
     faults += [f"{name}: not asked for" for name in there if name not in wanted]
@@ -297,7 +303,7 @@ def _restore_item(step_dir: Path, item: str, like: PyTree) -> PyTree:
     # Asked for in the stored structure, so that only names have to agree: a NamedTuple is stored as
     # a dict, and trees may differ in where they hold None.
     abstract = with_leaves(stored, {name: _abstract(leaf) for name, leaf in wanted.items()})
-    return with_leaves(like, named_leaves(ocp.load(step_dir, abstract, checkpointable_name=item)))
+    return with_leaves(like, named_leaves(ocp.load(path, abstract, checkpointable_name=item)))
 
 
 def _abstract(leaf: ShapeDtype) -> Any:

@@ -34,6 +34,7 @@ from ttt.errors import UserError
 _REPOSITORY = Path(__file__).parents[2]
 _PACKAGES = ("ttt", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
 _SECRET = re.compile(r".*(key|token|password)|.*secret.*", re.IGNORECASE)
+_SECRET_ARGUMENT = re.compile(r"((?:key|token|password|secret\w*)\s*[=:])[^}]+", re.IGNORECASE)
 _MASK = "***"
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 
@@ -69,7 +70,7 @@ class RunRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = OmegaConf.to_yaml(OmegaConf.create(masked(config)))
         _write(self.folder / "config.yaml", lambda file: file.write(settings.encode()))
-        run = {"id": uuid.uuid4().hex[:12], "attempts": []}
+        run: dict[str, Any] = {"id": uuid.uuid4().hex[:12], "attempts": []}
         if self._run_json.exists():
             run = self.run()
             for earlier in run["attempts"]:
@@ -145,7 +146,7 @@ class RunRecord:
         folder = self.folder / "eval"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}-{step}.npz"
-        _write(path, lambda file: np.savez(file, **arrays))
+        _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
         _write_json(path.with_suffix(".json"), summary)
         return path
 
@@ -182,13 +183,8 @@ def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def masked_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line without the values of secrets in `section.name=value`."""
-    shown = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        secret = _SECRET.fullmatch(name.lstrip("+~-").split(".")[-1])
-        shown.append(name + equals + _MASK if secret and value else argument)
-    return shown
+    """The command line without the values of secrets, `a.my_key=…` or `a={my_key:…}`."""
+    return [_SECRET_ARGUMENT.sub(rf"\1{_MASK}", argument) for argument in arguments]
 
 
 def _versions() -> dict[str, str]:

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from ttt.config import Config, TrainingConfig
 from ttt.core import tree
 from ttt.core.batch import Batch
 from ttt.core.scan import mean_over
+from ttt.infra.mesh import check_divides, shard_batch
 from ttt.model.inner_loop import InnerRule, warmup_scale
 from ttt.model.transformer import Learning, MetaModel, SequenceLoss
 from ttt.optimizers import make_optimizer, make_schedule
@@ -125,25 +127,29 @@ class Scores(NamedTuple):
 
 
 class Evaluator:
-    """Scores batches with full inner rate, or without learning."""
+    """Scores batches with full inner rate, or without learning. Every process passes the same batch."""
 
-    def __init__(self, training: TrainingConfig):
-        self.batch_size = training.eval_batch_size
+    def __init__(self, training: TrainingConfig, mesh: Mesh):
+        self._batch_size = training.eval_batch_size
+        self._mesh = mesh
+        check_divides(mesh, training.eval_batch_size)
 
         # The inner rate is an argument, so that learning on and off are one compiled program.
         def score(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
             losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(batch)
             return losses.loss, losses.token_nll
 
-        self._score = jax.jit(score)
+        self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, model: MetaModel, batch: Batch, *, learn: bool = True) -> Scores:
         """Scores of a batch [b, T] of at most `eval_batch_size` sequences."""
         sequences = len(batch.inputs)
-        missing = self.batch_size - sequences
-        padded = jax.tree.map(
-            lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]), batch
+        missing = self._batch_size - sequences
+        share = self._batch_size // jax.process_count()
+        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        part = jax.tree.map(
+            lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])[mine], batch
         )
-        loss, nll = self._score(model, padded, jnp.float32(learn))
+        loss, nll = self._score(model, shard_batch(self._mesh, part), jnp.float32(learn))
         loss, nll = np.asarray(loss)[:sequences], np.asarray(nll)[:sequences]
         return Scores(loss, nll, np.asarray(batch.loss_mask, np.float32))

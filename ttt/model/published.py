@@ -8,10 +8,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
-from ttt.core.tree import named_leaves, with_leaves
+from ttt.core.tree import named_leaves, nested, with_leaves
+from ttt.model.transformer import MetaModel
+
+NEW_IN_META = ("language_model.model.h.prime_storage.**",)
+"""Published names that a parent without prime MLPs cannot have."""
 
 _STACKS = "language_model.model.h."
 _PRIME = ("feed_forward_prime", "ffn_prime_norm", "ffn_prime_post_norm")
@@ -41,6 +44,27 @@ def from_published(like: PyTree, published: Mapping[str, Array]) -> PyTree:
             array = array[: leaf.shape[0]]
         taken[name] = array
     return with_leaves(like, taken)
+
+
+def to_stored(tree: PyTree) -> PyTree:
+    """Any tree as it lies on disk: model-shaped parts become nested dicts of published names."""
+    return jax.tree.map(
+        lambda part: nested(to_published(part)) if _is_model(part) else part, tree, is_leaf=_is_model
+    )
+
+
+def from_stored(like: PyTree, stored: PyTree) -> PyTree:
+    """The inverse of `to_stored`; `like` gives the structure and may hold shapes instead of arrays."""
+    return jax.tree.map(
+        lambda part, found: from_published(part, named_leaves(found)) if _is_model(part) else found,
+        like,
+        stored,
+        is_leaf=_is_model,
+    )
+
+
+def _is_model(tree: PyTree) -> bool:
+    return isinstance(tree, MetaModel)
 
 
 def published_name(name: str) -> str:

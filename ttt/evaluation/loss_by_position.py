@@ -1,0 +1,164 @@
+"""Held-out loss by token position, with and without learning while reading: numbers, table, picture."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float, Int
+from rich.table import Table
+
+from ttt.core.batch import Batch
+from ttt.model.loop import Evaluator
+from ttt.model.transformer import MetaModel
+
+# Of a CVD-safe palette (Okabe and Ito); the same curve has the same colour in every picture.
+COLOURS = {"learning": "#0072B2", "still": "#D55E00"}
+LABELS = {"learning": "learning while reading", "still": "not learning (inner rate 0)"}
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Loss by position, summed over sequences."""
+
+    nll: Float[np.ndarray, " T"]
+    """Sum of −log p over the sequences whose target counts there, in nats."""
+    count: Float[np.ndarray, " T"]
+    """How many those are."""
+    sequence_loss: Float[np.ndarray, " N"]
+    """Loss of each sequence as in training: the mean over its chunks."""
+
+    @classmethod
+    def measure(
+        cls,
+        evaluator: Evaluator,
+        model: MetaModel,
+        batches: Iterable[Batch],
+        *,
+        learn: bool,
+        told: Callable[[int, float], None] = lambda batch, loss: None,
+    ) -> Self:
+        """Score all batches; `told(batches done, mean loss so far)` hears of the progress."""
+        nll = count = np.zeros(())
+        losses: list[float] = []
+        for done, batch in enumerate(batches, start=1):
+            scores = evaluator(model, batch, learn=learn)
+            nll = nll + np.sum(scores.token_nll * scores.loss_mask, axis=0, dtype=np.float64)
+            count = count + np.sum(scores.loss_mask, axis=0, dtype=np.float64)
+            losses += scores.loss.tolist()
+            told(done, float(np.mean(losses)))
+        return cls(nll, count, np.asarray(losses))
+
+    @property
+    def loss(self) -> float:
+        """Mean over sequences, in nats per token: the loss of training."""
+        return float(np.mean(self.sequence_loss))
+
+    def in_bins(self, bins: int) -> Float[np.ndarray, " bins"]:
+        """Mean over all counted tokens of each of `bins` equal stretches of the sequence."""
+        nll, count = (np.add.reduceat(x, self._edges(bins)[:-1]) for x in (self.nll, self.count))
+        return nll / np.maximum(count, 1)
+
+    def _edges(self, bins: int) -> Int[np.ndarray, " bins+1"]:
+        return np.linspace(0, len(self.nll), bins + 1).astype(int)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same sequences read by the same weights, learning and not; `still` None: nothing learns."""
+
+    learning: PositionLoss
+    still: PositionLoss | None
+    window: int
+    """Tokens that attention sees at once."""
+
+    def gains(self, bins: int) -> Float[np.ndarray, " bins"] | None:
+        """By how much learning lowers the loss in each bin."""
+        if self.still is None:
+            return None
+        return self.still.in_bins(bins) - self.learning.in_bins(bins)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything, for the run record: `<learning|still>_<field>`."""
+        return {
+            f"{name}_{field}": value
+            for name, part in self._parts().items()
+            for field, value in vars(part).items()
+        }
+
+    def summary(self, bins: int = 8) -> dict[str, object]:
+        """The figures that a report quotes."""
+        figures: dict[str, object] = {
+            "sequences": len(self.learning.sequence_loss),
+            "seq_length": len(self.learning.nll),
+            "window": self.window,
+            "loss": self.learning.loss,
+            "loss_by_bin": self.learning.in_bins(bins).tolist(),
+        }
+        if self.still is not None:
+            figures["loss_without_learning"] = self.still.loss
+            figures["loss_by_bin_without_learning"] = self.still.in_bins(bins).tolist()
+            figures["gain_last_half"] = float(np.mean(self.gains(2)[1]))
+        return figures
+
+    def table(self, bins: int = 8) -> Table:
+        """The loss by position, for a terminal."""
+        size = len(self.learning.nll) // bins
+        sequences = len(self.learning.sequence_loss)
+        table = Table(title=f"held-out loss by token position, {sequences} sequences (nats per token)")
+        table.add_column("position", justify="right")
+        for name in self._parts():
+            table.add_column(LABELS[name] if self.still is not None else "loss", justify="right")
+        rows = [part.in_bins(bins) for part in self._parts().values()]
+        gains = self.gains(bins)
+        if gains is not None:
+            table.add_column("gain", justify="right")
+            rows.append(gains)
+        for i, values in enumerate(zip(*rows, strict=True)):
+            span = f"{i * size} - {(i + 1) * size - 1}"
+            table.add_row(span, *(f"{value:.3f}" for value in values))
+        return table
+
+    def draw(self, path: Path, *, title: str, points: int) -> None:
+        """Save the picture; each curve is the mean over each of `points` stretches."""
+        import matplotlib  # costs a second, and most imports of this module do without
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot as plt
+
+        length = len(self.learning.nll)
+        middles = (np.arange(points) + 0.5) * length / points
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for name, part in self._parts().items():
+            label = LABELS[name] if self.still is not None else None
+            axes.plot(middles, part.in_bins(points), "o-", ms=4, color=COLOURS[name], label=label)
+        if self.still is not None:
+            pair = [part.in_bins(points) for part in self._parts().values()]
+            axes.fill_between(middles, *pair, color=COLOURS["learning"], alpha=0.12, lw=0)
+            gain = self.gains(2)[1]
+            axes.set_title(
+                f"learning lowers the last half by {gain:.3f} nats", fontsize=9, loc="right"
+            )
+            axes.legend(frameon=False)
+        if self.window < length:
+            axes.axvline(self.window, color="0.6", lw=1, ls="--")
+            axes.annotate(
+                " attention window",
+                (self.window, 0.02),
+                xycoords=("data", "axes fraction"),
+                color="0.4",
+                fontsize=8,
+            )
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("token position")
+        axes.set_ylabel("held-out loss (nats per token)")
+        axes.set_xlim(0, length)
+        axes.spines[["top", "right"]].set_visible(False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+    def _parts(self) -> dict[str, PositionLoss]:
+        parts = {"learning": self.learning, "still": self.still}
+        return {name: part for name, part in parts.items() if part is not None}

@@ -81,7 +81,6 @@ TRAINING = TrainingConfig(
     resume_exp_name="",
     resume_step=-1,
     allow_config_change=False,
-    log_every_steps=1,
     log_wandb=False,
     wandb_entity="",
     wandb_project="",

@@ -238,7 +238,6 @@ def test_differences_are_those_that_change_the_numbers():
     before = to_dict(resolve(composed(E2E)))
     neutral = {
         "training.exp_folder": "other",
-        "training.log_every_steps": 3,
         "training.save_every_steps": 7,
         "training.eval_batches": 2,
         "training.keep_checkpoints": 9,

@@ -52,7 +52,10 @@ def test_derivatives_through_the_steps_are_those_of_the_closed_form(group):
     start, rate, eps = np.array([0.3, -0.2, 0.5]), 0.3, 1e-6
     by_w, by_rate = jax.grad(total, argnums=(0, 1))(jnp.array(start), rate)
     for i, direction in enumerate(np.eye(3)):
-        up, down = closed_form(start + eps * direction, rate), closed_form(start - eps * direction, rate)
+        up, down = (
+            closed_form(start + eps * direction, rate),
+            closed_form(start - eps * direction, rate),
+        )
         np.testing.assert_allclose(by_w[i], (up[0].sum() - down[0].sum()) / (2 * eps), rtol=1e-4)
     up, down = closed_form(start, rate + eps), closed_form(start, rate - eps)
     np.testing.assert_allclose(by_rate, (up[0].sum() - down[0].sum()) / (2 * eps), rtol=1e-4)
@@ -108,7 +111,9 @@ def test_a_scan_in_groups_is_a_scan(group):
         return carry + jnp.sum(ys**2)
 
     plain = jax.value_and_grad(lambda c: total(lambda c: jax.lax.scan(step, c, xs), c))(0.4)
-    grouped = jax.value_and_grad(lambda c: total(lambda c: scan_in_groups(step, c, xs, group), c))(0.4)
+    grouped = jax.value_and_grad(lambda c: total(lambda c: scan_in_groups(step, c, xs, group), c))(
+        0.4
+    )
     np.testing.assert_allclose(grouped, plain, rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The network and its losses against the NumPy oracle, finite differences, and themselves in other forms."""
+"""The network and its losses against the NumPy oracle and finite differences."""
 
 from dataclasses import asdict, replace
 
@@ -58,9 +58,10 @@ def make_model(config, seed=0):
         model = MetaModel(config, key=jax.random.key(seed))
         noise = jax.random.normal(jax.random.key(seed + 1), (64,))
         leaves = {
-            name: leaf * (1 + 0.3 * noise[: leaf.shape[-1]]).astype(leaf.dtype).reshape(
-                (1,) * (leaf.ndim - 1) + (-1,)
-            )
+            name: leaf
+            * (1 + 0.3 * noise[: leaf.shape[-1]])
+            .astype(leaf.dtype)
+            .reshape((1,) * (leaf.ndim - 1) + (-1,))
             if "norm" in name or "ln_f" in name
             else leaf
             for name, leaf in named_leaves(model).items()
@@ -105,7 +106,9 @@ def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64,
     draw = np.random.default_rng(0)
     direction = {name: draw.normal(size=x.shape) for name, x in params.items()}
     slope = oracle.directional_derivative(
-        lambda p: oracle.sequence_loss(p, asdict(config), asdict(training), tokens, step=None)[0].mean(),
+        lambda p: oracle.sequence_loss(p, asdict(config), asdict(training), tokens, step=None)[
+            0
+        ].mean(),
         params,
         direction,
         1e-6,
@@ -139,9 +142,11 @@ def test_rematerialisation_changes_no_gradient(other):
 def test_no_loss_depends_on_a_later_token_at_chunk_borders_and_between():
     model, tokens = make_model(MODEL), random_tokens(33)
     nll = jax.jit(
-        lambda tokens: loop.sequence_loss(
-            model, from_tokens(tokens, MODEL.bos_token_id), TRAINING, 1.0
-        ).token_nll
+        lambda tokens: (
+            loop.sequence_loss(
+                model, from_tokens(tokens, MODEL.bos_token_id), TRAINING, 1.0
+            ).token_nll
+        )
     )
     before = nll(tokens)
     for changed in (7, 8, 9, 12, 16, 31):
@@ -173,7 +178,9 @@ def test_learning_reaches_beyond_the_window_and_rate_zero_does_not():
 def test_rate_zero_is_the_plain_loss_of_the_same_network():
     model, batch = make_model(MODEL), sequence(MODEL)
     np.testing.assert_allclose(
-        score(model, batch, TRAINING, 0.0).token_nll, score(model, batch, PLAIN).token_nll, rtol=1e-4
+        score(model, batch, TRAINING, 0.0).token_nll,
+        score(model, batch, PLAIN).token_nll,
+        rtol=1e-4,
     )
 
 

@@ -76,7 +76,9 @@ def test_token_nll_in_blocks_equals_the_whole_in_value_and_gradient():
     hidden, head, targets = draw(6, 4), draw(4, 9, seed=1), jnp.array([0, 8, 3, 3, 1, 5])
 
     def of(nll):
-        return jax.value_and_grad(lambda h, w: jnp.sum(nll(h, w) ** 2), argnums=(0, 1))(hidden, head)
+        return jax.value_and_grad(lambda h, w: jnp.sum(nll(h, w) ** 2), argnums=(0, 1))(
+            hidden, head
+        )
 
     whole = of(lambda h, w: cross_entropy.token_nll(h, w, targets))
     blocks = of(lambda h, w: cross_entropy.token_nll_in_blocks(h, w, targets, 2))

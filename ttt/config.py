@@ -210,7 +210,6 @@ class TrainingConfig:
     """-1: the latest."""
     allow_config_change: bool
     """Continue this run's own checkpoint though settings that change its numbers differ."""
-    log_every_steps: Count
     log_wandb: bool
     wandb_entity: str
     wandb_project: str

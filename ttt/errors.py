@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A user's mistake: the message gives the value, the rule and the remedy; commands exit with 2."""
+    """A user's mistake: the message gives value, rule and remedy; commands exit with 2."""

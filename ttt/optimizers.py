@@ -1,4 +1,4 @@
-"""The outer optimizer (METHOD: the outer step) from its configuration."""
+"""The outer optimizer (METHOD.md section 4) from its configuration."""
 
 import jax
 import jax.numpy as jnp

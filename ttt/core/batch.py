@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 
 def from_tokens(tokens: Int[np.ndarray, "*lead tokens"], bos_token_id: int) -> Batch:
-    """Cut T+1 tokens into T inputs and T targets, int32; targets equal to `bos_token_id` do not count."""
+    """Cut T+1 tokens into T inputs and T targets; targets equal to `bos_token_id` do not count."""
     tokens = tokens.astype(np.int32)
     targets = tokens[..., 1:]
     return Batch(tokens[..., :-1], targets, targets != bos_token_id)

@@ -1,7 +1,8 @@
 """Three dtypes and the borders where they change.
 
-Parameters are stored in `param`, matrix products run in `compute` (weights are cast where they are used), fast weights
-and the test-time step live in `state`. Statistics, softmax and losses take at least float32, whatever the inputs.
+Parameters are stored in `param`, matrix products run in `compute` (weights are cast where they are
+used), fast weights and the test-time step live in `state`. Statistics, softmax and losses take at
+least float32, whatever the inputs.
 """
 
 from dataclasses import dataclass

@@ -10,8 +10,9 @@ from jaxtyping import PyTree
 def scan_in_groups(step: Callable, carry: PyTree, xs: PyTree, group: int) -> tuple[PyTree, PyTree]:
     """`jax.lax.scan(step, carry, xs)` that keeps one carry per `group` steps for the backward pass.
 
-    Nothing else of a step is kept: its inside is recomputed, one step at a time. With `group` above 1 the carries
-    inside a group are recomputed first, which costs one more forward pass and saves `group - 1` of `group` carries.
+    Nothing else of a step is kept: its inside is recomputed, one step at a time. With `group` above
+    1 the carries inside a group are recomputed first, which costs one more forward pass and saves
+    `group - 1` of `group` carries.
     """
     step = jax.checkpoint(step, prevent_cse=False)
     steps = jax.tree.leaves(xs)[0].shape[0]

@@ -18,7 +18,9 @@ def named_leaves(tree: PyTree) -> dict[str, Array]:
 
 def with_leaves(tree: PyTree, leaves: dict[str, Array]) -> PyTree:
     """The same tree with its leaves taken from `leaves`, which must name all of them."""
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)])
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
+    )
 
 
 def nested(leaves: dict[str, Array]) -> dict:

@@ -1,4 +1,4 @@
-"""Held-out loss by token position, with and without learning while reading: numbers, table, picture."""
+"""Held-out loss by token position, learning while reading or not: numbers, table, picture."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same sequences read by the same weights, learning and not; `still` None: nothing learns."""
+    """The same sequences and weights, learning and not; `still` is None where nothing learns."""
 
     learning: PositionLoss
     still: PositionLoss | None
@@ -106,7 +106,9 @@ class Comparison:
         """The loss by position, for a terminal."""
         size = len(self.learning.nll) // bins
         sequences = len(self.learning.sequence_loss)
-        table = Table(title=f"held-out loss by token position, {sequences} sequences (nats per token)")
+        table = Table(
+            title=f"held-out loss by token position, {sequences} sequences (nats per token)"
+        )
         table.add_column("position", justify="right")
         for name in self._parts():
             table.add_column(LABELS[name] if self.still is not None else "loss", justify="right")

@@ -16,7 +16,7 @@ from ttt.ops.rotary import rotate
 
 
 class KeyValueCache(NamedTuple):
-    """Keys (after QK-norm, before rotation) and values of the latest W positions, the newest last."""
+    """Keys (after QK-norm, before rotation) and values of the last W positions, newest last."""
 
     keys: Float[Array, "W H K"]
     values: Float[Array, "W H K"]
@@ -75,8 +75,9 @@ class Attention(AbstractMixer):
     ) -> tuple[KeyValueCache, Float[Array, "C D"]]:
         """The next C tokens against the cache and themselves.
 
-        Without a window the cache holds the whole context, so the one rule serves both: see the last W positions.
-        Positions are counted from the cache's first slot, which only differences of positions can notice.
+        Without a window the cache holds the whole context, so the one rule serves both: see the
+        last W positions. Positions are counted from the cache's first slot, which only differences
+        of positions can notice.
         """
         cached, new = state.keys.shape[0], x.shape[0]
         q, k, v = self._project(x)

@@ -1,7 +1,8 @@
 """Test-time training as pure functions, generic in the loss.
 
-A loss takes (fast weights, carry, chunk) and gives (loss, (carry, aux)). The carry goes from chunk to chunk (caches),
-the chunk is what is read now. The gradient of a step is that of the fast weights alone: carry and chunk are inputs.
+A loss takes (fast weights, carry, chunk) and gives (loss, (carry, aux)). The carry goes from chunk
+to chunk (caches), the chunk is what is read now. The gradient of a step is that of the fast weights
+alone: carry and chunk are inputs.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Reading(NamedTuple):
 def warmup_scale(
     step: Float[Array, ""] | int, *, rate: float, initial: float, warmup_steps: int
 ) -> Float[Array, ""]:
-    """m(s): the share of the inner rate at outer step s, from initial/rate to 1 over `warmup_steps` steps."""
+    """m(s): the share of the inner rate at outer step s, rising to 1 over `warmup_steps`."""
     if warmup_steps == 0 or rate == 0:
         return jnp.ones(())
     progress = jnp.minimum(1.0, (step + 1) / warmup_steps)
@@ -78,8 +79,8 @@ def read(
 ) -> Reading:
     """Read N chunks (leading axis of `chunks`), learning from each after it has been scored.
 
-    The derivative is exact, in second order, through all steps and carries; the backward pass stores fast weights and
-    carry once per `group` chunks and recomputes the rest.
+    The derivative is exact, in second order, through all steps and carries; the backward pass
+    stores fast weights and carry once per `group` chunks and recomputes the rest.
     """
 
     def step(state: tuple[PyTree, PyTree], chunk: PyTree) -> tuple[tuple[PyTree, PyTree], PyTree]:

@@ -1,4 +1,4 @@
-"""Layers with published names; weights are [in, out], stored in one dtype and cast to their input's where used."""
+"""Layers with published names; weights are [in, out], cast to their input's dtype where used."""
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from ttt.core.precision import at_least_float32
 def normal(
     key: PRNGKeyArray, shape: tuple[int, ...], scale: float, dtype: jnp.dtype
 ) -> Float[Array, "*shape"]:
-    """Draws from N(0, scale²); in float32 first, so that a seed gives the same weights in every dtype."""
+    """Draws from N(0, scale²), in float32 first: a seed means the same weights in every dtype."""
     return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
@@ -35,9 +35,7 @@ class Embedding(eqx.Module):
 
     weight: Float[Array, "V D"]
 
-    def __init__(
-        self, rows: int, width: int, *, scale: float, dtype: jnp.dtype, key: PRNGKeyArray
-    ):
+    def __init__(self, rows: int, width: int, *, scale: float, dtype: jnp.dtype, key: PRNGKeyArray):
         self.weight = normal(key, (rows, width), scale, dtype)
 
     def __call__(self, ids: Int[Array, " T"], dtype: jnp.dtype) -> Float[Array, "T D"]:
@@ -46,7 +44,7 @@ class Embedding(eqx.Module):
 
 
 class RMSNorm(eqx.Module):
-    """gain · x · rsqrt(mean(x²) + eps) over the last axis, in at least float32, cast back to the input's dtype."""
+    """gain · x · rsqrt(mean(x²) + eps) over the last axis, computed in at least float32."""
 
     weight: Float[Array, " D"]
     eps: float = eqx.field(static=True)

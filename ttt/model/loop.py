@@ -1,4 +1,4 @@
-"""The outer loop: one training step over a batch, and evaluation of a batch. Arrays in, arrays out."""
+"""The outer loop: one training step over a batch, and the evaluation of a batch."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -90,7 +90,9 @@ def make_train_step(
 
         def batch_loss(trained: MetaModel, batch: Batch) -> tuple[Float[Array, ""], SequenceLoss]:
             model = eqx.combine(trained, frozen)
-            losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(batch)
+            losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(
+                batch
+            )
             return jnp.mean(losses.loss), jax.tree.map(lambda x: jnp.mean(x, axis=0), losses)
 
         (_, losses), gradient = mean_over(
@@ -127,7 +129,7 @@ class Scores(NamedTuple):
 
 
 class Evaluator:
-    """Scores batches with full inner rate, or without learning. Every process passes the same batch."""
+    """Scores batches, learning or not. Every process passes the same batch."""
 
     def __init__(self, training: TrainingConfig, mesh: Mesh):
         self._batch_size = training.eval_batch_size
@@ -136,7 +138,9 @@ class Evaluator:
 
         # The inner rate is an argument, so that learning on and off are one compiled program.
         def score(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
-            losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(batch)
+            losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(
+                batch
+            )
             return losses.loss, losses.token_nll
 
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))

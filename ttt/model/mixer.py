@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, PyTree
 class AbstractMixer(eqx.Module):
     """Mixes the tokens of one sequence, whole or piece by piece: the two agree.
 
-    `state, y = step(state, x)` over consecutive pieces of a sequence, from `init_state`, gives the pieces of
-    `__call__` on the whole. The state is a named pytree; nothing is hidden.
+    `state, y = step(state, x)` over consecutive pieces of a sequence, from `init_state`, gives the
+    pieces of `__call__` on the whole. The state is a named pytree; nothing is hidden.
     """
 
     @abstractmethod

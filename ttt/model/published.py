@@ -1,7 +1,7 @@
 """Our tree <-> the published parameter names (METHOD.md section 1), the one layout on disk.
 
-In memory prefix and suffix are two stacks; on disk all blocks are one stack, prefix first, and what the suffix alone
-has (prime MLPs and their norms) stands in `prime_storage`.
+In memory prefix and suffix are two stacks; on disk all blocks are one stack, prefix first, and what
+the suffix alone has (prime MLPs and their norms) stands in `prime_storage`.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def to_published(tree: PyTree) -> dict[str, Array]:
 
 
 def from_published(like: PyTree, published: Mapping[str, Array]) -> PyTree:
-    """The tree of `like`'s structure with the arrays of `to_published`; `like` may hold shapes instead of arrays."""
+    """The inverse of `to_published`; `like` gives the structure, and may hold shapes alone."""
     leaves = named_leaves(like)
     taken = {}
     for name, leaf in leaves.items():
@@ -49,12 +49,14 @@ def from_published(like: PyTree, published: Mapping[str, Array]) -> PyTree:
 def to_stored(tree: PyTree) -> PyTree:
     """Any tree as it lies on disk: model-shaped parts become nested dicts of published names."""
     return jax.tree.map(
-        lambda part: nested(to_published(part)) if _is_model(part) else part, tree, is_leaf=_is_model
+        lambda part: nested(to_published(part)) if _is_model(part) else part,
+        tree,
+        is_leaf=_is_model,
     )
 
 
 def from_stored(like: PyTree, stored: PyTree) -> PyTree:
-    """The inverse of `to_stored`; `like` gives the structure and may hold shapes instead of arrays."""
+    """The inverse of `to_stored`; `like` gives the structure, and may hold shapes alone."""
     return jax.tree.map(
         lambda part, found: from_published(part, named_leaves(found)) if _is_model(part) else found,
         like,
@@ -68,7 +70,7 @@ def _is_model(tree: PyTree) -> bool:
 
 
 def published_name(name: str) -> str:
-    """The published name of a leaf: `….suffix_blocks.feed_forward_prime.w1.weight` -> `….prime_storage.…`."""
+    """The published name of a leaf: `….suffix_blocks.ffn_norm.weight` -> `….blocks.…`."""
     if not name.startswith(_STACKS):
         return name
     field = name.removeprefix(_STACKS).split(".", 1)[1]

@@ -1,4 +1,4 @@
-"""The network: blocks, two stacks, the language model, and its loss over one sequence, plain or while learning."""
+"""The network: blocks, two stacks, the language model, and its loss, plain or while learning."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -76,7 +76,7 @@ def _apply(norm: RMSNorm | None, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
 
 
 class Stacks(eqx.Module):
-    """Blocks of one kind stand stacked on a leading axis and are scanned, so depth costs no compile time."""
+    """Two stacks of blocks, scanned over a leading axis, so that depth costs no compile time."""
 
     prefix_blocks: Block | None
     suffix_blocks: Block | None
@@ -192,7 +192,7 @@ class MetaModel(eqx.Module):
         return run_blocks(stacks.prefix_blocks, x, self.config.remat_prefix)
 
     def fast_weights(self, spec_inner: Sequence[str]) -> tuple["MetaModel", "MetaModel"]:
-        """(fast, slow): the model parted by the globs of `spec_inner`, fast weights in the state dtype.
+        """(fast, slow): the model parted by `spec_inner`, the fast weights in the state dtype.
 
         Only what is computed chunk by chunk can be fast: suffix blocks, final norm, own head.
         """
@@ -203,14 +203,15 @@ class MetaModel(eqx.Module):
         if not chosen or early:
             found = f"it matches {', '.join(early)}" if early else "it matches no parameter"
             raise UserError(
-                f"training.spec_inner={list(spec_inner)}: {found}; fast weights are parameters of the suffix blocks, "
-                "ln_f or lm_head. The prime MLPs are 'language_model.**.suffix_blocks.feed_forward_prime.**'."
+                f"training.spec_inner={list(spec_inner)}: {found}; fast weights are parameters of "
+                "the suffix blocks, ln_f or lm_head. The prime MLPs are "
+                "'language_model.**.suffix_blocks.feed_forward_prime.**'."
             )
         fast, slow = eqx.partition(self, mask)
         return tree.cast(fast, Precision.of(self.config).state), slow
 
     def loss(self, batch: Batch) -> SequenceLoss:
-        """METHOD: one sequence, plain (`train_mode: pretrain`)."""
+        """One sequence, plain (METHOD.md section 2)."""
         config, stacks = self.config, self.language_model.model.h
 
         def hidden(ids: Int[Array, " T"]) -> Float[Array, "T D"]:
@@ -224,13 +225,11 @@ class MetaModel(eqx.Module):
         else:
             x = hidden(batch.inputs)
         nll = token_nll_in_blocks(x, self.language_model.head, batch.targets, chunk)
-        losses = jax.vmap(masked_mean)(
-            nll.reshape(-1, chunk), batch.loss_mask.reshape(-1, chunk)
-        )
+        losses = jax.vmap(masked_mean)(nll.reshape(-1, chunk), batch.loss_mask.reshape(-1, chunk))
         return SequenceLoss(jnp.mean(losses), losses, nll, jnp.zeros_like(losses))
 
     def loss_while_learning(self, batch: Batch, learning: Learning) -> SequenceLoss:
-        """METHOD: one sequence, meta (`train_mode: meta`): prefix once, suffix chunk by chunk with test-time training."""
+        """One sequence, learning chunk by chunk (METHOD.md section 3)."""
         fast, slow = self.fast_weights(learning.spec_inner)
         chunk = self.config.mini_batch_size
         x = self.prefix(self.embed(batch.inputs))
@@ -263,7 +262,7 @@ class MetaModel(eqx.Module):
     def step(
         self, states: PyTree, x: Float[Array, "C D"], targets: Int[Array, " C"]
     ) -> tuple[PyTree, Float[Array, " C"]]:
-        """The next C tokens through suffix and head: prefix output -> (states, −log p of the targets)."""
+        """The prefix's next C outputs through suffix and head: (states, −log p of the targets)."""
         stacks = self.language_model.model.h
         states, x = step_blocks(stacks.suffix_blocks, states, x, self.config.remat_suffix)
         hidden = self.language_model.model.ln_f(x)

@@ -10,7 +10,7 @@ from ttt.core.precision import at_least_float32
 def token_nll(
     hidden: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[Array, " T"]
 ) -> Float[Array, " T"]:
-    """−log p of each target, in nats: logits in the dtype of `hidden`, log-softmax in at least float32."""
+    """−log p of each target in nats; logits in the dtype of `hidden`, log-softmax in float32."""
     logits = at_least_float32(hidden @ head.astype(hidden.dtype))
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits, axis=-1) - picked
@@ -19,7 +19,7 @@ def token_nll(
 def token_nll_in_blocks(
     hidden: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[Array, " T"], block: int
 ) -> Float[Array, " T"]:
-    """`token_nll`, with the logits of `block` tokens at a time in memory; T must be a multiple of `block`."""
+    """`token_nll` with the logits of `block` tokens at a time; T must be a multiple of `block`."""
 
     @jax.checkpoint
     def one(part: tuple[Array, Array]) -> Array:

@@ -1,6 +1,7 @@
 """Softmax attention of one sequence, full and within a sliding window.
 
-Shapes: queries [Tq, H, K], keys and values [Tk, H, K]. Scores are scaled by 1/√K; softmax runs in float32.
+Shapes: queries [Tq, H, K], keys and values [Tk, H, K]. Scores are scaled by 1/√K; softmax runs in
+float32.
 """
 
 import jax
@@ -29,7 +30,8 @@ def causal(q: Heads, k: Heads, v: Heads) -> Heads:
 def window_mask(queries: int, window: int, seen: Int[Array, ""] | int) -> Bool[Array, "C W+C"]:
     """Which of `window` cached and C new keys each of C = `queries` new queries sees.
 
-    Query i stands at key slot W + i and sees the W slots that end there. Only the last `seen` cached slots hold keys.
+    Query i stands at key slot W + i and sees the W slots that end there. Only the last `seen`
+    cached slots hold keys.
     """
     slots = jnp.arange(window + queries, dtype=jnp.int32)
     query, key = slots[window:, None], slots[None, :]
@@ -43,9 +45,12 @@ def sliding_window_naive(q: Heads, k: Heads, v: Heads, window: int) -> Heads:
 
 
 def sliding_window(q: Heads, k: Heads, v: Heads, window: int, block: int) -> Heads:
-    """Query t sees keys t − window < j ≤ t; `block` queries at a time against the `window + block` keys they can see.
+    """Query t sees keys t − window < j ≤ t, without work outside the band.
 
-    The sequence's length must be a multiple of `block`, or at most `window`, where the band is the causal triangle.
+    `block` queries at a time meet the `window + block` keys that they can see.
+
+    The sequence's length must be a multiple of `block`, or at most `window`, where the band is the
+    causal triangle.
     """
     length = q.shape[0]
     if length <= min(window, block):
@@ -53,7 +58,8 @@ def sliding_window(q: Heads, k: Heads, v: Heads, window: int, block: int) -> Hea
     padding = ((window, 0), (0, 0), (0, 0))
     k, v = jnp.pad(k, padding), jnp.pad(v, padding)
 
-    # The scores of a block are recomputed in the backward pass: kept, they would be length · (window + block).
+    # The scores of a block are recomputed in the backward pass: kept, they would be length ·
+    # (window + block).
     @jax.checkpoint
     def attend(start: Int[Array, ""]) -> Float[Array, "block H K"]:
         def band(x: Array, size: int) -> Array:

@@ -9,7 +9,7 @@ from ttt.core.precision import at_least_float32
 def rotate(
     x: Float[Array, "T H K"], positions: Int[Array, " T"], theta: float
 ) -> Float[Array, "T H K"]:
-    """Turn each pair (x[2i], x[2i+1]) by the angle position · theta^(−2i/K), in at least float32."""
+    """Turn each pair (x[2i], x[2i+1]) by position · theta^(−2i/K), in at least float32."""
     head_dim = x.shape[-1]
     wide = at_least_float32(x)
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide.dtype) / head_dim)

@@ -88,7 +88,7 @@ def faults(changes, name=E2E):
         ({"training.optimizer_outer.end_lr": 1}, ["end_lr=1.0", "lr=0.003"]),
         ({"training.optimizer_outer.lr": float("nan")}, ["finite number"]),
         ({"training.optimizer_outer.b2": 1.0}, ["b2=1.0", "[0, 1)"]),
-        ({"training.optimizer_outer.lr_warmup_steps": 150}, ["lr_decay_steps=150", "warm-up"]),
+        ({"training.optimizer_outer.lr_warmup_steps": 5000}, ["lr_warmup_steps=5000", "warm-up"]),
         ({"training.optimizer_inner.lr": -1}, ["optimizer_inner.lr=-1", "above 0"]),
         ({"training.ilr_warmup_steps": -1}, ["ilr_warmup_steps=-1"]),
         ({"training.ilr_init": -0.1}, ["ilr_init=-0.1"]),

@@ -84,10 +84,7 @@ def test_losses_are_the_oracles_to_float64(float64, case):
     config, training = CASES[case]
     model = make_model(replace(config, **EXACT))
     tokens = random_tokens(33)
-    inner = training.optimizer_inner
-    scale = loop.warmup_scale(
-        2, rate=inner.lr, initial=training.ilr_init, warmup_steps=training.ilr_warmup_steps
-    )
+    scale = loop.inner_scale(training, 2)
     got = score(model, from_tokens(tokens, config.bos_token_id), training, scale)
     params = {name: np.asarray(x) for name, x in published.to_published(model).items()}
     losses, nll = oracle.sequence_loss(params, asdict(config), asdict(training), tokens, step=2)

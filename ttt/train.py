@@ -105,7 +105,8 @@ def open_data(config: Config) -> Data:
     training, model = config.training, config.model
     name = training.dataset_name
     root = config.deploy_paths.data.get(name, "")
-    if name == "builtin" and not training.dummy_dataset:
+    if name == "builtin" and not training.dummy_dataset and not Path(root).exists():
+        logger.info("making the built-in corpus (the standard library's source) in %s", root)
         text.ensure_builtin(root)
     remedy = (
         f"fetch it with `uv run python scripts/00_data_fetch.py --datasets {name} --dest-root "
@@ -328,13 +329,13 @@ def compile_step(config: Config, state: TrainState, batch: Batch) -> jax.stages.
     began = time.monotonic()
     step = jax.jit(loop.make_train_step(config.training), donate_argnums=0)
     compiled = step.lower(state, batch).compile()
-    memory = compiled.memory_analysis()
-    logger.info(
-        "compiled in %.0f s; a step needs %.0f MB beside the %.0f MB of its state",
-        time.monotonic() - began,
-        memory.temp_size_in_bytes / 1e6,
-        memory.argument_size_in_bytes / 1e6,
-    )
+    logger.info("compiled in %.0f s", time.monotonic() - began)
+    if memory := compiled.memory_analysis():  # not every backend tells
+        logger.info(
+            "a step needs %.0f MB beside the %.0f MB of its state",
+            memory.temp_size_in_bytes / 1e6,
+            memory.argument_size_in_bytes / 1e6,
+        )
     return compiled
 
 
@@ -421,3 +422,6 @@ def summary_path(record: RunRecord, step: int) -> Path:
 
 
 main = hydra_entry(run)
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int
+
+AnyArray = jax.Array | np.ndarray
+"""Tokens come from the loader in NumPy and reach the model as they are, or traced."""
 
 
 class Batch(NamedTuple):
@@ -12,14 +16,14 @@ class Batch(NamedTuple):
     A NamedTuple, so a pytree to JAX; the loader fills it with NumPy arrays.
     """
 
-    inputs: Int[np.ndarray, "*lead T"]
-    targets: Int[np.ndarray, "*lead T"]
+    inputs: Int[AnyArray, "*lead T"]
+    targets: Int[AnyArray, "*lead T"]
     """The token after each input."""
-    loss_mask: Bool[np.ndarray, "*lead T"]
+    loss_mask: Bool[AnyArray, "*lead T"]
     """False where the target starts another document (`bos_token_id`): it cannot be foreseen."""
 
 
-def from_tokens(tokens: Int[np.ndarray, "*lead tokens"], bos_token_id: int) -> Batch:
+def from_tokens(tokens: Int[AnyArray, "*lead tokens"], bos_token_id: int) -> Batch:
     """Cut T+1 tokens into T inputs and T targets; targets equal to `bos_token_id` do not count."""
     tokens = tokens.astype(np.int32)
     targets = tokens[..., 1:]

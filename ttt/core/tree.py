@@ -1,6 +1,7 @@
 """Leaves of a pytree by dotted name: `language_model.model.wte.weight`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +11,22 @@ from ttt.core.precision import at_least_float32
 from ttt.globs import matches
 
 
-def named_leaves(tree: PyTree) -> dict[str, Array]:
+def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Dotted name -> leaf, in the tree's order. None is no leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def with_leaves(tree: PyTree, leaves: dict[str, Array]) -> PyTree:
+def with_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """The same tree with its leaves taken from `leaves`, which must name all of them."""
     return jax.tree.unflatten(
         jax.tree.structure(tree), [leaves[name] for name in named_leaves(tree)]
     )
 
 
-def nested(leaves: dict[str, Array]) -> dict:
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted names as a dict of dicts, whose `named_leaves` they are."""
-    root: dict = {}
+    root: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *sections, last = name.split(".")
         node = root
@@ -48,7 +49,8 @@ def cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:
 
 def squared_norm(tree: PyTree) -> Float[Array, ""]:
     """Sum of squares over all leaves, accumulated in at least float32."""
-    return sum(jnp.sum(jnp.square(at_least_float32(leaf))) for leaf in jax.tree.leaves(tree))
+    squares = [jnp.sum(jnp.square(at_least_float32(leaf))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sum(jnp.stack(squares))
 
 
 def count(tree: PyTree) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -38,7 +37,7 @@ class PositionLoss:
         *,
         learn: bool,
         told: Callable[[int, float], None] = lambda batch, loss: None,
-    ) -> Self:
+    ) -> "PositionLoss":
         """Score all batches; `told(batches done, mean loss so far)` hears of the progress."""
         nll = count = np.zeros(())
         losses: list[float] = []
@@ -60,7 +59,7 @@ class PositionLoss:
         nll, count = (np.add.reduceat(x, self._edges(bins)[:-1]) for x in (self.nll, self.count))
         return nll / np.maximum(count, 1)
 
-    def _edges(self, bins: int) -> Int[np.ndarray, " bins+1"]:
+    def _edges(self, bins: int) -> Int[np.ndarray, " edges"]:
         return np.linspace(0, len(self.nll), bins + 1).astype(int)
 
 
@@ -73,11 +72,10 @@ class Comparison:
     window: int
     """Tokens that attention sees at once."""
 
-    def gains(self, bins: int) -> Float[np.ndarray, " bins"] | None:
+    def gains(self, bins: int) -> Float[np.ndarray, " bins"]:
         """By how much learning lowers the loss in each bin."""
-        if self.still is None:
-            return None
-        return self.still.in_bins(bins) - self.learning.in_bins(bins)
+        still = self.still or self.learning
+        return still.in_bins(bins) - self.learning.in_bins(bins)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything, for the run record: `<learning|still>_<field>`."""
@@ -113,10 +111,9 @@ class Comparison:
         for name in self._parts():
             table.add_column(LABELS[name] if self.still is not None else "loss", justify="right")
         rows = [part.in_bins(bins) for part in self._parts().values()]
-        gains = self.gains(bins)
-        if gains is not None:
+        if self.still is not None:
             table.add_column("gain", justify="right")
-            rows.append(gains)
+            rows.append(self.gains(bins))
         for i, values in enumerate(zip(*rows, strict=True)):
             span = f"{i * size} - {(i + 1) * size - 1}"
             table.add_row(span, *(f"{value:.3f}" for value in values))
@@ -136,8 +133,8 @@ class Comparison:
             label = LABELS[name] if self.still is not None else None
             axes.plot(middles, part.in_bins(points), "o-", ms=4, color=COLOURS[name], label=label)
         if self.still is not None:
-            pair = [part.in_bins(points) for part in self._parts().values()]
-            axes.fill_between(middles, *pair, color=COLOURS["learning"], alpha=0.12, lw=0)
+            below, above = self.learning.in_bins(points), self.still.in_bins(points)
+            axes.fill_between(middles, below, above, color=COLOURS["learning"], alpha=0.12, lw=0)
             gain = self.gains(2)[1]
             axes.set_title(
                 f"learning lowers the last half by {gain:.3f} nats", fontsize=9, loc="right"

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, with_leaves
 from ttt.errors import UserError
 from ttt.globs import matches
@@ -29,8 +30,6 @@ from ttt.globs import matches
 # What a save or a deletion that was cut off leaves behind (the first name is Orbax's).
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 _JSON_FILES = {"train_ds_iter": "global_batch_progress.json", "manifest": "manifest.json"}
-
-type AnyArray = np.ndarray | jax.Array
 
 
 class CheckpointError(UserError):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ttt.core.scan import scan_in_groups
 from ttt.core.tree import squared_norm
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
 
 def warmup_scale(
-    step: Float[Array, ""] | int, *, rate: float, initial: float, warmup_steps: int
+    step: Int[Array, ""] | int, *, rate: float, initial: float, warmup_steps: int
 ) -> Float[Array, ""]:
     """m(s): the share of the inner rate at outer step s, rising to 1 over `warmup_steps`."""
     if warmup_steps == 0 or rate == 0:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ttt.core.batch import AnyArray
 from ttt.core.precision import at_least_float32
 
 
@@ -38,7 +39,7 @@ class Embedding(eqx.Module):
     def __init__(self, rows: int, width: int, *, scale: float, dtype: jnp.dtype, key: PRNGKeyArray):
         self.weight = normal(key, (rows, width), scale, dtype)
 
-    def __call__(self, ids: Int[Array, " T"], dtype: jnp.dtype) -> Float[Array, "T D"]:
+    def __call__(self, ids: Int[AnyArray, " T"], dtype: jnp.dtype) -> Float[Array, "T D"]:
         """Rows looked up, then cast to `dtype`."""
         return self.weight[ids].astype(dtype)
 

@@ -46,6 +46,16 @@ class StepMetrics(NamedTuple):
     last_chunk_loss: Float[Array, ""]
 
 
+def inner_scale(training: TrainingConfig, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    """m(s), what multiplies the inner learning rate at outer step s; evaluation uses 1."""
+    return warmup_scale(
+        step,
+        rate=training.optimizer_inner.lr,
+        initial=training.ilr_init,
+        warmup_steps=training.ilr_warmup_steps,
+    )
+
+
 def sequence_loss(
     model: MetaModel, batch: Batch, training: TrainingConfig, scale: Float[Array, ""] | float
 ) -> SequenceLoss:
@@ -80,12 +90,7 @@ def make_train_step(
     inner = training.optimizer_inner
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        scale = warmup_scale(
-            state.step,
-            rate=inner.lr,
-            initial=training.ilr_init,
-            warmup_steps=training.ilr_warmup_steps,
-        )
+        scale = inner_scale(training, state.step)
         trained, frozen = eqx.partition(state.model, tree.select(state.model, training.spec_outer))
 
         def batch_loss(trained: MetaModel, batch: Batch) -> tuple[Float[Array, ""], SequenceLoss]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, nested, with_leaves
 from ttt.model.transformer import MetaModel
 
@@ -32,7 +33,7 @@ def to_published(tree: PyTree) -> dict[str, Array]:
     return published
 
 
-def from_published(like: PyTree, published: Mapping[str, Array]) -> PyTree:
+def from_published(like: PyTree, published: Mapping[str, AnyArray]) -> PyTree:
     """The inverse of `to_published`; `like` gives the structure, and may hold shapes alone."""
     leaves = named_leaves(like)
     taken = {}

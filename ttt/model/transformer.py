@@ -6,11 +6,11 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
 from ttt.config import ModelConfig
 from ttt.core import tree
-from ttt.core.batch import Batch
+from ttt.core.batch import AnyArray, Batch
 from ttt.core.precision import Precision
 from ttt.core.remat import remat
 from ttt.errors import UserError
@@ -85,7 +85,7 @@ class Stacks(eqx.Module):
         keys = jax.random.split(key, config.num_hidden_layers)
         first_suffix = config.num_hidden_layers - config.suffix_len
 
-        def stack(keys: PRNGKeyArray, prime: bool) -> Block | None:
+        def stack(keys: Key[Array, " L"], prime: bool) -> Block | None:
             make = jax.vmap(lambda key: Block(config, prime=prime, key=key))
             return make(keys) if len(keys) else None
 
@@ -182,7 +182,7 @@ class MetaModel(eqx.Module):
         self.language_model = CausalLM(config, key=key)
         self.config = config
 
-    def embed(self, ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+    def embed(self, ids: Int[AnyArray, " T"]) -> Float[Array, "T D"]:
         """Token rows in the compute dtype."""
         return self.language_model.model.wte(ids, Precision.of(self.config).compute)
 
@@ -214,7 +214,7 @@ class MetaModel(eqx.Module):
         """One sequence, plain (METHOD.md section 2)."""
         config, stacks = self.config, self.language_model.model.h
 
-        def hidden(ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        def hidden(ids: Int[AnyArray, " T"]) -> Float[Array, "T D"]:
             x = run_blocks(stacks.suffix_blocks, self.prefix(self.embed(ids)), config.remat_prefix)
             return self.language_model.model.ln_f(x)
 
@@ -260,7 +260,7 @@ class MetaModel(eqx.Module):
         return jax.vmap(lambda b: b.seq_modeling_block.init_state(context, dtype))(blocks)
 
     def step(
-        self, states: PyTree, x: Float[Array, "C D"], targets: Int[Array, " C"]
+        self, states: PyTree, x: Float[Array, "C D"], targets: Int[AnyArray, " C"]
     ) -> tuple[PyTree, Float[Array, " C"]]:
         """The prefix's next C outputs through suffix and head: (states, −log p of the targets)."""
         stacks = self.language_model.model.h

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt.core.batch import AnyArray
 from ttt.core.precision import at_least_float32
 
 
 def token_nll(
-    hidden: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[Array, " T"]
+    hidden: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[AnyArray, " T"]
 ) -> Float[Array, " T"]:
     """−log p of each target in nats; logits in the dtype of `hidden`, log-softmax in float32."""
     logits = at_least_float32(hidden @ head.astype(hidden.dtype))
@@ -17,7 +18,7 @@ def token_nll(
 
 
 def token_nll_in_blocks(
-    hidden: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[Array, " T"], block: int
+    hidden: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[AnyArray, " T"], block: int
 ) -> Float[Array, " T"]:
     """`token_nll` with the logits of `block` tokens at a time; T must be a multiple of `block`."""
 
@@ -29,7 +30,7 @@ def token_nll_in_blocks(
     return jax.lax.map(one, parts).reshape(-1)
 
 
-def masked_mean(values: Float[Array, " T"], mask: Bool[Array, " T"]) -> Float[Array, ""]:
+def masked_mean(values: Float[Array, " T"], mask: Bool[AnyArray, " T"]) -> Float[Array, ""]:
     """Mean over the positions where `mask` holds; 0 where it holds nowhere."""
     count = jnp.sum(mask).astype(values.dtype)
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(count, 1)

@@ -27,8 +27,8 @@ def causal(q: Heads, k: Heads, v: Heads) -> Heads:
     return masked(q, k, v, jnp.tri(q.shape[0], dtype=bool))
 
 
-def window_mask(queries: int, window: int, seen: Int[Array, ""] | int) -> Bool[Array, "C W+C"]:
-    """Which of `window` cached and C new keys each of C = `queries` new queries sees.
+def window_mask(queries: int, window: int, seen: Int[Array, ""] | int) -> Bool[Array, "C keys"]:
+    """[C, W + C]: which of W cached and C new keys each of C new queries sees.
 
     Query i stands at key slot W + i and sees the W slots that end there. Only the last `seen`
     cached slots hold keys.
@@ -61,7 +61,7 @@ def sliding_window(q: Heads, k: Heads, v: Heads, window: int, block: int) -> Hea
     # The scores of a block are recomputed in the backward pass: kept, they would be length ·
     # (window + block).
     @jax.checkpoint
-    def attend(start: Int[Array, ""]) -> Float[Array, "block H K"]:
+    def attend(start: Int[Array, ""]) -> Float[Array, "B H K"]:
         def band(x: Array, size: int) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size)
 

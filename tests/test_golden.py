@@ -1,0 +1,146 @@
+"""Every golden case in the folder: numbers of an independent implementation."""
+
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import MODEL, TRAINING
+from conftest import golden_dir
+
+from ttt.config import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
+from ttt.core.batch import from_tokens
+from ttt.infra import checkpoint
+from ttt.model import loop, published
+from ttt.model.transformer import MetaModel
+
+CASES = sorted(path.stem for path in golden_dir().glob("*.npz"))
+
+# ‖a − b‖ / ‖b‖ of the worst array, as the folder's README asks; None: rounding drives them apart.
+FLOAT32 = SimpleNamespace(loss=1e-6, nll=1e-6, grad=1e-5, train=1e-6, norm=1e-4, params=1e-4)
+BF16 = SimpleNamespace(loss=2e-4, nll=5e-3, grad=4e-2, train=2e-3, norm=None, params=None)
+
+
+def configs(case: dict) -> tuple[ModelConfig, TrainingConfig]:
+    """What the case states, over the test defaults for what has no influence."""
+    model = asdict(MODEL) | {"prime": False, "suffix_len": 0} | case["base_model"] | case["model"]
+    stated = case["base_training"] | case["training"]
+    training = asdict(TRAINING) | stated
+    for name, kind in {
+        "optimizer_inner": OptimizerInnerConfig,
+        "optimizer_outer": OptimizerOuterConfig,
+    }.items():
+        training[name] = kind(**asdict(getattr(TRAINING, name)) | stated.get(name, {}))
+    training["spec_inner"] = tuple(training["spec_inner"])
+    return ModelConfig(**model), TrainingConfig(**training)
+
+
+def load(folder, name: str) -> SimpleNamespace:
+    """A case's configuration, arrays and starting model."""
+    model, training = configs(json.loads((folder / f"{name}.json").read_text()))
+    with np.load(folder / f"{name}.npz") as file:
+        arrays = dict(file)
+    like = jax.eval_shape(lambda: MetaModel(model, key=jax.random.key(0)))
+    start = published.from_published(like, taken(arrays, "param."))
+    batches = from_tokens(arrays["tokens"], model.bos_token_id)
+    return SimpleNamespace(
+        arrays=arrays,
+        training=training,
+        model=start,
+        batches=batches,
+        tolerance=BF16 if model.compute_dtype == "bf16" else FLOAT32,
+    )
+
+
+def taken(arrays: dict, prefix: str) -> dict:
+    """Arrays whose names start with `prefix`, without it."""
+    return {
+        name.removeprefix(prefix): jnp.asarray(array)
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def error(got, expected) -> float:
+    """Relative error ‖a − b‖ / ‖b‖."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def worst(got: dict, expected: dict) -> float:
+    """The largest relative error over arrays with the same names."""
+    return max(error(got[name], expected[name]) for name in got)
+
+
+@pytest.fixture(params=CASES or [None])
+def case(request, golden):
+    """One golden case."""
+    if request.param is None:
+        pytest.skip(f"no golden cases in {golden}")
+    return load(golden, request.param)
+
+
+def test_loss_and_exact_gradient_of_a_sequence(case):
+    training = case.training
+    sequence = jax.tree.map(lambda x: x[0, 0], case.batches)
+    scale = loop.inner_scale(training, 0)
+
+    def loss(model):
+        scored = loop.sequence_loss(model, sequence, training, scale)
+        return scored.loss, scored
+
+    (_, scored), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.model)
+    assert error(scored.chunk_losses, case.arrays["sequence.loss"]) < case.tolerance.loss
+    assert error(scored.token_nll, case.arrays["sequence.token_nll_loss"]) < case.tolerance.nll
+    expected = taken(case.arrays, "sequence.grad.")
+    # A norm that is switched off is no parameter of ours; theirs exists and has no influence.
+    absent = expected.keys() - published.to_published(gradient).keys()
+    assert all("norm" in name and not expected[name].any() for name in absent)
+    assert worst(published.to_published(gradient), expected) < case.tolerance.grad
+
+
+def test_eight_training_steps(case):
+    training = case.training
+    step = jax.jit(loop.make_train_step(training))
+    state, metrics = loop.start_from(case.model, training), []
+    for i in range(len(case.batches.inputs)):
+        batch = jax.tree.map(
+            lambda x, i=i: x[i].reshape(training.accum_steps, -1, x.shape[-1]), case.batches
+        )
+        state, metric = step(state, batch)
+        metrics.append(metric)
+    losses, norms = zip(*[(m.loss, m.gradient_norm) for m in metrics], strict=True)
+    assert error(losses, case.arrays["train.loss"]) < case.tolerance.train
+    if case.tolerance.norm is not None:
+        assert error(norms, case.arrays["train.grad_norm"]) < case.tolerance.norm
+        parameters = published.to_published(state.model)
+        assert worst(parameters, taken(case.arrays, "train.param.")) < case.tolerance.params
+
+
+def test_the_published_checkpoint_restores_and_gives_the_golden_loss(golden):
+    folder = golden / "published_checkpoint"
+    case = load(golden, "e2e_meta")
+    assert checkpoint.Checkpoints(folder).latest() == 7
+    stored = checkpoint.read_flat(folder / "7", "model_weights")
+    like = published.to_published(case.model)
+    arrays, account = checkpoint.account(like, stored)
+    assert len(account.restored) == len(like)
+    assert not account.initialised + account.unused
+    model = published.from_published(case.model, arrays)
+    sequence = jax.tree.map(lambda x: x[0, 0], case.batches)
+    scored = jax.jit(lambda m: loop.sequence_loss(m, sequence, case.training, 1.0))(model)
+    assert error(scored.chunk_losses, case.arrays["sequence.loss"]) < case.tolerance.loss
+
+
+def test_the_published_optimizer_state_restores_into_ours(golden):
+    case = load(golden, "e2e_meta")
+    state = jax.eval_shape(lambda: loop.start_from(case.model, case.training))
+    like = jax.eval_shape(published.to_stored, state.opt_state)
+    restored = checkpoint.Checkpoints(golden / "published_checkpoint").restore(
+        7, {"opt_state": like}
+    )
+    moments = published.from_stored(state.opt_state, restored["opt_state"])
+    assert jax.tree.structure(moments) == jax.tree.structure(state.opt_state)

@@ -1,0 +1,256 @@
+"""`train` from start to end: learning, the record, continuing, starting from others, refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ttt import train
+from ttt.config import compose, resolve
+from ttt.dataloader import token_store
+from ttt.errors import UserError
+from ttt.infra import checkpoint
+from ttt.infra.record import RunRecord
+
+SMALL = [
+    "size.intermediate_size=32",
+    "size.window=24",
+    "size.chunk=16",
+    "model.hidden_size=16",
+    "model.intermediate_size=32",
+    "model.num_hidden_layers=2",
+    "model.suffix_len=1",
+    "model.num_attention_heads=2",
+    "training.seq_length=64",
+    "training.global_batch_size=4",
+    "training.eval_batch_size=2",
+    "training.eval_batches=2",
+    "training.total_steps=6",
+    "training.save_every_steps=3",
+    "training.optimizer_outer.lr_decay_steps=6",
+    "training.optimizer_outer.lr_warmup_steps=1",
+    "backend.compilation_cache_dir=''",  # the tests' own is set already
+]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory) -> Path:
+    """Text that repeats itself, as bytes."""
+    text = b"the quick brown fox jumps over the lazy dog; " * 400
+    tokens = np.frombuffer(text, np.uint8).astype(np.int32)
+    tokens[::450] = 256
+    root = tmp_path_factory.mktemp("data") / "text"
+    attributes = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257}
+    token_store.write(root, {"train": tokens, "val": tokens[1000:3000]}, attributes=attributes)
+    return root
+
+
+@pytest.fixture
+def configure(tmp_path, store):
+    """A small configuration from overrides, everything below tmp_path."""
+
+    def make(*overrides, experiment="pretrain/pretrain-tiny-e2e"):
+        paths = [
+            f"deploy_paths.checkpoint={tmp_path}/checkpoints",
+            f"deploy_paths.experiments={tmp_path}/experiments",
+            f"+deploy_paths.data.text={store}",
+            "training.dataset_name=text",
+        ]
+        return resolve(compose([f"+experiment=tiny/{experiment}", *SMALL, *paths, *overrides]))
+
+    return make
+
+
+def record_of(config) -> RunRecord:
+    training = config.training
+    folder = Path(config.deploy_paths.experiments) / training.exp_folder / training.exp_name
+    return RunRecord(folder)
+
+
+def weights_of(config, step=-1) -> dict[str, np.ndarray]:
+    training = config.training
+    folder = checkpoint.run_folder(
+        config.deploy_paths.checkpoint, training.exp_folder, training.exp_name
+    )
+    return checkpoint.read_flat(checkpoint.Checkpoints(folder).find(step), "model_weights")
+
+
+def losses_of(config) -> list[float]:
+    return [row["loss"] for row in record_of(config).metrics() if "loss" in row]
+
+
+def test_a_run_learns_and_leaves_a_whole_record(configure):
+    config = configure(
+        "training.total_steps=40",
+        "training.optimizer_outer.lr_decay_steps=40",
+        "training.optimizer_outer.lr=2e-2",
+        "training.eval_every_steps=20",
+    )
+    train.run(config)
+    record = record_of(config)
+    rows = [row for row in record.metrics() if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows[0]["loss"] == pytest.approx(np.log(258), rel=0.05)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [20]
+    assert record.run()["status"] == "finished"
+    assert record.run()["attempts"][0]["data"]["train"].startswith("sha256:")
+    summary = json.loads((record.folder / "eval/loss_by_position-40.json").read_text())
+    with np.load(record.folder / "eval/loss_by_position-40.npz") as arrays:
+        assert summary["loss"] == pytest.approx(arrays["learning_sequence_loss"].mean())
+        assert arrays["learning_nll"].shape == (64,)
+    assert summary["loss"] != summary["loss_without_learning"]
+    assert (record.folder / "loss_by_position-40.png").stat().st_size > 10_000
+
+
+def test_a_killed_run_goes_on_bit_for_bit(configure, monkeypatch):
+    straight = configure("training.exp_name=straight")
+    train.run(straight)
+
+    killed = configure("training.exp_name=killed")
+    log = RunRecord.log
+
+    def die_at_five(record, step, **metrics):
+        if step == 5:
+            raise KeyboardInterrupt
+        log(record, step, **metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "log", die_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(killed)
+    assert record_of(killed).run()["status"] == "interrupted"
+    train.run(killed)
+    assert losses_of(killed) == losses_of(straight)
+    assert [row["step"] for row in record_of(killed).metrics()] == [1, 2, 3, 4, 5, 6, 6]
+    jax.tree.map(np.testing.assert_array_equal, weights_of(killed), weights_of(straight))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(configure, caplog):
+    config = configure("training.total_steps=1")
+    train.run(config)
+    folder = record_of(config).folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with caplog.at_level("INFO"):
+        train.run(config)
+    assert "is finished at step 1" in caplog.text
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_changed_setting_is_refused_with_both_values_and_the_ways_out(configure):
+    train.run(configure("training.total_steps=1"))
+    with pytest.raises(UserError) as refusal:
+        train.run(configure("training.total_steps=2", "training.optimizer_outer.lr=5e-3"))
+    for part in ("optimizer_outer.lr: 0.003 -> 0.005", "exp_name", "allow_config_change=true"):
+        assert part in str(refusal.value)
+    allowed = configure(
+        "training.total_steps=2",
+        "training.optimizer_outer.lr=5e-3",
+        "training.allow_config_change=true",
+    )
+    train.run(allowed)
+    assert len(losses_of(allowed)) == 2
+
+
+def test_other_data_under_the_same_name_is_refused(configure, tmp_path, store):
+    train.run(configure("training.total_steps=1"))
+    other = tmp_path / "other"
+    tokens = np.arange(20_000, dtype=np.int32) % 256
+    token_store.write(other, {"train": tokens, "val": tokens[:2000]}, attributes={})
+    with pytest.raises(UserError, match=r"data \(train\): sha256"):
+        train.run(configure("training.total_steps=2", f"deploy_paths.data.text={other}"))
+
+
+def test_a_finished_record_without_its_checkpoints_is_not_overwritten(configure):
+    config = configure("training.total_steps=1")
+    train.run(config)
+    folder = Path(config.deploy_paths.checkpoint)
+    folder.rename(folder.with_name("moved"))
+    with pytest.raises(UserError, match="records a finished run"):
+        train.run(config)
+
+
+def test_test_time_training_starts_from_full_attention_by_name(configure):
+    parent = configure(
+        "model.suffix_len=0", "training.total_steps=1", experiment="pretrain/pretrain-tiny-fa"
+    )
+    train.run(parent)
+    child = configure(
+        "training.load_part=params",
+        "training.resume_exp_name=pretrain-tiny-fa",
+        "training.total_steps=1",
+    )
+    train.run(child)
+    account = record_of(child).run()["attempts"][0]["restored"]
+    stacks = "language_model.model.h."
+    assert f"{stacks}blocks.feed_forward.w1.weight" in account["restored"]
+    assert sorted(account["restored"]) == sorted(weights_of(parent))
+    assert account["initialised"]
+    assert all(name.startswith(f"{stacks}prime_storage.") for name in account["initialised"])
+
+
+def test_a_parent_of_another_width_is_an_error_with_path_and_shapes(configure):
+    train.run(configure("training.total_steps=1"))
+    child = configure(
+        "training.exp_name=child",
+        "training.load_part=params",
+        "training.resume_exp_name=pretrain-tiny-e2e",
+        "model.intermediate_size=48",
+    )
+    with pytest.raises(UserError) as refusal:
+        train.run(child)
+    assert "blocks.feed_forward.w1.weight: float32[2, 16, 48] wanted" in str(refusal.value)
+    assert "float32[2, 16, 32] in the checkpoint" in str(refusal.value)
+    assert not record_of(child).folder.exists()
+
+
+def test_loading_all_goes_on_where_the_other_run_stopped(configure):
+    straight = configure("training.exp_name=straight")
+    train.run(straight)
+    branch = configure(
+        "training.exp_name=branch",
+        "training.load_part=all",
+        "training.resume_exp_name=straight",
+        "training.resume_step=3",
+    )
+    train.run(branch)
+    assert losses_of(branch) == losses_of(straight)[3:]
+    jax.tree.map(np.testing.assert_array_equal, weights_of(branch), weights_of(straight))
+
+
+def test_a_missing_parent_is_named_with_its_folder(configure):
+    config = configure("training.load_part=params", "training.resume_exp_name=nobody")
+    with pytest.raises(UserError, match=r"no checkpoint in .*/checkpoints/default/nobody"):
+        train.run(config)
+
+
+def test_full_attention_and_sliding_window_run_too(configure):
+    for method in ("fa", "swa"):
+        config = configure(
+            "training.total_steps=1",
+            "model.suffix_len=0",
+            experiment=f"pretrain/pretrain-tiny-{method}",
+        )
+        train.run(config)
+        summary = record_of(config).folder / "eval/loss_by_position-1.json"
+        assert "loss_without_learning" not in json.loads(summary.read_text())
+
+
+def test_without_its_data_a_published_experiment_says_where_it_looked_and_what_to_run(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "ttt.train", "+experiment=760m/extension/ext-760m-e2e-32K"],
+        cwd=tmp_path,
+        env={"PATH": "", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert "data/books3" in ran.stderr
+    assert "scripts/00_data_fetch.py --datasets books3" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ from ttt.globs import is_glob, matches
 
 MIXERS = ("self_attention", "SWA")
 FEED_FORWARDS = ("swiglu",)
-DTYPES = ("fp32", "bf16", "fp64")
+DTYPES = ("fp32", "bf16")
 TRAIN_MODES = ("pretrain", "meta")
 LOAD_PARTS = ("none", "params", "all")
 REMAT_POLICIES = ("none", "dots", "block")

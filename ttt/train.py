@@ -108,12 +108,6 @@ def open_data(config: Config) -> Data:
     if name == "builtin" and not training.dummy_dataset and not Path(root).exists():
         logger.info("making the built-in corpus (the standard library's source) in %s", root)
         text.ensure_builtin(root)
-    remedy = (
-        f"fetch it with `uv run python scripts/00_data_fetch.py --datasets {name} --dest-root "
-        f"{Path(root).parent}`, or set deploy_paths.data.{name} to where it lies"
-        if name in ("dclm_filter_8k", "books3")
-        else token_store.MAKE_REMEDY
-    )
     train, evaluation = (
         lm_dataset.open_source(
             root,
@@ -122,7 +116,7 @@ def open_data(config: Config) -> Data:
             vocab_size=model.vocab_size,
             bos_token_id=model.bos_token_id,
             dummy=training.dummy_dataset,
-            remedy=remedy,
+            remedy=token_store.remedy(name, root),
         )
         for split in (training.data_split, training.eval_split)
     )

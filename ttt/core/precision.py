@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from ttt.config import ModelConfig
 
+# fp64 is for tests, under jax_enable_x64; no configuration passes with it.
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp64": jnp.float64}
 
 

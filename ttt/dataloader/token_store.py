@@ -23,9 +23,10 @@ from ttt.errors import UserError
 CHUNK_TOKENS = 1 << 16
 """Tokens in a chunk on disk, 256 KiB before compression; a sample unpacks those it touches."""
 
-MAKE_REMEDY = (
-    "Make one with scripts/04_make_token_data.py, or fetch one with scripts/00_data_fetch.py."
-)
+MAKE_REMEDY = "Make one with `uv run python scripts/04_make_token_data.py`."
+
+PUBLISHED = {"dclm_filter_8k": "gs://llama3-dclm-filter-8k", "books3": "gs://llama3-books3"}
+"""Buckets of the published stores; whoever reads them pays."""
 
 Progress = Callable[[int, int], None]
 """Called with the work done and all of it, in tokens or documents."""
@@ -184,6 +185,17 @@ def open_split(root: Path | str, split: str, *, remedy: str = MAKE_REMEDY) -> za
             f"as after an interrupted copy; complete it. {remedy}"
         )
     return array
+
+
+def remedy(name: str, root: Path | str) -> str:
+    """The command that brings the dataset `name` to `root`."""
+    if name not in PUBLISHED:
+        return MAKE_REMEDY
+    return (
+        "Fetch it (the reader pays, through a Google Cloud project) with `gcloud storage cp "
+        f"--recursive --billing-project=PROJECT '{PUBLISHED[name]}/data.zarr/*' {root}/`, or set "
+        f"deploy_paths.data.{name} to where it lies."
+    )
 
 
 def read_attributes(root: Path | str) -> dict[str, Any]:

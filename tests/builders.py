@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 
 from ttt.config import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
+from ttt.model import loop
+from ttt.model.transformer import SequenceLoss
 
 MODEL = ModelConfig(
     name="test",
@@ -70,6 +73,7 @@ TRAINING = TrainingConfig(
     ),
     ilr_init=1.0,
     ilr_warmup_steps=0,
+    inner_gradient="forward_over_reverse",
     inner_remat_freq=1,
     eval_every_steps=0,
     eval_batches=1,
@@ -93,6 +97,12 @@ def full_attention(model: ModelConfig = MODEL) -> ModelConfig:
     return replace(
         model, seq_modeling_block="self_attention", suffix_len=0, prime=False, mini_batch_size=32
     )
+
+
+def sequence_loss(model, sequence, training, scale=1.0) -> SequenceLoss:
+    """The loss of one sequence [T]."""
+    batch = jax.tree.map(lambda x: x[None], sequence)
+    return jax.tree.map(lambda x: x[0], loop.batch_losses(model, batch, training, scale))
 
 
 def random_tokens(*shape: int, seed: int = 0, model: ModelConfig = MODEL) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import MODEL, TRAINING
+from builders import MODEL, TRAINING, sequence_loss
 from conftest import golden_dir
 
 from ttt.config import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
@@ -89,7 +89,7 @@ def test_loss_and_exact_gradient_of_a_sequence(case):
     scale = loop.inner_scale(training, 0)
 
     def loss(model):
-        scored = loop.sequence_loss(model, sequence, training, scale)
+        scored = sequence_loss(model, sequence, training, scale)
         return scored.loss, scored
 
     (_, scored), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.model)
@@ -131,7 +131,7 @@ def test_the_published_checkpoint_restores_and_gives_the_golden_loss(golden):
     assert not account.initialised + account.unused
     model = published.from_published(case.model, arrays)
     sequence = jax.tree.map(lambda x: x[0, 0], case.batches)
-    scored = jax.jit(lambda m: loop.sequence_loss(m, sequence, case.training, 1.0))(model)
+    scored = jax.jit(lambda m: sequence_loss(m, sequence, case.training, 1.0))(model)
     assert error(scored.chunk_losses, case.arrays["sequence.loss"]) < case.tolerance.loss
 
 

@@ -5,60 +5,100 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ttt.config import INNER_GRADIENTS
 from ttt.core.scan import mean_over, scan_in_groups
 from ttt.model import inner_loop
 from ttt.model.inner_loop import InnerRule
 
+FORMS = INNER_GRADIENTS
 
-def quadratic(fast, carry, chunk):
-    """½·a·(w − x)² with a carry that counts and weighs the next loss."""
+
+def quadratic(fast, slow, carry, chunk):
+    """½·a·(w − x)², weighed by a slow weight and by a carry that counts the chunks."""
     weight, target = chunk
-    loss = 0.5 * (1 + carry) * weight * jnp.sum((fast["w"] - target) ** 2)
-    return loss, (carry + 0.1, fast["w"])
+    loss = 0.5 * slow * (1 + carry["count"]) * weight * jnp.sum((fast["w"] - target) ** 2)
+    return loss, ({"count": carry["count"] + 0.1, "seen": carry["seen"] + 1}, fast["w"])
 
 
-CHUNKS = (jnp.array([1.0, 0.5, 2.0, 1.5, 0.7]), jnp.linspace(-1, 1, 15).reshape(5, 3))
+CHUNKS = (np.array([1.0, 0.5, 2.0, 1.5, 0.7]), np.linspace(-1, 1, 15).reshape(5, 3))
+START = np.array([0.3, -0.2, 0.5])
 
 
-def closed_form(w, rate):
-    losses = []
-    weights, targets = (np.asarray(part, np.float64) for part in CHUNKS)
-    for i, (a, x) in enumerate(zip(weights, targets, strict=True)):
-        a = (1 + 0.1 * i) * a
+def closed_form(w, rate, slow=1.0, clip=0.0):
+    """Losses, and the weights before each chunk and after the last."""
+    losses, weights = [], [w]
+    for i, (a, x) in enumerate(zip(*CHUNKS, strict=True)):
+        a = slow * (1 + 0.1 * i) * a
         losses.append(0.5 * a * np.sum((w - x) ** 2))
-        w = w - rate * a * (w - x)
-    return np.array(losses), w
+        gradient = a * (w - x)
+        w = w - rate * gradient * (min(1, clip / np.linalg.norm(gradient)) if clip else 1)
+        weights.append(w)
+    return np.array(losses), np.array(weights)
+
+
+def read_one(w, rate=0.3, slow=1.0, clip=0.0, **options):
+    """Read the chunks as a batch of one sequence."""
+    carry = {"count": jnp.zeros(1), "seen": jnp.zeros(1, jnp.int32)}
+    chunks = jax.tree.map(lambda x: jnp.asarray(x)[:, None], CHUNKS)
+    return inner_loop.read(
+        quadratic,
+        {"w": jnp.asarray(w)[None]},
+        jnp.asarray(slow),
+        carry,
+        chunks,
+        InnerRule(rate, clip),
+        **options,
+    )
 
 
 def test_reading_a_quadratic_gives_the_closed_form():
-    start = np.array([0.3, -0.2, 0.5])
-    reading = inner_loop.read(
-        quadratic, {"w": jnp.array(start)}, jnp.zeros(()), CHUNKS, InnerRule(0.3, 0.0)
-    )
-    losses, w = closed_form(start, 0.3)
-    np.testing.assert_allclose(reading.losses, losses, rtol=1e-5)
-    np.testing.assert_allclose(reading.fast["w"], w, rtol=1e-5)
-    np.testing.assert_allclose(reading.carry, 0.5, rtol=1e-6)
-    np.testing.assert_allclose(reading.aux[0], start)
+    fast, carry, read = read_one(START)
+    losses, weights = closed_form(START, 0.3)
+    np.testing.assert_allclose(read.loss[:, 0], losses, rtol=1e-5)
+    np.testing.assert_allclose(fast["w"][0], weights[-1], rtol=1e-5)
+    np.testing.assert_allclose(carry["count"], 0.5, rtol=1e-6)
+    assert carry["seen"] == 5
+    np.testing.assert_allclose(read.aux[:, 0], weights[:-1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.4])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 9])
-def test_derivatives_through_the_steps_are_those_of_the_closed_form(group):
-    def total(w, rate):
-        rule = InnerRule(rate, 0.0)
-        reading = inner_loop.read(quadratic, {"w": w}, jnp.zeros(()), CHUNKS, rule, group=group)
-        return jnp.sum(reading.losses)
+def test_derivatives_through_the_steps_are_those_of_the_closed_form(float64, form, group, clip):
+    def total(w, rate, slow):
+        _, _, read = read_one(w, rate, slow, clip, group=group, gradient=form)
+        return jnp.sum(read.loss) + jnp.sum(jnp.sin(read.aux))
 
-    start, rate, eps = np.array([0.3, -0.2, 0.5]), 0.3, 1e-6
-    by_w, by_rate = jax.grad(total, argnums=(0, 1))(jnp.array(start), rate)
-    for i, direction in enumerate(np.eye(3)):
+    def expected(w, rate, slow):
+        losses, weights = closed_form(w, rate, slow, clip)
+        return losses.sum() + np.sin(weights[:-1]).sum()
+
+    inputs = (START, 0.3, 1.2)
+    by_w, by_rate, by_slow = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*map(jnp.asarray, inputs))
+    eps = 1e-6
+    for got, i, direction in [
+        *((by_w[j], 0, np.eye(3)[j]) for j in range(3)),
+        (by_rate, 1, 1.0),
+        (by_slow, 2, 1.0),
+    ]:
         up, down = (
-            closed_form(start + eps * direction, rate),
-            closed_form(start - eps * direction, rate),
+            expected(*(x + sign * eps * direction if k == i else x for k, x in enumerate(inputs)))
+            for sign in (1, -1)
         )
-        np.testing.assert_allclose(by_w[i], (up[0].sum() - down[0].sum()) / (2 * eps), rtol=1e-4)
-    up, down = closed_form(start, rate + eps), closed_form(start, rate - eps)
-    np.testing.assert_allclose(by_rate, (up[0].sum() - down[0].sum()) / (2 * eps), rtol=1e-4)
+        np.testing.assert_allclose(got, (up - down) / (2 * eps), rtol=1e-6)
+
+
+def test_sequences_of_a_batch_learn_apart():
+    starts = np.stack([START, -START])
+    carry = {"count": jnp.zeros(2), "seen": jnp.zeros(2, jnp.int32)}
+    chunks = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 2, axis=1), CHUNKS)
+    fast, _, read = inner_loop.read(
+        quadratic, {"w": jnp.asarray(starts)}, jnp.ones(()), carry, chunks, InnerRule(0.3, 0.4)
+    )
+    for i, start in enumerate(starts):
+        losses, weights = closed_form(start, 0.3, clip=0.4)
+        np.testing.assert_allclose(read.loss[:, i], losses, rtol=1e-5)
+        np.testing.assert_allclose(fast["w"][i], weights[-1], rtol=1e-5)
 
 
 def test_a_clipped_step_has_the_length_of_rate_times_bound_over_all_leaves():
@@ -85,9 +125,19 @@ def test_a_zero_gradient_has_a_finite_derivative(clip):
 
 
 def test_rate_zero_leaves_the_fast_weights_alone():
-    fast = {"w": jnp.array([0.3, -0.2, 0.5])}
-    reading = inner_loop.read(quadratic, fast, jnp.zeros(()), CHUNKS, InnerRule(0.0, 1.0))
-    np.testing.assert_array_equal(reading.fast["w"], fast["w"])
+    fast, _, _ = read_one(START, 0.0, clip=1.0)
+    np.testing.assert_array_equal(fast["w"][0], jnp.asarray(START))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rate_zero_has_the_first_order_gradient(float64, form):
+    def total(w, slow):
+        return jnp.sum(read_one(w, 0.0, slow, 1.0, gradient=form)[2].loss)
+
+    by_w, by_slow = jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.asarray(START), jnp.asarray(1.0))
+    weights, targets = CHUNKS[0] * (1 + 0.1 * np.arange(5)), CHUNKS[1]
+    np.testing.assert_allclose(by_w, (weights[:, None] * (START - targets)).sum(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(by_slow, closed_form(START, 0.0)[0].sum(), rtol=1e-6)
 
 
 def test_inner_warmup_goes_from_its_start_to_one():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from builders import MODEL, TRAINING, full_attention, random_tokens
+from builders import MODEL, TRAINING, full_attention, random_tokens, sequence_loss
 
 from ttt.core.batch import from_tokens
 from ttt.core.tree import count, named_leaves, with_leaves
@@ -76,7 +76,7 @@ def sequence(model, length=32, seed=0):
 
 
 def score(model, batch, training, scale=1.0):
-    return jax.jit(lambda model: loop.sequence_loss(model, batch, training, scale))(model)
+    return jax.jit(lambda model: sequence_loss(model, batch, training, scale))(model)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,7 +98,7 @@ def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64,
     model = make_model(replace(config, **EXACT))
     tokens = random_tokens(33)
     batch = from_tokens(tokens, config.bos_token_id)
-    gradient = jax.jit(jax.grad(lambda m: loop.sequence_loss(m, batch, training, 1.0).loss))(model)
+    gradient = jax.jit(jax.grad(lambda m: sequence_loss(m, batch, training, 1.0).loss))(model)
     params = {name: np.asarray(x) for name, x in published.to_published(model).items()}
     draw = np.random.default_rng(0)
     direction = {name: draw.normal(size=x.shape) for name, x in params.items()}
@@ -126,7 +126,7 @@ def test_rematerialisation_changes_no_gradient(other):
 
     def gradient(config, training):
         model = make_model(config)
-        return jax.jit(jax.grad(lambda m: loop.sequence_loss(m, batch, training, 1.0).loss))(model)
+        return jax.jit(jax.grad(lambda m: sequence_loss(m, batch, training, 1.0).loss))(model)
 
     plain = gradient(MODEL, TRAINING)
     other = gradient(replace(MODEL, **other), replace(TRAINING, inner_remat_freq=3))
@@ -140,9 +140,7 @@ def test_no_loss_depends_on_a_later_token_at_chunk_borders_and_between():
     model, tokens = make_model(MODEL), random_tokens(33)
     nll = jax.jit(
         lambda tokens: (
-            loop.sequence_loss(
-                model, from_tokens(tokens, MODEL.bos_token_id), TRAINING, 1.0
-            ).token_nll
+            sequence_loss(model, from_tokens(tokens, MODEL.bos_token_id), TRAINING, 1.0).token_nll
         )
     )
     before = nll(tokens)
@@ -188,7 +186,7 @@ def test_an_empty_chunk_counts_zero_and_its_gradient_is_finite():
     got = score(model, batch, TRAINING)
     assert got.chunk_losses[1] == 0
     np.testing.assert_allclose(got.loss, np.sum(got.chunk_losses) / 4, rtol=1e-6)
-    gradient = jax.jit(jax.grad(lambda m: loop.sequence_loss(m, batch, TRAINING, 1.0).loss))(model)
+    gradient = jax.jit(jax.grad(lambda m: sequence_loss(m, batch, TRAINING, 1.0).loss))(model)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
@@ -230,7 +228,10 @@ def test_any_late_parameter_can_be_fast():
     spec = ("**.suffix_blocks.feed_forward.w2.**", "**.ln_f.**")
     learning = Learning(spec, InnerRule(0.5, 1.0))
     model, batch = make_model(MODEL), sequence(MODEL)
-    learned = eqx.filter_jit(model.loss_while_learning)(batch, learning)
+    alone = jax.tree.map(lambda x: x[None], batch)
+    learned = jax.tree.map(
+        lambda x: x[0], eqx.filter_jit(model.loss_while_learning)(alone, learning)
+    )
     plain = model.loss(batch)
     np.testing.assert_allclose(learned.chunk_losses[0], plain.chunk_losses[0], rtol=1e-5)
     assert np.all(np.abs(learned.chunk_losses[1:] - plain.chunk_losses[1:]) > 1e-5)

@@ -27,6 +27,7 @@ FEED_FORWARDS = ("swiglu",)
 DTYPES = ("fp32", "bf16")
 TRAIN_MODES = ("pretrain", "meta")
 LOAD_PARTS = ("none", "params", "all")
+INNER_GRADIENTS = ("forward_over_reverse", "reverse_over_reverse")
 REMAT_POLICIES = ("none", "dots", "block")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 OUTER_OPTIMIZERS = ("adamw",)
@@ -77,6 +78,7 @@ FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
 DType = Annotated[str, _one_of(DTYPES)]
 TrainMode = Annotated[str, _one_of(TRAIN_MODES)]
 LoadPart = Annotated[str, _one_of(LOAD_PARTS)]
+InnerGradient = Annotated[str, _one_of(INNER_GRADIENTS)]
 RematPolicy = Annotated[str, _one_of(REMAT_POLICIES)]
 Platform = Annotated[str, _one_of(PLATFORMS)]
 OuterOptimizer = Annotated[str, _one_of(OUTER_OPTIMIZERS)]
@@ -190,6 +192,8 @@ class TrainingConfig:
     optimizer_outer: OptimizerOuterConfig
     ilr_init: NotNegative
     ilr_warmup_steps: Natural
+    inner_gradient: InnerGradient
+    """How the outer gradient passes the test-time steps; both are exact."""
     inner_remat_freq: Count
     """Chunks that share one stored carry in the backward pass."""
     eval_every_steps: Natural
@@ -550,6 +554,7 @@ _NEUTRAL = frozenset(
         # what is kept for the backward pass and what is computed again
         "model.remat_*",
         "training.inner_remat_freq",
+        "training.inner_gradient",
         # the length of the run: the schedule has its own keys
         "training.total_steps",
         # looking on: logs, evaluations, checkpoints

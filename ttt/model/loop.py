@@ -56,15 +56,19 @@ def inner_scale(training: TrainingConfig, step: Int[Array, ""] | int) -> Float[A
     )
 
 
-def sequence_loss(
+def batch_losses(
     model: MetaModel, batch: Batch, training: TrainingConfig, scale: Float[Array, ""] | float
 ) -> SequenceLoss:
-    """The loss of one sequence as `train_mode` says; `scale` multiplies the inner learning rate."""
+    """The losses of B sequences [B, T], as `train_mode` says; `scale` is that of the inner rate."""
     if training.train_mode == "pretrain":
-        return model.loss(batch)
+        return jax.vmap(model.loss)(batch)
     inner = training.optimizer_inner
-    rule = InnerRule(inner.lr * scale, inner.clip_gradient)
-    learning = Learning(training.spec_inner, rule, training.inner_remat_freq)
+    learning = Learning(
+        training.spec_inner,
+        InnerRule(inner.lr * scale, inner.clip_gradient),
+        training.inner_remat_freq,
+        training.inner_gradient,
+    )
     return model.loss_while_learning(batch, learning)
 
 
@@ -95,9 +99,7 @@ def make_train_step(
 
         def batch_loss(trained: MetaModel, batch: Batch) -> tuple[Float[Array, ""], SequenceLoss]:
             model = eqx.combine(trained, frozen)
-            losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(
-                batch
-            )
+            losses = batch_losses(model, batch, training, scale)
             return jnp.mean(losses.loss), jax.tree.map(lambda x: jnp.mean(x, axis=0), losses)
 
         (_, losses), gradient = mean_over(
@@ -143,9 +145,7 @@ class Evaluator:
 
         # The inner rate is an argument, so that learning on and off are one compiled program.
         def score(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
-            losses = jax.vmap(lambda sequence: sequence_loss(model, sequence, training, scale))(
-                batch
-            )
+            losses = batch_losses(model, batch, training, scale)
             return losses.loss, losses.token_nll
 
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))

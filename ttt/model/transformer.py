@@ -158,17 +158,19 @@ class Learning(NamedTuple):
     rule: inner_loop.InnerRule
     group: int = 1
     """Chunks that share one stored carry in the backward pass."""
+    gradient: str = "forward_over_reverse"
+    """Which form of the second-order gradient (`ttt.config.INNER_GRADIENTS`)."""
 
 
 class SequenceLoss(NamedTuple):
-    """The loss of one sequence and what it is made of."""
+    """The loss of each sequence and what it is made of."""
 
-    loss: Float[Array, ""]
+    loss: Float[Array, "*B"]
     """Mean over chunks, in nats per token."""
-    chunk_losses: Float[Array, " N"]
-    token_nll: Float[Array, " T"]
+    chunk_losses: Float[Array, "*B N"]
+    token_nll: Float[Array, "*B T"]
     """−log p of every target, masked or not."""
-    gradient_norms: Float[Array, " N"]
+    gradient_norms: Float[Array, "*B N"]
     """Of the inner gradients, before clipping; zeros where nothing is learned."""
 
 
@@ -229,29 +231,38 @@ class MetaModel(eqx.Module):
         return SequenceLoss(jnp.mean(losses), losses, nll, jnp.zeros_like(losses))
 
     def loss_while_learning(self, batch: Batch, learning: Learning) -> SequenceLoss:
-        """One sequence, learning chunk by chunk (METHOD.md section 3)."""
+        """B sequences [B, T], each learning chunk by chunk on its own (METHOD.md section 3)."""
         fast, slow = self.fast_weights(learning.spec_inner)
-        chunk = self.config.mini_batch_size
-        x = self.prefix(self.embed(batch.inputs))
-        pieces = jax.tree.map(
-            lambda y: y.reshape(-1, chunk, *y.shape[1:]), (x, batch.targets, batch.loss_mask)
-        )
+        sequences, length = batch.inputs.shape
+        x = jax.vmap(lambda ids: self.prefix(self.embed(ids)))(batch.inputs)
+        pieces = jax.tree.map(self._chunks, (x, batch.targets, batch.loss_mask))
 
-        def chunk_loss(fast: MetaModel, carry: PyTree, piece: PyTree) -> tuple[Array, PyTree]:
-            x, targets, mask = piece
-            carry, nll = eqx.combine(fast, slow).step(carry, x, targets)
-            return masked_mean(nll, mask), (carry, nll)
+        def copies(x: Array) -> Array:
+            return jnp.broadcast_to(x, (sequences, *x.shape))
 
-        state = self.init_state(len(batch.inputs))
-        reading = inner_loop.read(
-            chunk_loss, fast, state, pieces, learning.rule, group=learning.group
+        fast, states = jax.tree.map(copies, (fast, self.init_state(length)))
+        _, _, read = inner_loop.read(
+            _chunk_loss,
+            fast,
+            slow,
+            states,
+            pieces,
+            learning.rule,
+            group=learning.group,
+            gradient=learning.gradient,
         )
+        chunk_losses = read.loss.T
         return SequenceLoss(
-            jnp.mean(reading.losses),
-            reading.losses,
-            reading.aux.reshape(-1),
-            reading.gradient_norms,
+            jnp.mean(chunk_losses, axis=1),
+            chunk_losses,
+            jnp.swapaxes(read.aux, 0, 1).reshape(sequences, length),
+            read.gradient_norm.T,
         )
+
+    def _chunks(self, x: AnyArray) -> Array:
+        """[B, T, ...] -> [N, B, C, ...]."""
+        parts = x.reshape(x.shape[0], -1, self.config.mini_batch_size, *x.shape[2:])
+        return jnp.swapaxes(parts, 0, 1)
 
     def init_state(self, context: int) -> PyTree:
         """The suffix's mixer states before a sequence of at most `context` tokens."""
@@ -267,3 +278,12 @@ class MetaModel(eqx.Module):
         states, x = step_blocks(stacks.suffix_blocks, states, x, self.config.remat_suffix)
         hidden = self.language_model.model.ln_f(x)
         return states, token_nll(hidden, self.language_model.head, targets)
+
+
+def _chunk_loss(
+    fast: MetaModel, slow: MetaModel, states: PyTree, piece: tuple[Array, Array, Array]
+) -> tuple[Float[Array, ""], tuple[PyTree, Float[Array, " C"]]]:
+    """The loss of one chunk of one sequence, as `inner_loop` asks for it; aux: token NLLs."""
+    x, targets, mask = piece
+    states, nll = eqx.combine(fast, slow).step(states, x, targets)
+    return masked_mean(nll, mask), (states, nll)

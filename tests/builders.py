@@ -35,6 +35,8 @@ MODEL = ModelConfig(
     compute_dtype="fp32",
     param_dtype="fp32",
     state_dtype="fp32",
+    attention="auto",
+    loss_block=0,
     remat_prefix="none",
     remat_suffix="none",
 )

@@ -14,13 +14,13 @@ def draw(*shape, seed=0):
 
 
 def test_rotation_is_multiplication_by_a_complex_unit():
-    x, positions = draw(5, 2, 8), jnp.array([0, 1, 7, 100, 4000])
-    pairs = np.asarray(x, np.float64).reshape(5, 2, 4, 2)
-    angle = np.asarray(positions)[:, None, None] * 500.0 ** (-np.arange(0, 8, 2) / 8)
+    x, positions = draw(2, 5, 8), jnp.array([0, 1, 7, 100, 4000])
+    pairs = np.asarray(x, np.float64).reshape(2, 5, 4, 2)
+    angle = np.asarray(positions)[None, :, None] * 500.0 ** (-np.arange(0, 8, 2) / 8)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)
-    expected = np.stack([turned.real, turned.imag], axis=-1).reshape(5, 2, 8)
+    expected = np.stack([turned.real, turned.imag], axis=-1).reshape(2, 5, 8)
     np.testing.assert_allclose(rotate(x, positions, 500.0), expected, atol=2e-3)
-    np.testing.assert_allclose(rotate(x[:3], positions[:3], 500.0), expected[:3], atol=5e-6)
+    np.testing.assert_allclose(rotate(x[:, :3], positions[:3], 500.0), expected[:, :3], atol=5e-6)
 
 
 def test_scores_of_rotated_vectors_depend_on_distance_alone():
@@ -34,12 +34,24 @@ def test_scores_of_rotated_vectors_depend_on_distance_alone():
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "block"), [(24, 5, 8), (24, 8, 8), (24, 40, 8), (7, 9, 8), (12, 3, 12)]
+    ("length", "past", "window", "block"),
+    [
+        (24, 8, 8, 8),
+        (24, 5, 5, 8),
+        (24, 40, 40, 8),
+        (7, 9, 9, 8),
+        (12, 3, 3, 12),
+        (16, 0, None, 8),
+        (12, 6, None, 12),
+    ],
 )
-def test_banded_attention_is_masked_attention_in_values_and_two_derivatives(
-    float64, length, window, block
+@pytest.mark.parametrize("first", [0, 2])
+def test_attention_in_blocks_is_masked_attention_in_values_and_all_derivatives(
+    float64, length, past, window, block, first
 ):
-    q, k, v = (draw(length, 2, 4, seed=seed) for seed in range(3))
+    q, k, v = (draw(2, length + extra, 4, seed=seed) for seed, extra in enumerate((0, past, past)))
+    first = min(first, past)
+    mask = dot_attention.window_mask(length, past, window, first)
 
     def derivatives(attend):
         def loss(qkv):
@@ -48,41 +60,102 @@ def test_banded_attention_is_masked_attention_in_values_and_two_derivatives(
         def slope(qkv):
             return sum(jnp.sum(g**3) for g in jax.grad(loss)(qkv))
 
-        return jax.jit(lambda qkv: (attend(*qkv), jax.grad(loss)(qkv), jax.grad(slope)(qkv)))
+        def every(qkv, direction):
+            reverse, forward_over_reverse = jax.jvp(jax.grad(loss), (qkv,), (direction,))
+            return attend(*qkv), reverse, forward_over_reverse, jax.grad(slope)(qkv)
 
-    naive = derivatives(lambda q, k, v: dot_attention.sliding_window_naive(q, k, v, window))
-    banded = derivatives(lambda q, k, v: dot_attention.sliding_window(q, k, v, window, block))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9),
-        banded((q, k, v)),
-        naive((q, k, v)),
+        return jax.jit(every)((q, k, v), (k[:, :length], v, k))
+
+    naive = derivatives(lambda q, k, v: dot_attention.attend_naive(q, k, v, mask))
+    blocks = derivatives(
+        lambda q, k, v: dot_attention.attend(q, k, v, first=first, window=window, block=block)
     )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9), blocks, naive)
 
 
 def test_window_of_one_returns_the_values():
-    q, k, v = (draw(8, 2, 4, seed=seed) for seed in range(3))
-    np.testing.assert_allclose(dot_attention.sliding_window(q, k, v, 1, 4), v, rtol=1e-6)
+    q, k, v = (draw(2, 8 + past, 4, seed=seed) for seed, past in enumerate((0, 1, 1)))
+    y = dot_attention.attend(q, k, v, first=0, window=1, block=4)
+    np.testing.assert_allclose(y, v[:, 1:], rtol=1e-6)
+
+
+def test_no_array_of_all_pairs_is_made():
+    q = draw(1, 96, 4)
+    k = jnp.pad(q, ((0, 0), (16, 0), (0, 0)))
+
+    def gradient(q, k):
+        attended = dot_attention.attend(q, k, k, first=16, window=16, block=8)
+        return jnp.sum(attended**2)
+
+    compiled = jax.jit(jax.grad(gradient, (0, 1))).lower(q, k).compile().as_text()
+    assert "24,8]" in compiled
+    assert not any(f"{a},{b}]" in compiled for a, b in [(96, 96), (96, 112), (112, 96)])
+
+
+def nll_inputs():
+    return draw(6, 4), draw(9, 4, seed=1), jnp.array([0, 8, 3, 3, 1, 5], jnp.int32)
 
 
 def test_token_nll_is_minus_the_log_softmax():
-    hidden, head, targets = draw(6, 4), draw(4, 9, seed=1), jnp.array([0, 8, 3, 3, 1, 5])
-    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
+    hidden, table, targets = nll_inputs()
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(p[np.arange(6), targets])
-    np.testing.assert_allclose(cross_entropy.token_nll(hidden, head, targets), expected, rtol=1e-5)
+    got = cross_entropy.token_nll_naive(hidden, table, targets)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_token_nll_in_blocks_equals_the_whole_in_value_and_gradient():
-    hidden, head, targets = draw(6, 4), draw(4, 9, seed=1), jnp.array([0, 8, 3, 3, 1, 5])
+@pytest.mark.parametrize("block", [2, 3, 4, 8, 9, 100])
+def test_token_nll_in_blocks_is_naive_in_value_and_all_derivatives(float64, block):
+    hidden, table, targets = nll_inputs()
+    inputs, direction = (hidden, table), (draw(6, 4, seed=2), draw(9, 4, seed=3))
+
+    def derivatives(nll):
+        def loss(inputs):
+            return jnp.sum(jnp.sin(nll(*inputs, targets)))
+
+        def slope(inputs):
+            return sum(jnp.sum(g**3) for g in jax.grad(loss)(inputs))
+
+        def every(inputs, direction):
+            reverse, forward_over_reverse = jax.jvp(jax.grad(loss), (inputs,), (direction,))
+            return nll(*inputs, targets), reverse, forward_over_reverse, jax.grad(slope)(inputs)
+
+        return jax.jit(every)(inputs, direction)
+
+    blocks = derivatives(lambda *inputs: cross_entropy.token_nll(*inputs, block=block))
+    naive = derivatives(cross_entropy.token_nll_naive)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), blocks, naive
+    )
+
+
+@pytest.mark.parametrize("block", [0, 4])
+def test_a_sequence_is_scored_in_pieces(float64, block, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_TOKENS", 4)
+    hidden, table, targets = nll_inputs()
 
     def of(nll):
-        return jax.value_and_grad(lambda h, w: jnp.sum(nll(h, w) ** 2), argnums=(0, 1))(
-            hidden, head
+        return jax.value_and_grad(lambda h, w: jnp.sum(nll(h, w, targets) ** 2), argnums=(0, 1))(
+            hidden, table
         )
 
-    whole = of(lambda h, w: cross_entropy.token_nll(h, w, targets))
-    blocks = of(lambda h, w: cross_entropy.token_nll_in_blocks(h, w, targets, 2))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), blocks, whole)
+    whole = of(cross_entropy.token_nll_naive)
+    pieces = of(lambda *inputs: cross_entropy.sequence_nll(*inputs, block=block))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), pieces, whole)
+
+
+def test_no_array_of_tokens_by_vocabulary_is_made_in_blocks():
+    hidden, table, targets = draw(32, 4), draw(96, 4), jnp.zeros(32, jnp.int32)
+
+    def gradient(hidden, table):
+        return jax.grad(
+            lambda h, w: jnp.sum(cross_entropy.token_nll(h, w, targets, block=24)), (0, 1)
+        )(hidden, table)
+
+    compiled = jax.jit(gradient).lower(hidden, table).compile().as_text()
+    assert "32,24]" in compiled
+    assert "32,96]" not in compiled
 
 
 def test_masked_mean_counts_only_valid_positions_and_is_zero_without_any():

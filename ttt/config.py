@@ -10,11 +10,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,16 +24,18 @@ from omegaconf.errors import OmegaConfBaseException
 from ttt.errors import UserError
 from ttt.globs import is_glob, matches
 
+ATTENTION_BACKENDS = ("auto", "blocks", "naive", "cudnn")
 MIXERS = ("self_attention", "SWA")
 FEED_FORWARDS = ("swiglu",)
 DTYPES = ("fp32", "bf16")
 TRAIN_MODES = ("pretrain", "meta")
 LOAD_PARTS = ("none", "params", "all")
 INNER_GRADIENTS = ("forward_over_reverse", "reverse_over_reverse")
-REMAT_POLICIES = ("none", "dots", "block")
+REMAT_POLICIES = ("none", "dots", "attention", "block")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 OUTER_OPTIMIZERS = ("adamw",)
 INNER_OPTIMIZERS = ("sgd",)
+BENCHMARK_CALLS = ("train_step", "gradient", "prefill", "evaluate")
 
 
 # ---- rules on one value --------------------------------------------------------------
@@ -73,12 +77,24 @@ Globs = Annotated[
         "write them like ['**.feed_forward_prime.**']",
     ),
 ]
+Lengths = Annotated[
+    tuple[int, ...],
+    Rule(lambda lengths: all(n >= 1 for n in lengths), "must be 1 or more each; raise them"),
+]
+BenchmarkCalls = Annotated[
+    tuple[str, ...],
+    Rule(
+        lambda calls: bool(calls) and set(calls) <= set(BENCHMARK_CALLS),
+        f"must be some of {', '.join(BENCHMARK_CALLS)}; choose from them",
+    ),
+]
 Mixer = Annotated[str, _one_of(MIXERS)]
 FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
 DType = Annotated[str, _one_of(DTYPES)]
 TrainMode = Annotated[str, _one_of(TRAIN_MODES)]
 LoadPart = Annotated[str, _one_of(LOAD_PARTS)]
 InnerGradient = Annotated[str, _one_of(INNER_GRADIENTS)]
+AttentionBackend = Annotated[str, _one_of(ATTENTION_BACKENDS)]
 RematPolicy = Annotated[str, _one_of(REMAT_POLICIES)]
 Platform = Annotated[str, _one_of(PLATFORMS)]
 OuterOptimizer = Annotated[str, _one_of(OUTER_OPTIMIZERS)]
@@ -126,6 +142,10 @@ class ModelConfig:
     """Of stored parameters."""
     state_dtype: DType
     """Of fast weights and the test-time step."""
+    attention: AttentionBackend
+    """Program for attention; `auto`: cuDNN for whole sequences where it serves, else blocks."""
+    loss_block: Natural
+    """Vocabulary entries whose logits are in memory together; 0: all, and kept."""
     remat_prefix: RematPolicy
     """What a prefix block (any block, in `pretrain`) keeps for its backward pass."""
     remat_suffix: RematPolicy
@@ -245,6 +265,27 @@ class BackendConfig:
 
 
 @dataclass(frozen=True)
+class BenchmarkConfig:
+    """What the command `benchmark` measures: every variant, call and context."""
+
+    exp_name: FolderName
+    """Names the record, in place of `training.exp_name`."""
+    variants: Mapping[str, str]
+    """Name -> overrides, apart by blanks, on top of the command line's; none: that alone."""
+    calls: BenchmarkCalls
+    """`gradient`: loss and outer gradient; `train_step`: the optimizer too; `prefill`: reading
+    (and learning) up to the last token's prediction; `evaluate`: every token's loss."""
+    contexts: Lengths
+    """Values of `training.seq_length`; none: the one that it has."""
+    tokens: Natural
+    """Tokens per call, in as many sequences as they fill; 0: `training.global_batch_size` ones."""
+    warmup: Count
+    """Calls of each variant that are not timed."""
+    repetitions: Count
+    """Timed calls of each variant."""
+
+
+@dataclass(frozen=True)
 class Config:
     """All of the above."""
 
@@ -252,6 +293,7 @@ class Config:
     training: TrainingConfig
     deploy_paths: DeployPathsConfig
     backend: BackendConfig
+    benchmark: BenchmarkConfig
 
 
 # ---- rules between values ------------------------------------------------------------
@@ -429,6 +471,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and value == int(value)
+
+
 def _are_texts(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
@@ -436,13 +482,17 @@ def _are_texts(values: Iterable[Any]) -> bool:
 # What a value must look like in YAML to be taken for a type; 1e6 is a whole number.
 _TYPES: dict[Any, Rule] = {
     bool: Rule(lambda v: isinstance(v, bool), "must be true or false; choose one"),
-    int: Rule(lambda v: _is_number(v) and v == int(v), "must be a whole number; write one"),
+    int: Rule(_is_whole, "must be a whole number; write one"),
     float: Rule(_is_number, "must be a finite number; write one"),
     str: Rule(lambda v: isinstance(v, str), "must be text; quote what looks otherwise: \"'123'\""),
-    tuple: Rule(
+    tuple[str, ...]: Rule(
         lambda v: isinstance(v, list) and _are_texts(v), "must be a list of texts; write [a,b]"
     ),
-    Mapping: Rule(
+    tuple[int, ...]: Rule(
+        lambda v: isinstance(v, list) and all(map(_is_whole, v)),
+        "must be a list of whole numbers; write [1,2]",
+    ),
+    Mapping[str, str]: Rule(
         lambda v: isinstance(v, dict) and _are_texts(v.values()),
         "must be names with texts; write {a: b}",
     ),
@@ -492,10 +542,10 @@ def _raw(cfg: DictConfig, key: str) -> Any:
 def _checked(kind: Any, value: Any) -> Any:
     """`value` as the type `kind` and within its rules. Raises _FaultError."""
     base, *rules = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-    base = get_origin(base) or base
     if not _TYPES[base].holds(value):
         raise _FaultError(_TYPES[base].says)
-    value = value if base is Mapping else base(value)
+    if not isinstance(value, dict):
+        value = (get_origin(base) or base)(value)
     for rule in rules:
         if not rule.holds(value):
             raise _FaultError(rule.says + _did_you_mean(value, rule.names))
@@ -553,6 +603,8 @@ _NEUTRAL = frozenset(
         "training.accum_steps",
         # what is kept for the backward pass and what is computed again
         "model.remat_*",
+        "model.loss_block",
+        "model.attention",
         "training.inner_remat_freq",
         "training.inner_gradient",
         # the length of the run: the schedule has its own keys
@@ -563,6 +615,7 @@ _NEUTRAL = frozenset(
         "training.eval_*",
         "training.save_*",
         "training.keep_checkpoints",
+        "benchmark.**",
         # the permission to differ
         "training.allow_config_change",
     }
@@ -626,7 +679,10 @@ def experiments() -> tuple[str, ...]:
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """What `train OVERRIDES...` starts from. Raises UserError where Hydra refuses."""
-    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+    # A command that Hydra runs has its search path already, and a second start is refused.
+    running = GlobalHydra.instance().is_initialized()
+    start = hydra.initialize_config_dir
+    with nullcontext() if running else start(str(config_dir()), version_base="1.3"):
         try:
             return hydra.compose("config", list(overrides))
         except HydraException as error:

@@ -8,18 +8,24 @@ import jax
 def remat[**P, R](function: Callable[P, R], policy: str) -> Callable[P, R]:
     """`function`, recomputed in the backward pass as `policy` says.
 
-    `none` keeps every intermediate, `dots` keeps the products with weights, `block` keeps the
-    inputs alone.
+    What stays in memory: with `none` every intermediate, with `dots` the products with weights and
+    the results of attention, with `attention` those results alone, with `block` the inputs alone.
     """
+    # Named in ops/dot_attention.py, whose backward pass recomputes the scores anyway: without its
+    # results kept, attention runs three times.
+    attention = jax.checkpoint_policies.save_only_these_names("attention")
     match policy:
         case "none":
             return function
         case "dots":
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            keep = jax.checkpoint_policies.save_from_both_policies(products, attention)
+        case "attention":
+            keep = attention
         case "block":
             keep = jax.checkpoint_policies.nothing_saveable
         case _:
-            raise ValueError(f"remat policy {policy!r} is none of none, dots, block")
+            raise ValueError(f"remat policy {policy!r} is none of none, dots, attention, block")
     # Every use is the body of a scan, where nothing can be merged with the forward pass: no barrier
     # is needed.
     return jax.checkpoint(function, policy=keep, prevent_cse=False)

@@ -18,7 +18,7 @@ from ttt.model import inner_loop
 from ttt.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from ttt.model.mixer import AbstractMixer
 from ttt.model.pattern import make_mixer
-from ttt.ops.cross_entropy import masked_mean, token_nll, token_nll_in_blocks
+from ttt.ops.cross_entropy import masked_mean, sequence_nll, token_nll
 
 
 class Block(eqx.Module):
@@ -145,9 +145,9 @@ class CausalLM(eqx.Module):
         )
 
     @property
-    def head(self) -> Float[Array, "D V"]:
-        """The matrix that turns final hidden states into logits."""
-        return self.model.wte.weight.T if self.lm_head is None else self.lm_head.weight
+    def table(self) -> Float[Array, "V D"]:
+        """One row per token, whose product with a final hidden state is the token's logit."""
+        return self.model.wte.weight if self.lm_head is None else self.lm_head.weight.T
 
 
 class Learning(NamedTuple):
@@ -226,7 +226,7 @@ class MetaModel(eqx.Module):
             x = x.reshape(-1, x.shape[-1])
         else:
             x = hidden(batch.inputs)
-        nll = token_nll_in_blocks(x, self.language_model.head, batch.targets, chunk)
+        nll = sequence_nll(x, self.language_model.table, batch.targets, block=config.loss_block)
         losses = jax.vmap(masked_mean)(nll.reshape(-1, chunk), batch.loss_mask.reshape(-1, chunk))
         return SequenceLoss(jnp.mean(losses), losses, nll, jnp.zeros_like(losses))
 
@@ -277,7 +277,8 @@ class MetaModel(eqx.Module):
         stacks = self.language_model.model.h
         states, x = step_blocks(stacks.suffix_blocks, states, x, self.config.remat_suffix)
         hidden = self.language_model.model.ln_f(x)
-        return states, token_nll(hidden, self.language_model.head, targets)
+        table = self.language_model.table
+        return states, token_nll(hidden, table, targets, block=self.config.loss_block)
 
 
 def _chunk_loss(

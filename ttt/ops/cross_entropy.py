@@ -1,4 +1,7 @@
-"""Next-token loss from hidden states, without logits of the whole sequence."""
+"""Next-token loss from hidden states, with no more logits in memory than a block's."""
+
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,30 +10,121 @@ from jaxtyping import Array, Bool, Float, Int
 from ttt.core.batch import AnyArray
 from ttt.core.precision import at_least_float32
 
+Hidden = Float[Array, "T D"]
+Table = Float[Array, "V D"]
+Targets = Int[AnyArray, " T"]
+PerToken = Float[Array, " T"]
 
-def token_nll(
-    hidden: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[AnyArray, " T"]
-) -> Float[Array, " T"]:
+# Tokens whose logits are taken together where a whole sequence is scored.
+_TOKENS = 1024
+
+
+def token_nll_naive(hidden: Hidden, table: Table, targets: Targets) -> PerToken:
     """−log p of each target in nats; logits in the dtype of `hidden`, log-softmax in float32."""
-    logits = at_least_float32(hidden @ head.astype(hidden.dtype))
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    logits = _logits(hidden, table)
+    return jax.nn.logsumexp(logits, axis=-1) - _picked(logits, targets)
 
 
-def token_nll_in_blocks(
-    hidden: Float[Array, "T D"], head: Float[Array, "D V"], targets: Int[AnyArray, " T"], block: int
-) -> Float[Array, " T"]:
-    """`token_nll` with the logits of `block` tokens at a time; T must be a multiple of `block`."""
+def token_nll(hidden: Hidden, table: Table, targets: Targets, *, block: int = 0) -> PerToken:
+    """`token_nll_naive`, with the logits of at most `block` vocabulary entries in memory (0: all).
 
+    table: one row per token, the embedding or the head transposed.
+    In blocks the log-sum-exp is taken once, and the backward pass computes the logits again: one
+    more product with the table, and nothing of size [T, V] in between. Differentiable again, in
+    both modes.
+    """
+    if block == 0 or block >= table.shape[0]:
+        return token_nll_naive(hidden, table, targets)
+    return _in_blocks(_count_blocks(table.shape[0], block), hidden, table, jnp.asarray(targets))
+
+
+def sequence_nll(hidden: Hidden, table: Table, targets: Targets, *, block: int = 0) -> PerToken:
+    """`token_nll` of a whole sequence, a thousand tokens or so at a time."""
+    tokens = math.gcd(hidden.shape[0], _TOKENS)
+
+    # Without blocks, the logits would be kept for the backward pass: [T, V] after all.
     @jax.checkpoint
     def one(part: tuple[Array, Array]) -> Array:
-        return token_nll(part[0], head, part[1])
+        return token_nll(part[0], table, part[1], block=block)
 
-    parts = (hidden.reshape(-1, block, hidden.shape[-1]), targets.reshape(-1, block))
+    parts = (hidden.reshape(-1, tokens, hidden.shape[-1]), targets.reshape(-1, tokens))
     return jax.lax.map(one, parts).reshape(-1)
 
 
-def masked_mean(values: Float[Array, " T"], mask: Bool[AnyArray, " T"]) -> Float[Array, ""]:
+def masked_mean(values: PerToken, mask: Bool[AnyArray, " T"]) -> Float[Array, ""]:
     """Mean over the positions where `mask` holds; 0 where it holds nowhere."""
     count = jnp.sum(mask).astype(values.dtype)
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(count, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_blocks(blocks: int, hidden: Hidden, table: Table, targets: Targets) -> PerToken:
+    return _forward(blocks, hidden, table, targets)[0]
+
+
+def _forward(blocks: int, hidden: Hidden, table: Table, targets: Targets) -> tuple[PerToken, tuple]:
+    rows, starts = _blocks(table, blocks)
+    wide = at_least_float32(hidden[:0]).dtype
+    nothing = jnp.zeros(hidden.shape[0], wide)
+
+    def add(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        highest, total, picked = carry
+        logits, hit = _block_logits(hidden, *inputs, targets, table.shape[0])
+        now = jax.lax.stop_gradient(jnp.maximum(highest, jnp.max(logits, axis=-1)))
+        total = total * jnp.exp(highest - now) + jnp.sum(jnp.exp(logits - now[:, None]), axis=-1)
+        return (now, total, picked + jnp.sum(jnp.where(hit, logits, 0), axis=-1)), None
+
+    lowest = jnp.full_like(nothing, -jnp.inf)
+    (highest, total, picked), _ = jax.lax.scan(add, (lowest, nothing, nothing), (rows, starts))
+    lse = highest + jnp.log(total)
+    return lse - picked, (hidden, table, targets, lse)
+
+
+def _backward(blocks: int, residuals: tuple, d_nll: PerToken) -> tuple[Hidden, Table, None]:
+    hidden, table, targets, lse = residuals
+    rows, starts = _blocks(table, blocks)
+
+    def add(d_hidden: Hidden, inputs: tuple) -> tuple[Hidden, Table]:
+        logits, hit = _block_logits(hidden, *inputs, targets, table.shape[0])
+        p = jnp.exp(logits - lse[:, None])
+        d_logits = (d_nll[:, None] * (p - hit.astype(p.dtype))).astype(hidden.dtype)
+        d_hidden = d_hidden + at_least_float32(d_logits @ inputs[0].astype(hidden.dtype))
+        return d_hidden, (d_logits.T @ hidden).astype(table.dtype)
+
+    d_hidden = jnp.zeros(hidden.shape, lse.dtype)
+    d_hidden, d_rows = jax.lax.scan(add, d_hidden, (rows, starts))
+    d_table = d_rows.reshape(-1, table.shape[-1])[: table.shape[0]]
+    return d_hidden.astype(hidden.dtype), d_table, None
+
+
+_in_blocks.defvjp(_forward, _backward)
+
+
+def _logits(hidden: Hidden, table: Table) -> Float[Array, "T V"]:
+    return at_least_float32(hidden @ table.astype(hidden.dtype).T)
+
+
+def _picked(logits: Float[Array, "T V"], targets: Targets) -> PerToken:
+    return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+
+
+def _block_logits(
+    hidden: Hidden, rows: Table, start: Int[Array, ""], targets: Targets, vocabulary: int
+) -> tuple[Float[Array, "T V"], Bool[Array, "T V"]]:
+    """Logits of the rows from `start` (−inf for rows of padding), and which is each target's."""
+    ids = start + jnp.arange(rows.shape[0], dtype=start.dtype)
+    logits = jnp.where((ids < vocabulary)[None], _logits(hidden, rows), -jnp.inf)
+    return logits, ids[None] == targets[:, None]
+
+
+def _blocks(table: Table, blocks: int) -> tuple[Float[Array, "N B D"], Int[Array, " N"]]:
+    size = -(-table.shape[0] // blocks)
+    padded = jnp.pad(table, ((0, blocks * size - table.shape[0]), (0, 0)))
+    return padded.reshape(blocks, size, -1), jnp.arange(blocks, dtype=jnp.int32) * size
+
+
+def _count_blocks(vocabulary: int, block: int) -> int:
+    """Blocks of at most `block` rows; a number that divides the vocabulary where one is near."""
+    least = -(-vocabulary // block)
+    even = (n for n in range(least, 2 * least) if vocabulary % n == 0)
+    return next(even, least)

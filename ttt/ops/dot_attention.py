@@ -1,71 +1,226 @@
-"""Softmax attention of one sequence, full and within a sliding window.
+"""Softmax attention of one sequence within a sliding window, or full, in blocks of queries.
 
-Shapes: queries [Tq, H, K], keys and values [Tk, H, K]. Scores are scaled by 1/√K; softmax runs in
-float32.
+Shapes, heads first: queries [H, T, K]; keys and values [H, P + T, K], of which P stand before the
+first query (a cache, or padding). Scores are scaled by 1/√K; softmax runs in at least float32.
+
+The backward pass recomputes the scores of a block from the log-sum-exp of the forward pass, so no
+array has more than a block's scores. It is plain JAX, hence differentiable again, in both modes.
 """
+
+import logging
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from ttt.core.batch import AnyArray
 from ttt.core.precision import at_least_float32
+from ttt.errors import UserError
 
-Heads = Float[Array, "Tq H K"]
-Keys = Float[Array, "Tk H K"]
+_logger = logging.getLogger(__name__)
+
+Queries = Float[Array, "H T K"]
+Keys = Float[Array, "H S K"]
+Statistic = Float[Array, "H T"]
+Slot = Int[AnyArray, ""]
 
 
-def masked(q: Heads, k: Keys, v: Keys, mask: Bool[Array, "Tq Tk"]) -> Heads:
-    """Attention where `mask` allows it; every query must see a key."""
-    wide = at_least_float32(q[:0]).dtype
-    scores = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+def choose(name: str, dtype: jnp.dtype) -> str:
+    """The backend for whole sequences: `name`, or for `auto` the fastest that works here.
+
+    Raises UserError for `cudnn` where it cannot serve.
+    """
+    if name not in ("auto", "cudnn"):
+        return name
+    works = dtype == jnp.bfloat16 and jax.default_backend() in ("gpu", "cuda") and _cudnn_works()
+    if name == "cudnn" and not works:
+        raise UserError(
+            f"model.attention=cudnn on {jax.default_backend()} in {dtype}: cuDNN attention needs "
+            "an NVIDIA GPU and model.compute_dtype=bf16. Choose auto, blocks or naive."
+        )
+    return "cudnn" if works else "blocks"
+
+
+@cache
+def _cudnn_works() -> bool:
+    """Whether value and gradient of a small case compile: versions of cuDNN differ."""
+
+    def loss(x: Queries) -> Float[Array, ""]:
+        return jnp.sum(at_least_float32(jax.vmap(partial(attend_cudnn, window=64))(x, x, x)))
+
+    try:
+        x = jax.ShapeDtypeStruct((2, 2, 128, 64), jnp.bfloat16)
+        jax.jit(jax.grad(loss)).lower(x).compile()
+    except Exception as error:
+        _logger.warning("cuDNN attention is not used, it does not compile here: %s", error)
+        return False
+    return True
+
+
+def attend_cudnn(q: Queries, k: Queries, v: Queries, *, window: int | None) -> Queries:
+    """Causal attention of a whole sequence by cuDNN; once differentiable, in reverse mode."""
+    q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
+    span = None if window is None else (window - 1, 0)
+    y = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=span, implementation="cudnn"
+    )
+    return jnp.swapaxes(y, 0, 1)
+
+
+def attend_naive(q: Queries, k: Keys, v: Keys, mask: Bool[Array, "T S"]) -> Queries:
+    """Attention where `mask` allows it, all pairs at once; every query must see a key."""
+    scores = _scores("hqd,hkd->hqk", q, k)
     weights = jax.nn.softmax(jnp.where(mask[None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("hqk,khd->qhd", weights.astype(v.dtype), v)
+    return jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), v)
 
 
-def causal(q: Heads, k: Heads, v: Heads) -> Heads:
-    """Each query sees the keys up to its own position."""
-    return masked(q, k, v, jnp.tri(q.shape[0], dtype=bool))
+def window_mask(
+    queries: int, past: int, window: int | None, first: Slot | int
+) -> Bool[Array, "T S"]:
+    """Which of `past` + `queries` keys each query sees: `window` of them (None: all) up to its own.
 
-
-def window_mask(queries: int, window: int, seen: Int[Array, ""] | int) -> Bool[Array, "C keys"]:
-    """[C, W + C]: which of W cached and C new keys each of C new queries sees.
-
-    Query i stands at key slot W + i and sees the W slots that end there. Only the last `seen`
-    cached slots hold keys.
+    Query i stands at key past + i. Keys before slot `first` do not exist.
     """
-    slots = jnp.arange(window + queries, dtype=jnp.int32)
-    query, key = slots[window:, None], slots[None, :]
-    return (key > query - window) & (key <= query) & (key >= window - jnp.minimum(seen, window))
+    keys = jnp.arange(past + queries, dtype=jnp.int32)[None, :]
+    own = past + jnp.arange(queries, dtype=jnp.int32)[:, None]
+    seen = (keys <= own) & (keys >= first)
+    return seen if window is None else seen & (keys > own - window)
 
 
-def sliding_window_naive(q: Heads, k: Heads, v: Heads, window: int) -> Heads:
-    """Query t sees keys t − window < j ≤ t; one mask over all pairs."""
-    query, key = jnp.arange(q.shape[0])[:, None], jnp.arange(q.shape[0])[None, :]
-    return masked(q, k, v, (key <= query) & (key > query - window))
+def attend(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    *,
+    first: Slot | int,
+    window: int | None,
+    block: int,
+) -> Queries:
+    """Attention of T queries to the keys up to their own, `block` queries at a time.
 
-
-def sliding_window(q: Heads, k: Heads, v: Heads, window: int, block: int) -> Heads:
-    """Query t sees keys t − window < j ≤ t, without work outside the band.
-
-    `block` queries at a time meet the `window + block` keys that they can see.
-
-    The sequence's length must be a multiple of `block`, or at most `window`, where the band is the
-    causal triangle.
+    With a window W there must be P = W keys before the first query; a block then meets the
+    W + block keys that it can see, and nothing outside the band is computed. Without, a block
+    meets all keys. `first` ≤ P is the first key slot that exists. T must be a multiple of `block`,
+    or smaller.
     """
-    length = q.shape[0]
-    if length <= min(window, block):
-        return causal(q, k, v)
-    padding = ((window, 0), (0, 0), (0, 0))
-    k, v = jnp.pad(k, padding), jnp.pad(v, padding)
+    block = min(block, q.shape[1])
+    return _attend(window, block, q, k, v, jnp.asarray(first, jnp.int32))
 
-    # The scores of a block are recomputed in the backward pass: kept, they would be length ·
-    # (window + block).
-    @jax.checkpoint
-    def attend(start: Int[Array, ""]) -> Float[Array, "B H K"]:
-        def band(x: Array, size: int) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, size)
 
-        mask = window_mask(block, window, start)
-        return masked(band(q, block), band(k, window + block), band(v, window + block), mask)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(window: int | None, block: int, q: Queries, k: Keys, v: Keys, first: Slot) -> Queries:
+    return _attend_forward(window, block, q, k, v, first)[0]
 
-    return jax.lax.map(attend, jnp.arange(0, length, block, dtype=jnp.int32)).reshape(q.shape)
+
+def _attend_forward(
+    window: int | None, block: int, q: Queries, k: Keys, v: Keys, first: Slot
+) -> tuple[Queries, tuple]:
+    past = k.shape[1] - q.shape[1]
+
+    def one(start: Int[Array, ""], q: Queries) -> tuple[Queries, Statistic]:
+        keys, values, mask = _visible(window, block, past, start, k, v, first)
+        scores = jnp.where(mask[None], _scores("hqd,hkd->hqk", q, keys), -jnp.inf)
+        highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - highest[..., None])
+        total = jnp.sum(weights, axis=-1)
+        y = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), values)
+        return (at_least_float32(y) / total[..., None]).astype(v.dtype), highest + jnp.log(total)
+
+    if block == q.shape[1]:
+        y, lse = one(jnp.zeros((), jnp.int32), q)
+    else:
+        y, lse = jax.lax.map(lambda inputs: one(*inputs), (_starts(q, block), _blocks(q, block)))
+        y, lse = _joined(y), _joined(lse)
+    y, lse = checkpoint_name(y, "attention"), checkpoint_name(lse, "attention")
+    return y, (q, k, v, first, y, lse)
+
+
+def _attend_backward(
+    window: int | None, block: int, residuals: tuple, d_y: Queries
+) -> tuple[Queries, Keys, Keys, None]:
+    q, k, v, first, y, lse = residuals
+    past = k.shape[1] - q.shape[1]
+    # Of softmax: ds = p·(dp − Σ p·dp), and Σ p·dp is y·dy.
+    inner = jnp.sum(at_least_float32(y) * at_least_float32(d_y), axis=-1)
+
+    def one(
+        start: Int[Array, ""], q: Queries, d_y: Queries, lse: Statistic, inner: Statistic
+    ) -> tuple[Queries, Keys, Keys]:
+        """Keys lead in the scores here: three of the four products then run along memory."""
+        keys, values, mask = _visible(window, block, past, start, k, v, first)
+        scores = jnp.where(mask.T[None], _scores("hkd,hqd->hkq", keys, q), -jnp.inf)
+        weights = jnp.exp(scores - lse[:, None, :])
+        d_weights = jnp.einsum("hkd,hqd->hkq", values, d_y, preferred_element_type=lse.dtype)
+        d_scores = weights * (d_weights - inner[:, None, :]) * q.shape[-1] ** -0.5
+        weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+        d_values = jnp.einsum("hkq,hqd->hkd", weights, d_y)
+        d_keys = jnp.einsum("hkq,hqd->hkd", d_scores, q)
+        return jnp.einsum("hkq,hkd->hqd", d_scores, keys), d_keys, d_values
+
+    if block == q.shape[1]:
+        return (*one(jnp.zeros((), jnp.int32), q, d_y, lse, inner), None)
+
+    inputs = (_starts(q, block), *(_blocks(x, block) for x in (q, d_y, lse, inner)))
+    span = past + block if window is not None else k.shape[1]
+    shift = block if window is not None else 0
+
+    def back(later: tuple[Keys, Keys], inputs: tuple) -> tuple[tuple[Keys, Keys], tuple]:
+        """Blocks from last to first. The newest keys of a block have got all they will get."""
+        d_q, *here = one(*inputs)
+        total = [a + b for a, b in zip(later, here, strict=True)]
+        d_k, d_v = (jnp.pad(x, ((0, 0), (shift, 0), (0, 0)))[:, :span] for x in total)
+        return (d_k, d_v), (d_q, *(x[:, span - shift :] for x in total))
+
+    zeros = (jnp.zeros_like(k[:, :span]), jnp.zeros_like(v[:, :span]))
+    later, (d_q, *finished) = jax.lax.scan(back, zeros, inputs, reverse=True)
+    d_k, d_v = (
+        # What is left over belongs to the keys before the first block.
+        jnp.concatenate([x[:, shift:], _joined(done)], axis=1) if shift else x
+        for x, done in zip(later, finished, strict=True)
+    )
+    return _joined(d_q), d_k, d_v, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(
+    subscripts: str, a: Float[Array, "H A K"], b: Float[Array, "H B K"]
+) -> Float[Array, "H A B"]:
+    wide = at_least_float32(a[:0]).dtype
+    return jnp.einsum(subscripts, a, b, preferred_element_type=wide) * a.shape[-1] ** -0.5
+
+
+def _visible(
+    window: int | None,
+    block: int,
+    past: int,
+    start: Int[Array, ""],
+    k: Keys,
+    v: Keys,
+    first: Slot,
+) -> tuple[Float[Array, "H B K"], Float[Array, "H B K"], Bool[Array, "block B"]]:
+    """Keys and values that the block of queries from `start` meets, and the mask between them."""
+    if window is None:
+        mask = window_mask(k.shape[1] - past, past, None, first)
+        return k, v, jax.lax.dynamic_slice_in_dim(mask, start, block)
+    mask = window_mask(block, window, window, first - start)
+    if window + block == k.shape[1]:
+        return k, v, mask
+    keys, values = (jax.lax.dynamic_slice_in_dim(x, start, window + block, axis=1) for x in (k, v))
+    return keys, values, mask
+
+
+def _starts(q: Queries, block: int) -> Int[Array, " N"]:
+    return jnp.arange(0, q.shape[1], block, dtype=jnp.int32)
+
+
+def _blocks(x: Float[Array, "H T *rest"], block: int) -> Float[Array, "N H B *rest"]:
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
+
+
+def _joined(x: Float[Array, "N H B *rest"]) -> Float[Array, "H T *rest"]:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -36,6 +36,7 @@ MODEL = ModelConfig(
     param_dtype="fp32",
     state_dtype="fp32",
     attention="auto",
+    attention_block=0,
     loss_block=0,
     remat_prefix="none",
     remat_suffix="none",

@@ -62,7 +62,7 @@ def faults(changes, name=E2E):
         ({"model.seq_modeling_block": "swa"}, ["=swa", "self_attention, SWA"]),
         ({"training.train_mode": "mta"}, ["=mta", "did you mean meta?"]),
         ({"training.load_part": "param"}, ["did you mean params?"]),
-        ({"model.remat_prefix": "full"}, ["none, dots, block"]),
+        ({"model.remat_prefix": "full"}, ["none, dots, attention, block, chunk"]),
         ({"model.compute_dtype": "bf17"}, ["did you mean bf16?"]),
         ({"backend.platform": "gpu"}, ["auto, cpu, cuda, tpu"]),
         ({"training.optimizer_outer.optimizer_type": "adam"}, ["did you mean adamw?"]),

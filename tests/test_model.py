@@ -119,6 +119,7 @@ def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64,
     [
         {"remat_prefix": "block", "remat_suffix": "dots"},
         {"remat_prefix": "dots", "remat_suffix": "block"},
+        {"remat_prefix": "chunk", "remat_suffix": "chunk", "attention_block": 4, "loss_block": 16},
     ],
 )
 def test_rematerialisation_changes_no_gradient(other):
@@ -134,6 +135,43 @@ def test_rematerialisation_changes_no_gradient(other):
         np.testing.assert_allclose(
             named_leaves(other)[name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
         )
+
+
+def batch_gradient(config, training, form, attention):
+    """Loss and gradient of a batch of two, as one vector."""
+    model = make_model(replace(config, attention=attention))
+    batch = from_tokens(random_tokens(2, 33), config.bos_token_id)
+    chosen = replace(training, inner_gradient=form, inner_remat_freq=3)
+
+    def loss(model):
+        return jnp.mean(loop.batch_losses(model, batch, chosen, 0.7).loss)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(model)
+    return value, np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "meta",
+        "meta, no clipping, warming up",
+        "meta, window below chunk",
+        "meta, one block in all",
+    ],
+)
+def test_both_forms_of_the_gradient_agree_over_a_batch(case):
+    value, gradient = batch_gradient(*CASES[case], "forward_over_reverse", "blocks")
+    twin_value, twin = batch_gradient(*CASES[case], "reverse_over_reverse", "naive")
+    np.testing.assert_allclose(value, twin_value, rtol=1e-6)
+    assert np.linalg.norm(gradient - twin) < 1e-4 * np.linalg.norm(twin)
+
+
+def test_in_bf16_the_fast_form_is_as_near_to_float32_as_the_plain_one():
+    half = replace(MODEL, compute_dtype="bf16")
+    _, exact = batch_gradient(MODEL, TRAINING, "forward_over_reverse", "blocks")
+    _, fast = batch_gradient(half, TRAINING, "forward_over_reverse", "blocks")
+    _, plain = batch_gradient(half, TRAINING, "reverse_over_reverse", "naive")
+    assert np.linalg.norm(fast - exact) < 1.5 * np.linalg.norm(plain - exact)
 
 
 def test_no_loss_depends_on_a_later_token_at_chunk_borders_and_between():

@@ -31,7 +31,7 @@ DTYPES = ("fp32", "bf16")
 TRAIN_MODES = ("pretrain", "meta")
 LOAD_PARTS = ("none", "params", "all")
 INNER_GRADIENTS = ("forward_over_reverse", "reverse_over_reverse")
-REMAT_POLICIES = ("none", "dots", "attention", "block")
+REMAT_POLICIES = ("none", "dots", "attention", "block", "chunk")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 OUTER_OPTIMIZERS = ("adamw",)
 INNER_OPTIMIZERS = ("sgd",)
@@ -144,6 +144,8 @@ class ModelConfig:
     """Of fast weights and the test-time step."""
     attention: AttentionBackend
     """Program for attention; `auto`: cuDNN for whole sequences where it serves, else blocks."""
+    attention_block: Natural
+    """Queries whose scores are in memory together; 0: those of a chunk."""
     loss_block: Natural
     """Vocabulary entries whose logits are in memory together; 0: all, and kept."""
     remat_prefix: RematPolicy
@@ -349,6 +351,11 @@ _RELATIONS = (
         ("training.seq_length", "model.mini_batch_size"),
         lambda length, chunk: length % chunk == 0,
         "a sequence must be whole chunks; make seq_length a multiple of mini_batch_size",
+    ),
+    Relation(
+        ("model.mini_batch_size", "model.attention_block"),
+        lambda chunk, block: block == 0 or chunk % block == 0,
+        "a chunk must be whole blocks; make attention_block a divisor of mini_batch_size, or 0",
     ),
     Relation(
         ("training.global_batch_size", "training.accum_steps"),
@@ -604,7 +611,7 @@ _NEUTRAL = frozenset(
         # what is kept for the backward pass and what is computed again
         "model.remat_*",
         "model.loss_block",
-        "model.attention",
+        "model.attention*",
         "training.inner_remat_freq",
         "training.inner_gradient",
         # the length of the run: the schedule has its own keys

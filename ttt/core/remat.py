@@ -10,6 +10,7 @@ def remat[**P, R](function: Callable[P, R], policy: str) -> Callable[P, R]:
 
     What stays in memory: with `none` every intermediate, with `dots` the products with weights and
     the results of attention, with `attention` those results alone, with `block` the inputs alone.
+    `chunk` is `block` for each half of a block on its own (model/transformer.py).
     """
     # Named in ops/dot_attention.py, whose backward pass recomputes the scores anyway: without its
     # results kept, attention runs three times.
@@ -22,10 +23,12 @@ def remat[**P, R](function: Callable[P, R], policy: str) -> Callable[P, R]:
             keep = jax.checkpoint_policies.save_from_both_policies(products, attention)
         case "attention":
             keep = attention
-        case "block":
+        case "block" | "chunk":
             keep = jax.checkpoint_policies.nothing_saveable
         case _:
-            raise ValueError(f"remat policy {policy!r} is none of none, dots, attention, block")
+            raise ValueError(
+                f"remat policy {policy!r} is none of none, dots, attention, block, chunk"
+            )
     # Every use is the body of a scan, where nothing can be merged with the forward pass: no barrier
     # is needed.
     return jax.checkpoint(function, policy=keep, prevent_cse=False)

@@ -1,5 +1,6 @@
 """Softmax attention as a mixer: full, or within a sliding window."""
 
+import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -53,7 +54,7 @@ class Attention(AbstractMixer):
         self.heads = config.num_attention_heads
         self.theta = config.rope_theta
         self.window = window
-        self.block = config.mini_batch_size
+        self.block = config.attention_block or config.mini_batch_size
         self.backend = config.attention
 
     def init_state(self, context: int, dtype: jnp.dtype) -> KeyValueCache:
@@ -98,7 +99,8 @@ class Attention(AbstractMixer):
         if self.backend == "naive":
             y = attend_naive(q, k, values, window_mask(new, cached, cached, first))
         else:
-            y = attend(q, k, values, first=first, window=cached, block=new)
+            block = math.gcd(new, self.block)
+            y = attend(q, k, values, first=first, window=cached, block=block)
         return KeyValueCache(keys[:, new:], values[:, new:], state.seen + new), self._output(y)
 
     def _project(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "H T K"], ...]:

@@ -1,6 +1,7 @@
 """The network: blocks, two stacks, the language model, and its loss, plain or while learning."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -53,17 +54,18 @@ class Block(eqx.Module):
         self.ffn_prime_norm = norm(prime and config.pre_norm)
         self.ffn_prime_post_norm = norm(prime and config.post_norm)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The whole sequence."""
+    def mix(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The first half, whole sequence at once."""
         mixed = self.seq_modeling_block(_apply(self.seq_norm, x))
-        return self._mlps(x + _apply(self.seq_post_norm, mixed))
+        return x + _apply(self.seq_post_norm, mixed)
 
-    def step(self, state: PyTree, x: Float[Array, "C D"]) -> tuple[PyTree, Float[Array, "C D"]]:
-        """The next C tokens, with the mixer's state."""
+    def mix_step(self, x: Float[Array, "C D"], state: PyTree) -> tuple[Array, PyTree]:
+        """The first half of the next C tokens, with the mixer's state."""
         state, mixed = self.seq_modeling_block.step(state, _apply(self.seq_norm, x))
-        return state, self._mlps(x + _apply(self.seq_post_norm, mixed))
+        return x + _apply(self.seq_post_norm, mixed), state
 
-    def _mlps(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def mlps(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The second half, token by token."""
         if self.feed_forward_prime is not None:
             fast = self.feed_forward_prime(_apply(self.ffn_prime_norm, x))
             x = x + _apply(self.ffn_prime_post_norm, fast)
@@ -93,15 +95,24 @@ class Stacks(eqx.Module):
         self.suffix_blocks = stack(keys[first_suffix:], prime=config.prime)
 
 
-def run_blocks(blocks: Block | None, x: Float[Array, "T D"], policy: str) -> Float[Array, "T D"]:
+def run_blocks(
+    blocks: Block | None, x: Float[Array, "T D"], policy: str, chunk: int
+) -> Float[Array, "T D"]:
     """The whole sequence through a stack of blocks."""
     if blocks is None:
         return x
 
-    def one(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
-        return block(x), None
+    def whole(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
+        return block.mlps(block.mix(x)), None
 
-    return jax.lax.scan(remat(one, policy), x, blocks)[0]
+    def halves(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
+        pieces = remat(Block.mix, policy)(block, x).reshape(-1, chunk, x.shape[-1])
+        return jax.lax.map(partial(remat(Block.mlps, policy), block), pieces).reshape(x.shape), None
+
+    # In halves, a backward pass never has the intermediates of attention and of an MLP at once, and
+    # those of the MLP for one chunk only; remat is not nested, so nothing runs a third time.
+    one = halves if policy == "chunk" else remat(whole, policy)
+    return jax.lax.scan(one, x, blocks)[0]
 
 
 def step_blocks(
@@ -109,12 +120,18 @@ def step_blocks(
 ) -> tuple[PyTree, Float[Array, "C D"]]:
     """The next C tokens through a stack of blocks; states are stacked as the blocks are."""
 
-    def one(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
+    def whole(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
         block, state = layer
-        state, y = block.step(state, x)
-        return y, state
+        x, state = block.mix_step(x, state)
+        return block.mlps(x), state
 
-    y, states = jax.lax.scan(remat(one, policy), x, (blocks, states))
+    def halves(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
+        block, state = layer
+        x, state = remat(Block.mix_step, policy)(block, x, state)
+        return remat(Block.mlps, policy)(block, x), state
+
+    one = halves if policy == "chunk" else remat(whole, policy)
+    y, states = jax.lax.scan(one, x, (blocks, states))
     return states, y
 
 
@@ -191,7 +208,8 @@ class MetaModel(eqx.Module):
     def prefix(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """The first L − S blocks."""
         stacks = self.language_model.model.h
-        return run_blocks(stacks.prefix_blocks, x, self.config.remat_prefix)
+        config = self.config
+        return run_blocks(stacks.prefix_blocks, x, config.remat_prefix, config.mini_batch_size)
 
     def fast_weights(self, spec_inner: Sequence[str]) -> tuple["MetaModel", "MetaModel"]:
         """(fast, slow): the model parted by `spec_inner`, the fast weights in the state dtype.
@@ -215,12 +233,13 @@ class MetaModel(eqx.Module):
     def loss(self, batch: Batch) -> SequenceLoss:
         """One sequence, plain (METHOD.md section 2)."""
         config, stacks = self.config, self.language_model.model.h
+        chunk = config.mini_batch_size
 
         def hidden(ids: Int[AnyArray, " T"]) -> Float[Array, "T D"]:
-            x = run_blocks(stacks.suffix_blocks, self.prefix(self.embed(ids)), config.remat_prefix)
+            x = self.prefix(self.embed(ids))
+            x = run_blocks(stacks.suffix_blocks, x, config.remat_prefix, chunk)
             return self.language_model.model.ln_f(x)
 
-        chunk = config.mini_batch_size
         if config.seq_modeling_block == "self_attention":
             x = jax.vmap(hidden)(batch.inputs.reshape(-1, chunk))
             x = x.reshape(-1, x.shape[-1])
@@ -240,6 +259,8 @@ class MetaModel(eqx.Module):
         def copies(x: Array) -> Array:
             return jnp.broadcast_to(x, (sequences, *x.shape))
 
+        # The prefix has run; as a slow weight it would only cost a gradient of zeros per chunk.
+        fast, slow = _without_prefix(fast), _without_prefix(slow)
         fast, states = jax.tree.map(copies, (fast, self.init_state(length)))
         _, _, read = inner_loop.read(
             _chunk_loss,
@@ -279,6 +300,12 @@ class MetaModel(eqx.Module):
         hidden = self.language_model.model.ln_f(x)
         table = self.language_model.table
         return states, token_nll(hidden, table, targets, block=self.config.loss_block)
+
+
+def _without_prefix(model: MetaModel) -> MetaModel:
+    return eqx.tree_at(
+        lambda m: m.language_model.model.h.prefix_blocks, model, None, is_leaf=lambda x: x is None
+    )
 
 
 def _chunk_loss(

@@ -1,0 +1,85 @@
+"""scripts/01_config_inspect.py, as its user meets it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "01_config_inspect.py"
+E2E = "+experiment=125m/pretrain/pretrain-125m-e2e"
+
+
+@pytest.fixture
+def inspect(monkeypatch, capsys):
+    def run(*overrides, options=()):
+        arguments = [part for text in overrides for part in ("--override", text)]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, *map(str, options)])
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as exited:
+            code = exited.code
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_all_numbers_are_shown_and_written(inspect, tmp_path):
+    out = tmp_path / "costs.json"
+    code, said = inspect(E2E, options=["--devices", 8, "--out", out])
+    assert code == 0
+    told = json.loads(out.read_text())
+    assert told["tokens"]["per step"] == 64 * 8192
+    assert told["parameters"]["total"] == pytest.approx(184e6, rel=0.01)
+    assert told["FLOPs per token"]["of full attention"] > 1.2
+    assert f"{told['parameters']['total']:,}" in said.out
+    assert set(told) == {section for section in told if section in said.out}
+
+
+def test_more_devices_need_less_memory_each(inspect, tmp_path):
+    peaks = []
+    for devices in (1, 8):
+        out = tmp_path / f"{devices}.json"
+        assert inspect(E2E, options=["--devices", devices, "--out", out])[0] == 0
+        peaks.append(json.loads(out.read_text())["memory per device"]["peak"])
+    assert peaks[1] < peaks[0]
+
+
+def test_a_run_with_full_attention_is_not_compared_with_itself(inspect):
+    code, said = inspect("+experiment=tiny/pretrain/pretrain-tiny-fa")
+    assert code == 0
+    assert "of full attention" not in said.out
+
+
+def test_paths_that_lead_nowhere_are_told(inspect, tmp_path):
+    code, said = inspect(
+        "+experiment=tiny/pretrain/pretrain-tiny-e2e",
+        "training.dataset_name=elsewhere",
+        "deploy_paths.checkpoint=???",
+        "deploy_paths.data.books3=${oc.env:NOBODY_SETS_THIS}",
+        f"deploy_paths.experiments={tmp_path}",
+    )
+    assert code == 0
+    assert said.out.count("unset") == 2
+    assert "missing:" not in said.out
+    code, said = inspect(E2E, f"deploy_paths.data.dclm_filter_8k={tmp_path / 'none'}")
+    assert code == 0
+    assert "missing:" in said.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "said"),
+    [
+        ([], [], "no experiment named"),
+        ([E2E, "training.seq_length=1000"], [], "seq_length=1000"),
+        ([E2E], ["--devices", 3], "devices=3"),
+        ([E2E], ["--out", SCRIPT], "must be a new file"),
+    ],
+)
+def test_a_users_mistake_exits_with_2(inspect, overrides, options, said):
+    code, printed = inspect(*overrides, options=options)
+    assert code == 2
+    assert said in printed.err
+    assert printed.out == ""

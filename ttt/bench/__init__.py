@@ -1,0 +1,1 @@
+"""Floor 5: what training and reading cost, in closed form and measured."""

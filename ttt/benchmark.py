@@ -1,0 +1,148 @@
+"""`benchmark`: time training, prefill and evaluation of several variants, side by side.
+
+A variant is a set of overrides on top of the command line's. One whose numbers differ from those of
+its plain twin gets no timings, and the command exits with 1.
+"""
+
+import json
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+from hydra.core.hydra_config import HydraConfig
+from jax.sharding import Mesh
+from rich.console import Console
+
+from ttt.bench import numerics, report, timing
+from ttt.bench.timing import Result
+from ttt.config import Config, compose, resolve, to_dict
+from ttt.entry import hydra_entry
+from ttt.errors import UserError
+from ttt.infra import distributed
+from ttt.infra.mesh import check_divides, data_mesh
+from ttt.infra.record import RunRecord
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int | None:
+    """Measure what the command line asks for; 1 if a variant failed."""
+    return benchmark(config, HydraConfig.get().overrides.task)
+
+
+def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
+    """Measure `config.benchmark`, whose variants build on `overrides`; 1 if a variant failed.
+
+    Leaves `benchmark.json`, `benchmark.md` and, with several contexts, `benchmark.png` in the run
+    record; the last line on stdout is a JSON object of the figures (`report.summary`).
+    """
+    asked = config.benchmark
+    grid = {context: variants(config, overrides, context) for context in contexts(config)}
+    distributed.start(config.backend)
+    mesh = data_mesh()
+    for configs in grid.values():
+        check_batches(configs, mesh)
+    folder = Path(config.deploy_paths.experiments) / config.training.exp_folder / asked.exp_name
+    record = RunRecord(folder)
+    devices = [d.device_kind for d in jax.devices()]
+    record.start(to_dict(config), devices=devices, data={"benchmark": "random tokens"})
+    results: list[Result] = []
+    status = "failed"
+    try:
+        for call in asked.calls:
+            for configs in grid.values():
+                results += measure(config, configs, call, mesh)
+                save(record, config, results)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        record.finish(status)
+    show(record, config, results)
+    return 1 if any(result.failed for result in results) else None
+
+
+# ---- what to measure ---------------------------------------------------------------------
+
+
+def contexts(config: Config) -> tuple[int, ...]:
+    """Tokens per sequence, one value after the other."""
+    return config.benchmark.contexts or (config.training.seq_length,)
+
+
+def variants(config: Config, overrides: Sequence[str], context: int) -> dict[str, Config]:
+    """Name -> configuration of every variant at a context; raises UserError with the name."""
+    asked = config.benchmark
+    size = [f"training.seq_length={context}"]
+    if asked.tokens:
+        size.append(f"training.global_batch_size={max(1, asked.tokens // context)}")
+    found = {}
+    for name, own in (asked.variants or {config.training.exp_name: ""}).items():
+        try:
+            found[name] = resolve(compose([*overrides, *size, *shlex.split(own)]))
+        except UserError as error:
+            raise UserError(f"benchmark.variants.{name}={own!r} at {context}: {error}") from error
+    return found
+
+
+def check_batches(configs: Mapping[str, Config], mesh: Mesh) -> None:
+    """Raise a UserError unless the devices can share every batch."""
+    for config in configs.values():
+        check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
+
+
+# ---- measuring ---------------------------------------------------------------------------
+
+
+def measure(config: Config, configs: Mapping[str, Config], call: str, mesh: Mesh) -> list[Result]:
+    """One call of all variants at one context; those with wrong numbers are refused."""
+    asked = config.benchmark
+    refused: dict[str, Result] = {}
+    for name, variant in configs.items():
+        if reason := numerics.fault(variant):
+            logger.info("%s: %s", name, reason)
+            refused[name] = timing.failed(name, call, variant, reason)
+    timed = timing.measure(
+        {name: variant for name, variant in configs.items() if name not in refused},
+        call,
+        mesh,
+        warmup=asked.warmup,
+        repetitions=asked.repetitions,
+        told=logger.info,
+    )
+    return [*refused.values(), *timed]
+
+
+def save(record: RunRecord, config: Config, results: Sequence[Result]) -> None:
+    """Write what is known so far."""
+    found = {
+        "variants": dict(config.benchmark.variants),
+        "results": [result.to_dict() for result in results],
+    }
+    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    (record.folder / "benchmark.json").write_text(text, encoding="utf-8")
+
+
+def show(record: RunRecord, config: Config, results: Sequence[Result]) -> None:
+    """Table and picture into the record, the table and one line of JSON to stdout."""
+    text = report.table(results)
+    (record.folder / "benchmark.md").write_text(text, encoding="utf-8")
+    timed = {result.context for result in results if not result.failed}
+    if len(timed) > 1:
+        picture = record.folder / "benchmark.png"
+        device = jax.devices()[0].device_kind
+        report.draw(results, picture, title=f"{config.model.name}, {jax.device_count()} x {device}")
+        logger.info("picture: %s", picture)
+    logger.info("numbers: %s", record.folder / "benchmark.json")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(text)
+    console.print(report.summary(results))
+
+
+main = hydra_entry(run)
+
+if __name__ == "__main__":
+    main()

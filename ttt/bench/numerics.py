@@ -67,6 +67,7 @@ def _small(model: ModelConfig, training: TrainingConfig) -> tuple[ModelConfig, T
         num_attention_heads=heads,
         mini_batch_size=chunk,
         sliding_window_size=min(window, length // 2),
+        attention_block=chunk // 2 if model.attention_block else 0,
         loss_block=math.ceil(_VOCABULARY * model.loss_block / model.vocab_size),
         # Large enough for the softmax and the inner gradient to be far from uniform and from zero.
         initializer_range=0.2,

@@ -1,5 +1,6 @@
 """Strictest settings for every test, and where the golden values lie."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -39,3 +40,12 @@ def float64():
     """Arrays of the test are float64 by default."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def handlers_stay_open(monkeypatch):
+    """Hydra sets logging up anew, which closes every handler there is; absl's closes its stream.
+
+    That stream is whatever stderr was when absl was imported: in a test, pytest's own capture.
+    """
+    monkeypatch.setattr(logging, "shutdown", lambda *handlers: None)

@@ -20,6 +20,9 @@ def quadratic(fast, slow, carry, chunk):
     return loss, ({"count": carry["count"] + 0.1, "seen": carry["seen"] + 1}, fast["w"])
 
 
+quadratics = jax.vmap(quadratic, in_axes=(0, None, 0, 0))
+
+
 CHUNKS = (np.array([1.0, 0.5, 2.0, 1.5, 0.7]), np.linspace(-1, 1, 15).reshape(5, 3))
 START = np.array([0.3, -0.2, 0.5])
 
@@ -41,7 +44,7 @@ def read_one(w, rate=0.3, slow=1.0, clip=0.0, **options):
     carry = {"count": jnp.zeros(1), "seen": jnp.zeros(1, jnp.int32)}
     chunks = jax.tree.map(lambda x: jnp.asarray(x)[:, None], CHUNKS)
     return inner_loop.read(
-        quadratic,
+        quadratics,
         {"w": jnp.asarray(w)[None]},
         jnp.asarray(slow),
         carry,
@@ -93,7 +96,7 @@ def test_sequences_of_a_batch_learn_apart():
     carry = {"count": jnp.zeros(2), "seen": jnp.zeros(2, jnp.int32)}
     chunks = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 2, axis=1), CHUNKS)
     fast, _, read = inner_loop.read(
-        quadratic, {"w": jnp.asarray(starts)}, jnp.ones(()), carry, chunks, InnerRule(0.3, 0.4)
+        quadratics, {"w": jnp.asarray(starts)}, jnp.ones(()), carry, chunks, InnerRule(0.3, 0.4)
     )
     for i, start in enumerate(starts):
         losses, weights = closed_form(start, 0.3, clip=0.4)

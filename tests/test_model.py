@@ -262,17 +262,20 @@ def test_fast_weights_outside_the_suffix_are_refused(spec, said):
         make_model(MODEL).fast_weights(spec)
 
 
-def test_any_late_parameter_can_be_fast():
-    spec = ("**.suffix_blocks.feed_forward.w2.**", "**.ln_f.**")
-    learning = Learning(spec, InnerRule(0.5, 1.0))
-    model, batch = make_model(MODEL), sequence(MODEL)
-    alone = jax.tree.map(lambda x: x[None], batch)
-    learned = jax.tree.map(
-        lambda x: x[0], eqx.filter_jit(model.loss_while_learning)(alone, learning)
-    )
-    plain = model.loss(batch)
-    np.testing.assert_allclose(learned.chunk_losses[0], plain.chunk_losses[0], rtol=1e-5)
-    assert np.all(np.abs(learned.chunk_losses[1:] - plain.chunk_losses[1:]) > 1e-5)
+@pytest.mark.parametrize(
+    ("tied", "spec"),
+    [
+        (True, ("**.suffix_blocks.feed_forward.w2.**", "**.ln_f.**")),
+        (False, ("**.lm_head.**",)),
+    ],
+)
+def test_any_late_parameter_can_be_fast(tied, spec):
+    config = replace(MODEL, tie_word_embeddings=tied)
+    model, batch = make_model(config), jax.tree.map(lambda x: x[None], sequence(config))
+    learned = eqx.filter_jit(model.loss_while_learning)(batch, Learning(spec, InnerRule(0.5, 1.0)))
+    learned, plain = learned.chunk_losses[0], model.loss(batch).chunk_losses[0]
+    np.testing.assert_allclose(learned[0], plain[0], rtol=1e-5)
+    assert np.all(np.abs(learned[1:] - plain[1:]) > 1e-5)
 
 
 @pytest.mark.parametrize("suffix_len", [0, 1, 3])

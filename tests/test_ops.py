@@ -131,18 +131,32 @@ def test_token_nll_in_blocks_is_naive_in_value_and_all_derivatives(float64, bloc
 
 
 @pytest.mark.parametrize("block", [0, 4])
-def test_a_sequence_is_scored_in_pieces(float64, block, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_TOKENS", 4)
+def test_sequences_are_scored_in_pieces(float64, block, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_TOKENS", 2)
     hidden, table, targets = nll_inputs()
+    hidden, targets = hidden.reshape(2, 4, -1), targets.reshape(2, 4)
 
     def of(nll):
         return jax.value_and_grad(lambda h, w: jnp.sum(nll(h, w, targets) ** 2), argnums=(0, 1))(
             hidden, table
         )
 
-    whole = of(cross_entropy.token_nll_naive)
-    pieces = of(lambda *inputs: cross_entropy.sequence_nll(*inputs, block=block))
+    whole = of(jax.vmap(cross_entropy.token_nll_naive, in_axes=(0, None, 0)))
+    pieces = of(lambda *inputs: cross_entropy.whole_nll(*inputs, block=block))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), pieces, whole)
+
+
+def test_sequences_share_one_gradient_of_the_table():
+    hidden, table, targets = draw(3, 8, 4), draw(96, 4), jnp.zeros((3, 8), jnp.int32)
+
+    def gradient(table):
+        return jax.grad(lambda w: jnp.sum(cross_entropy.batch_nll(hidden, w, targets, block=24)))(
+            table
+        )
+
+    compiled = jax.jit(gradient).lower(table).compile().as_text()
+    assert "4,24,4]" in compiled
+    assert "3,24,4]" not in compiled
 
 
 def test_no_array_of_tokens_by_vocabulary_is_made_in_blocks():

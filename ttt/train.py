@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from ttt.config import Config, differences, to_dict
-from ttt.core import tree
+from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
@@ -321,7 +321,11 @@ def compile_step(config: Config, state: TrainState, batch: Batch) -> jax.stages.
         f"{batch.inputs.size:,}",
     )
     began = time.monotonic()
-    step = jax.jit(loop.make_train_step(config.training), donate_argnums=0)
+    step = jax.jit(
+        loop.make_train_step(config.training),
+        donate_argnums=0,
+        compiler_options=compiling.options(),
+    )
     compiled = step.lower(state, batch).compile()
     logger.info("compiled in %.0f s", time.monotonic() - began)
     if memory := compiled.memory_analysis():  # not every backend tells

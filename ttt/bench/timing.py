@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ttt.bench import costs
 from ttt.config import Config
-from ttt.core import tree
+from ttt.core import compiling, tree
 from ttt.core.batch import AnyArray, Batch, from_tokens
 from ttt.infra.mesh import replicate, shard_batch
 from ttt.model import loop
@@ -148,7 +148,11 @@ class Program:
         self._trains = call == "train_step"
         self._state = replicate(mesh, jax.jit(lambda: _initial(config, call))())
         self._batch = _random_batch(config, call, mesh)
-        jitted = jax.jit(_CALLS[call](config), donate_argnums=0 if self._trains else ())
+        jitted = jax.jit(
+            _CALLS[call](config),
+            donate_argnums=0 if self._trains else (),
+            compiler_options=compiling.options(),
+        )
         with from_scratch():
             began = time.perf_counter()
             self._compiled = jitted.lower(self._state, self._batch).compile()

@@ -1,9 +1,11 @@
 """Test-time training as pure functions, generic in the loss, and its exact second-order gradient.
 
-A loss takes (fast weights, slow weights, carry, chunk) of one sequence and gives (loss, (carry,
-aux)). The carry goes from chunk to chunk (caches), the chunk is what is read now, the slow weights
-are the same in every chunk and sequence. The gradient of a step is that of the fast weights alone:
-all else is input. `read` folds it over the chunks of a batch of sequences.
+A loss takes (fast weights, slow weights, carry, chunk) of a batch of sequences and gives (losses,
+(carry, aux)), where each sequence depends on its own fast weights, carry and chunk. The carry goes
+from chunk to chunk (caches), the chunk is what is read now, the slow weights are the same in every
+chunk and sequence. The gradient of a step is that of the fast weights alone: all else is input.
+`read` folds it over the chunks. The loss of one sequence becomes that of a batch by
+`jax.vmap(loss, in_axes=(0, None, 0, 0))`; taking batches lets it share work with slow weights.
 
 Two forms of its derivative agree to rounding. `reverse_over_reverse` lets JAX differentiate the
 steps. `forward_over_reverse` is METHOD.md section 6: the backward pass of a chunk is one forward-
@@ -25,7 +27,7 @@ from ttt.core.scan import scan_in_groups
 from ttt.core.tree import squared_norm
 
 type Loss = Callable[
-    [PyTree, PyTree, PyTree, PyTree], tuple[Float[Array, ""], tuple[PyTree, PyTree]]
+    [PyTree, PyTree, PyTree, PyTree], tuple[Float[Array, " B"], tuple[PyTree, PyTree]]
 ]
 
 
@@ -77,14 +79,16 @@ def descend(fast: PyTree, gradient: PyTree, rule: InnerRule) -> tuple[PyTree, Fl
 def learn(
     loss: Loss, fast: PyTree, slow: PyTree, carry: PyTree, chunk: PyTree, rule: InnerRule
 ) -> tuple[PyTree, PyTree, Outcome]:
-    """Score one chunk of one sequence, then take the step on it: (fast', carry', outcome)."""
+    """Score a chunk of every sequence, then take the step on it: (fast', carry', outcome)."""
 
-    def of_fast(fast: PyTree) -> tuple[Float[Array, ""], tuple[PyTree, PyTree]]:
-        return loss(fast, slow, carry, chunk)
+    def total(fast: PyTree) -> tuple[Float[Array, ""], tuple[PyTree, PyTree, PyTree]]:
+        values, (carry_after, aux) = loss(fast, slow, carry, chunk)
+        return jnp.sum(values), (values, carry_after, aux)
 
-    (value, (carry, aux)), gradient = jax.value_and_grad(of_fast, has_aux=True)(fast)
-    fast, norm = descend(fast, gradient, rule)
-    return fast, carry, Outcome(value, norm, aux)
+    # A sequence's loss depends on no other's weights: the sum's gradient holds each one's own.
+    (_, (values, carry_after, aux)), gradient = jax.value_and_grad(total, has_aux=True)(fast)
+    fast, norms = jax.vmap(descend, in_axes=(0, 0, None))(fast, gradient, rule)
+    return fast, carry_after, Outcome(values, norms, aux)
 
 
 def read(
@@ -127,7 +131,7 @@ def _plain_fold(
     rule: InnerRule,
 ) -> tuple[PyTree, PyTree, Outcome]:
     def step(state: tuple[PyTree, PyTree], chunk: PyTree) -> tuple[tuple[PyTree, PyTree], Outcome]:
-        fast, carry, out = _learn_batch(loss, *state, slow, chunk, rule)
+        fast, carry, out = learn(loss, state[0], slow, state[1], chunk, rule)
         return (fast, carry), out
 
     (fast, carry), outcomes = scan_in_groups(step, (fast, carry), chunks, group)
@@ -181,9 +185,15 @@ def _fold_backward(loss: Loss, group: int, residuals: tuple, cotangents: tuple) 
 
     def run(later: tuple, inputs: tuple) -> tuple[tuple, PyTree]:
         """One group: its states once more, then its chunks from last to first."""
-        state, chunks, norms, d_outcomes = inputs
-        before = _states_before(loss, state, slow, chunks, rule)
-        return jax.lax.scan(back, later, (before, chunks, norms, d_outcomes), reverse=True)
+        number, chunks, norms, d_outcomes = inputs
+        before = _states_before(loss, states, number, slow, chunks, rule)
+
+        def back_from(later: tuple, inputs: tuple) -> tuple[tuple, PyTree]:
+            position, *rest = inputs
+            return back(later, (before(position), *rest))
+
+        xs = (jnp.arange(group, dtype=jnp.int32), chunks, norms, d_outcomes)
+        return jax.lax.scan(back_from, later, xs, reverse=True)
 
     def back(later: tuple, inputs: tuple) -> tuple[tuple, PyTree]:
         """One chunk."""
@@ -202,7 +212,7 @@ def _fold_backward(loss: Loss, group: int, residuals: tuple, cotangents: tuple) 
 
     d_slow = jax.tree.map(jnp.zeros_like, slow)
     later = (fast, d_fast, d_slow, d_carry, jnp.zeros_like(rule.rate))
-    inputs = (states, grouped, norms, d_outcomes)
+    inputs = (jnp.arange(len(norms), dtype=jnp.int32), grouped, norms, d_outcomes)
     (_, d_fast, d_slow, d_carry, d_rate), d_chunks = jax.lax.scan(run, later, inputs, reverse=True)
     d_chunks = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), d_chunks)
     return d_fast, d_slow, d_carry, d_chunks, InnerRule(d_rate, rule.clip)
@@ -230,7 +240,7 @@ def _second_order(
     chunk, chunk_rest = eqx.partition(chunk, _is_differentiable)
 
     def outputs(fast: PyTree, slow: PyTree, carry: PyTree, chunk: PyTree) -> tuple:
-        value, (carry, aux) = jax.vmap(loss, in_axes=(0, None, 0, 0))(
+        value, (carry, aux) = loss(
             fast, slow, eqx.combine(carry, carry_rest), eqx.combine(chunk, chunk_rest)
         )
         return value, eqx.filter(carry, _is_differentiable), aux
@@ -280,40 +290,52 @@ def _steps(
     loss: Loss, state: tuple[PyTree, PyTree], slow: PyTree, chunks: PyTree, rule: InnerRule
 ) -> tuple[tuple[PyTree, PyTree], Outcome]:
     def step(state: tuple[PyTree, PyTree], chunk: PyTree) -> tuple[tuple[PyTree, PyTree], Outcome]:
-        fast, carry, out = _learn_batch(loss, *state, slow, chunk, rule)
+        fast, carry, out = learn(loss, state[0], slow, state[1], chunk, rule)
         return (fast, carry), out
 
     return jax.lax.scan(step, state, chunks)
 
 
 def _states_before(
-    loss: Loss, state: tuple[PyTree, PyTree], slow: PyTree, chunks: PyTree, rule: InnerRule
-) -> tuple[PyTree, PyTree]:
-    """(fast, carry) before each chunk of a group, recomputed from those before the first."""
-    first = jax.tree.map(lambda x: x[None], state)
+    loss: Loss,
+    stored: tuple[PyTree, PyTree],
+    group: Int[Array, ""],
+    slow: PyTree,
+    chunks: PyTree,
+    rule: InnerRule,
+) -> Callable[[Int[Array, ""]], tuple[PyTree, PyTree]]:
+    """Position in a group -> (fast, carry) before that chunk.
+
+    `stored` holds those before the first chunk of every group, from which the others of the group
+    are computed again, once.
+    """
     steps = jax.tree.leaves(chunks)[0].shape[0]
     if steps == 1:
-        return first
+        return lambda position: _at(stored, group)
 
     def step(state: tuple[PyTree, PyTree], chunk: PyTree) -> tuple[tuple[PyTree, PyTree], PyTree]:
-        fast, carry, _ = _learn_batch(loss, *state, slow, chunk, rule)
+        fast, carry, _ = learn(loss, state[0], slow, state[1], chunk, rule)
         return (fast, carry), (fast, carry)
 
-    _, later = jax.lax.scan(step, state, _part(chunks, 0, steps - 1))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, later)
+    _, later = jax.lax.scan(step, _at(stored, group), _part(chunks, 0, steps - 1))
 
+    # Stored and recomputed states stay apart, and the index of the stored one varies with the
+    # position: else XLA would hold a copy of it throughout the group.
+    def before(position: Int[Array, ""]) -> tuple[PyTree, PyTree]:
+        first = position == 0
+        state = _at(stored, jnp.where(first, group, 0))
+        again = _at(later, jnp.maximum(position - 1, 0))
+        return jax.tree.map(partial(jnp.where, first), state, again)
 
-def _learn_batch(
-    loss: Loss, fast: PyTree, carry: PyTree, slow: PyTree, chunk: PyTree, rule: InnerRule
-) -> tuple[PyTree, PyTree, Outcome]:
-    def one(fast: PyTree, carry: PyTree, chunk: PyTree) -> tuple[PyTree, PyTree, Outcome]:
-        return learn(loss, fast, slow, carry, chunk, rule)
-
-    return jax.vmap(one)(fast, carry, chunk)
+    return before
 
 
 def _is_differentiable(leaf: Any) -> bool:
     return eqx.is_inexact_array(leaf)
+
+
+def _at(stacked: PyTree, position: Int[Array, ""]) -> PyTree:
+    return jax.tree.map(lambda x: x[position], stacked)
 
 
 def _part(chunks: PyTree, start: int, stop: int) -> PyTree:

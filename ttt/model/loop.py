@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from ttt.config import Config, TrainingConfig
-from ttt.core import tree
+from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.core.scan import mean_over
 from ttt.infra.mesh import check_divides, shard_batch
@@ -61,7 +61,7 @@ def batch_losses(
 ) -> SequenceLoss:
     """The losses of B sequences [B, T], as `train_mode` says; `scale` is that of the inner rate."""
     if training.train_mode == "pretrain":
-        return jax.vmap(model.loss)(batch)
+        return model.loss(batch)
     inner = training.optimizer_inner
     learning = Learning(
         training.spec_inner,
@@ -148,7 +148,8 @@ class Evaluator:
             losses = batch_losses(model, batch, training, scale)
             return losses.loss, losses.token_nll
 
-        self._score = jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._score = jax.jit(score, out_shardings=whole, compiler_options=compiling.options())
 
     def __call__(self, model: MetaModel, batch: Batch, *, learn: bool = True) -> Scores:
         """Scores of a batch [b, T] of at most `eval_batch_size` sequences."""

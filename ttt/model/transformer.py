@@ -19,7 +19,7 @@ from ttt.model import inner_loop
 from ttt.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from ttt.model.mixer import AbstractMixer
 from ttt.model.pattern import make_mixer
-from ttt.ops.cross_entropy import masked_mean, sequence_nll, token_nll
+from ttt.ops.cross_entropy import batch_nll, masked_mean, token_nll, whole_nll
 
 
 class Block(eqx.Module):
@@ -106,12 +106,12 @@ def run_blocks(
         return block.mlps(block.mix(x)), None
 
     def halves(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
-        pieces = remat(Block.mix, policy)(block, x).reshape(-1, chunk, x.shape[-1])
+        pieces = block.mix(x).reshape(-1, chunk, x.shape[-1])
         return jax.lax.map(partial(remat(Block.mlps, policy), block), pieces).reshape(x.shape), None
 
     # In halves, a backward pass never has the intermediates of attention and of an MLP at once, and
     # those of the MLP for one chunk only; remat is not nested, so nothing runs a third time.
-    one = halves if policy == "chunk" else remat(whole, policy)
+    one = remat(halves if policy == "chunk" else whole, policy)
     return jax.lax.scan(one, x, blocks)[0]
 
 
@@ -231,7 +231,7 @@ class MetaModel(eqx.Module):
         return tree.cast(fast, Precision.of(self.config).state), slow
 
     def loss(self, batch: Batch) -> SequenceLoss:
-        """One sequence, plain (METHOD.md section 2)."""
+        """B sequences [B, T], plain (METHOD.md section 2)."""
         config, stacks = self.config, self.language_model.model.h
         chunk = config.mini_batch_size
 
@@ -240,14 +240,17 @@ class MetaModel(eqx.Module):
             x = run_blocks(stacks.suffix_blocks, x, config.remat_prefix, chunk)
             return self.language_model.model.ln_f(x)
 
-        if config.seq_modeling_block == "self_attention":
-            x = jax.vmap(hidden)(batch.inputs.reshape(-1, chunk))
-            x = x.reshape(-1, x.shape[-1])
-        else:
-            x = hidden(batch.inputs)
-        nll = sequence_nll(x, self.language_model.table, batch.targets, block=config.loss_block)
-        losses = jax.vmap(masked_mean)(nll.reshape(-1, chunk), batch.loss_mask.reshape(-1, chunk))
-        return SequenceLoss(jnp.mean(losses), losses, nll, jnp.zeros_like(losses))
+        def windows(x: AnyArray) -> AnyArray:
+            return x.reshape(len(x), -1, chunk)
+
+        inputs = batch.inputs
+        if config.seq_modeling_block == "self_attention":  # each window on its own
+            inputs = inputs.reshape(-1, chunk)
+        x = jax.vmap(hidden)(inputs).reshape(*batch.inputs.shape, -1)
+        table = self.language_model.table
+        nll = whole_nll(x, table, batch.targets, block=config.loss_block)
+        losses = jax.vmap(jax.vmap(masked_mean))(windows(nll), windows(batch.loss_mask))
+        return SequenceLoss(jnp.mean(losses, axis=1), losses, nll, jnp.zeros_like(losses))
 
     def loss_while_learning(self, batch: Batch, learning: Learning) -> SequenceLoss:
         """B sequences [B, T], each learning chunk by chunk on its own (METHOD.md section 3)."""
@@ -263,7 +266,7 @@ class MetaModel(eqx.Module):
         fast, slow = _without_prefix(fast), _without_prefix(slow)
         fast, states = jax.tree.map(copies, (fast, self.init_state(length)))
         _, _, read = inner_loop.read(
-            _chunk_loss,
+            chunk_loss,
             fast,
             slow,
             states,
@@ -291,15 +294,11 @@ class MetaModel(eqx.Module):
         dtype = Precision.of(self.config).compute
         return jax.vmap(lambda b: b.seq_modeling_block.init_state(context, dtype))(blocks)
 
-    def step(
-        self, states: PyTree, x: Float[Array, "C D"], targets: Int[AnyArray, " C"]
-    ) -> tuple[PyTree, Float[Array, " C"]]:
-        """The prefix's next C outputs through suffix and head: (states, −log p of the targets)."""
+    def step(self, states: PyTree, x: Float[Array, "C D"]) -> tuple[PyTree, Float[Array, "C D"]]:
+        """The prefix's next C outputs through suffix and final norm: (states, hidden states)."""
         stacks = self.language_model.model.h
         states, x = step_blocks(stacks.suffix_blocks, states, x, self.config.remat_suffix)
-        hidden = self.language_model.model.ln_f(x)
-        table = self.language_model.table
-        return states, token_nll(hidden, table, targets, block=self.config.loss_block)
+        return states, self.language_model.model.ln_f(x)
 
 
 def _without_prefix(model: MetaModel) -> MetaModel:
@@ -308,10 +307,27 @@ def _without_prefix(model: MetaModel) -> MetaModel:
     )
 
 
-def _chunk_loss(
+def chunk_loss(
     fast: MetaModel, slow: MetaModel, states: PyTree, piece: tuple[Array, Array, Array]
-) -> tuple[Float[Array, ""], tuple[PyTree, Float[Array, " C"]]]:
-    """The loss of one chunk of one sequence, as `inner_loop` asks for it; aux: token NLLs."""
+) -> tuple[Float[Array, " B"], tuple[PyTree, Float[Array, "B C"]]]:
+    """The loss of a chunk of B sequences, as `inner_loop` asks for it; aux: token NLLs.
+
+    piece: the prefix's outputs [B, C, D], targets and loss mask [B, C].
+    """
     x, targets, mask = piece
-    states, nll = eqx.combine(fast, slow).step(states, x, targets)
-    return masked_mean(nll, mask), (states, nll)
+    block = slow.config.loss_block
+
+    def hidden(fast: MetaModel, states: PyTree, x: Array) -> tuple[PyTree, Array]:
+        return eqx.combine(fast, slow).step(states, x)
+
+    def own_nll(fast: MetaModel, hidden: Array, targets: Array) -> Array:
+        table = eqx.combine(fast, slow).language_model.table
+        return token_nll(hidden, table, targets, block=block)
+
+    states, y = jax.vmap(hidden)(fast, states, x)
+    head = fast.language_model.lm_head
+    if head is None or head.weight is None:
+        nll = batch_nll(y, slow.language_model.table, targets, block=block)
+    else:  # a head that learns differs between sequences
+        nll = jax.vmap(own_nll)(fast, y, targets)
+    return jax.vmap(masked_mean)(nll, mask), (states, nll)

@@ -38,17 +38,34 @@ def token_nll(hidden: Hidden, table: Table, targets: Targets, *, block: int = 0)
     return _in_blocks(_count_blocks(table.shape[0], block), hidden, table, jnp.asarray(targets))
 
 
-def sequence_nll(hidden: Hidden, table: Table, targets: Targets, *, block: int = 0) -> PerToken:
-    """`token_nll` of a whole sequence, a thousand tokens or so at a time."""
-    tokens = math.gcd(hidden.shape[0], _TOKENS)
+def batch_nll(
+    hidden: Float[Array, "B T D"], table: Table, targets: Int[AnyArray, "B T"], *, block: int = 0
+) -> Float[Array, "B T"]:
+    """`token_nll` of B sequences that share a table.
+
+    As one row of tokens, so that the backward pass has one gradient of the table: under vmap a
+    table in blocks would have one for every sequence.
+    """
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    return token_nll(tokens, table, targets.reshape(-1), block=block).reshape(targets.shape)
+
+
+def whole_nll(
+    hidden: Float[Array, "B T D"], table: Table, targets: Int[AnyArray, "B T"], *, block: int = 0
+) -> Float[Array, "B T"]:
+    """`batch_nll` of long sequences, a thousand tokens or so of each at a time."""
+    length = math.gcd(hidden.shape[1], _TOKENS)
 
     # Without blocks, the logits would be kept for the backward pass: [T, V] after all.
     @jax.checkpoint
     def one(part: tuple[Array, Array]) -> Array:
-        return token_nll(part[0], table, part[1], block=block)
+        return batch_nll(part[0], table, part[1], block=block)
 
-    parts = (hidden.reshape(-1, tokens, hidden.shape[-1]), targets.reshape(-1, tokens))
-    return jax.lax.map(one, parts).reshape(-1)
+    def parts(x: AnyArray) -> Array:
+        return jnp.moveaxis(x.reshape(len(x), -1, length, *x.shape[2:]), 1, 0)
+
+    nll = jax.lax.map(one, (parts(hidden), parts(targets)))
+    return jnp.moveaxis(nll, 0, 1).reshape(targets.shape)
 
 
 def masked_mean(values: PerToken, mask: Bool[AnyArray, " T"]) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from jax.sharding import Mesh
 from rich.console import Console
 
-from ttt.bench import numerics, report, timing
+from ttt.bench import here, numerics, plan, report, timing
 from ttt.bench.timing import Result
 from ttt.config import Config, compose, resolve, to_dict
 from ttt.entry import hydra_entry
@@ -44,6 +44,7 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
     mesh = data_mesh()
     for configs in grid.values():
         check_batches(configs, mesh)
+    grid = {context: fit_memory(configs) for context, configs in grid.items()}
     folder = Path(config.deploy_paths.experiments) / config.training.exp_folder / asked.exp_name
     record = RunRecord(folder)
     devices = [d.device_kind for d in jax.devices()]
@@ -92,6 +93,21 @@ def check_batches(configs: Mapping[str, Config], mesh: Mesh) -> None:
     """Raise a UserError unless the devices can share every batch."""
     for config in configs.values():
         check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
+
+
+def fit_memory(configs: Mapping[str, Config]) -> dict[str, Config]:
+    """The variants with every `auto` chosen for this machine's memory, each as if it were alone.
+
+    Nothing is refused: training is what is predicted, a variant may only be read, and one that
+    finds no room becomes a failed result.
+    """
+    found = {}
+    for name, config in configs.items():
+        chosen = plan.choose(config, here.machine(config))
+        level = logging.INFO if chosen.fits else logging.WARNING
+        logger.log(level, "%s at %d: %s", name, config.training.seq_length, chosen.describe())
+        found[name] = chosen.config
+    return found
 
 
 # ---- measuring ---------------------------------------------------------------------------

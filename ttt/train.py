@@ -171,7 +171,9 @@ def check_continues(
 def fit_memory(config: Config) -> Config:
     """`config` with every `auto` chosen for this machine's memory; a UserError if nothing fits."""
     fitted = plan.fit(config, here.machine(config))
-    logger.log(logging.INFO if fitted.fits else logging.WARNING, "%s", fitted.describe())
+    logger.info("%s", fitted.describe())
+    if not fitted.fits:
+        logger.warning("it may not fit. %s", plan.advice(config, fitted))
     return fitted.config
 
 

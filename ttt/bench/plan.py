@@ -19,8 +19,10 @@ TOLERANCE = 1.25
 """How far an actual peak may lie from its prediction (tests/test_costs.py): a step is refused only
 where it needs more than so many times the budget."""
 
-_REMAT = ("model.remat_prefix", "model.remat_suffix")
-_GROUP = "training.inner_remat_freq"
+# What can be chosen, and the value that asks for it.
+_AUTO = {"model.remat_prefix": "auto", "model.remat_suffix": "auto", "training.inner_remat_freq": 0}
+_LEARNING_ALONE = ("model.remat_suffix", "training.inner_remat_freq")
+# What a refusal proposes where nothing is in blocks yet.
 _SMALL_ATTENTION_BLOCK = 256
 _SMALL_LOSS_BLOCK = 16384
 
@@ -62,7 +64,9 @@ class Plan:
     def describe(self) -> str:
         """One line: predicted peak, its largest parts, the budget, what was chosen."""
         machine, count = self.machine, self.machine.devices
-        chosen = " ".join(f"{key}={value}" for key, value in self.chosen.items())
+        chosen = " ".join(
+            f"{key}={value}" for key, value in self.chosen.items() if _matters(self.config, key)
+        )
         return (
             f"memory: {gigabytes(self.memory.total)} predicted on each of {count} device"
             f"{'s' if count > 1 else ''} ({_parts(self.memory)}), {gigabytes(machine.budget)} to "
@@ -118,12 +122,12 @@ def _options(config: Config) -> Iterator[dict[str, Any]]:
     """Every way to set what is `auto`; of those that cost alike, the one that keeps most first."""
     meta = config.training.train_mode == "meta"
     prefix = config.model.num_hidden_layers > config.model.suffix_len or not meta
-    choices: dict[str, Iterable[Any]] = {}
-    for key, used in zip(_REMAT, (prefix, meta), strict=True):
-        if _get(config, key) == "auto":
-            choices[key] = REMAT_POLICIES if used else ("none",)
-    if _get(config, _GROUP) == 0:
-        choices[_GROUP] = _groups(config) if meta else (1,)
+    values_of: dict[str, Iterable[Any]] = {
+        "model.remat_prefix": REMAT_POLICIES if prefix else ("none",),
+        "model.remat_suffix": REMAT_POLICIES if meta else ("none",),
+        "training.inner_remat_freq": _groups(config) if meta else (1,),
+    }
+    choices = {key: values_of[key] for key, auto in _AUTO.items() if _get(config, key) == auto}
     for values in product(*choices.values()):
         yield dict(zip(choices, values, strict=True))
 
@@ -147,6 +151,10 @@ def _planned(config: Config, option: Mapping[str, Any], machine: Machine) -> Pla
     return Plan(config, machine, predict(config, machine), option)
 
 
+def _matters(config: Config, key: str) -> bool:
+    return config.training.train_mode == "meta" or key not in _LEARNING_ALONE
+
+
 def _get(config: Config, key: str) -> Any:
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
@@ -166,23 +174,27 @@ def _with(config: Config, settings: Mapping[str, Any]) -> Config:
 def _refusal(config: Config, plan: Plan) -> str:
     machine = plan.machine
     needed = f"{gigabytes(plan.memory.total)} on each device ({_parts(plan.memory)})"
-    found = "\n".join(
-        f"  {change}: {gigabytes(other.memory.total)}" for change, other in remedies(config, plan)
-    )
-    if found:
-        ways = f"By the same prediction these fit, each by itself:\n{found}"
-    else:
-        state = plan.memory.parameters + plan.memory.optimizer + plan.memory.gradients
-        ways = (
-            "No setting that leaves the run's numbers as they are makes it fit (parameters, "
-            f"optimizer and gradients alone take {gigabytes(state)}): take a device with more "
-            "memory, a smaller model or a shorter training.seq_length"
-        )
     least = math.ceil(plan.memory.total / TOLERANCE / 1e7) / 100
     return (
         f"a training step is predicted to need {needed}, with all that is auto at its smallest; "
         f"it must not need more than {TOLERANCE} x {gigabytes(machine.budget)} "
-        f"({machine.source}).\n{ways}\nTo try it all the same, set backend.memory_gb={least}"
+        f"({machine.source}).\n{advice(config, plan)}\n"
+        f"To try it all the same, set backend.memory_gb={least}"
+    )
+
+
+def advice(config: Config, plan: Plan) -> str:
+    """What a user can do about a plan for `config` that does not fit."""
+    found = [
+        f"  {change}: {gigabytes(other.memory.total)}" for change, other in remedies(config, plan)
+    ]
+    if found:
+        return "\n".join(["By the same prediction these fit, each by itself:", *found])
+    state = plan.memory.parameters + plan.memory.optimizer + plan.memory.gradients
+    return (
+        "No setting that leaves the run's numbers as they are makes it fit (parameters, optimizer "
+        f"and gradients alone take {gigabytes(state)}): take a device with more memory, a smaller "
+        "model or a shorter training.seq_length"
     )
 
 
@@ -200,6 +212,13 @@ def remedies(config: Config, plan: Plan) -> list[tuple[str, Plan]]:
     return [both] if both else []
 
 
+# For parts of costs.Memory whose names say little.
+_WORDS = {
+    "kept_blocks": "kept by blocks",
+    "block": "backward pass of a block",
+    "learning": "learning while reading",
+}
+
 type _Way = list[tuple[dict[str, Any], Machine]]
 
 
@@ -207,9 +226,11 @@ def _ways(config: Config, plan: Plan) -> list[_Way]:
     """Series of changes that save more and more memory."""
     model, training, machine = config.model, config.training, plan.machine
     ways: list[_Way] = []
-    freed: dict[str, Any] = {key: "auto" for key in _REMAT if _get(config, key) != "auto"}
-    if _get(config, _GROUP) != 0 and training.train_mode == "meta":
-        freed[_GROUP] = 0
+    freed = {
+        key: auto
+        for key, auto in _AUTO.items()
+        if _get(config, key) != auto and _matters(config, key)
+    }
     if freed:
         ways.append([(freed, machine)])
     blocks: dict[str, int] = {}
@@ -243,7 +264,7 @@ def _first_that_fits(config: Config, machine: Machine, way: _Way) -> tuple[str, 
 def _parts(memory: costs.Memory) -> str:
     """The three largest parts of the peak."""
     parts = sorted(memory.at_peak().items(), key=lambda part: -part[1])[:3]
-    return ", ".join(f"{name.replace('_', ' ')} {gigabytes(size)}" for name, size in parts)
+    return ", ".join(f"{_WORDS.get(name, name)} {gigabytes(size)}" for name, size in parts)
 
 
 # ---- for scripts/01_config_inspect.py --------------------------------------------------------
@@ -271,7 +292,7 @@ def inspect(
     program = config.model.attention
     told: dict[str, Any] = {
         "attention": machine.attention if program == "auto" else program,
-        **{key: _get(plan.config, key) for key in (*_REMAT, _GROUP)},
+        **{key: _get(plan.config, key) for key in _AUTO},
         "memory": f"{gigabytes(plan.memory.total)} per device",
         "budget": gigabytes(machine.budget) if limit else machine.source,
         "fits": "yes" if plan.fits else "no" if plan.hopeless else "perhaps",

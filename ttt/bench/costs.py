@@ -439,11 +439,12 @@ def memory(model: ModelConfig, training: TrainingConfig, devices: int = 1) -> Me
 
 
 # In the backward pass of a chunk: copies of fast weights (before and after the step, their
-# gradient, cotangents) and of caches; and how often the intermediates are there (values and
-# tangents, or values and what their second derivative keeps).
+# gradient, cotangents), of caches and of logits; and how often the intermediates are there: values
+# and tangents, or values, what the inner gradient keeps, and both again for its own derivative.
 _FAST_COPIES = 5
 _CACHE_COPIES = 2
-_VALUES_AND_TANGENTS = 2
+_LOGIT_COPIES = 3
+_INTERMEDIATES = {"forward_over_reverse": 2, "reverse_over_reverse": 4}
 
 
 def learning_memory(model: ModelConfig, training: TrainingConfig, sequences: int) -> Learning:
@@ -461,7 +462,8 @@ def learning_memory(model: ModelConfig, training: TrainingConfig, sequences: int
         states=(fast + caches) * (-(-chunks // group) + (group if group > 1 else 0)),
         sequence=2 * stream,
         working=_FAST_COPIES * fast + _CACHE_COPIES * caches,
-        chunk=_VALUES_AND_TANGENTS * (tokens * kept + work) + 3 * _logits(model, tokens),
+        chunk=_INTERMEDIATES[training.inner_gradient] * (tokens * kept + work)
+        + _LOGIT_COPIES * _logits(model, tokens),
     )
 
 

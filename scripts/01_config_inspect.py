@@ -59,7 +59,7 @@ def main() -> None:
     add = parser.add_argument
     add("--override", action="append", default=[], help="as for train; repeatable")
     add("--devices", type=int, default=1, help="that share a batch; default: 1")
-    add("--memory-gb", type=float, default=0.0, help="of each device; default: no limit")
+    add("--memory-gb", type=float, default=0.0, help="to use on each; default: no limit")
     add("--out", type=Path, metavar="FILE.json", help="new file, with all numbers")
     args = parser.parse_args()
     with exit_codes():

@@ -130,11 +130,11 @@ def test_what_auto_became_is_measured_and_recorded(measure, sound, monkeypatch):
     code, record = measure(*auto, "+benchmark.variants.set='model.remat_prefix=dots'", TWO[0])
     assert not code
     # What keeps least; and three chunks have no divisor up to their root.
-    assert seen == [("dots", 1), ("chunk", 1)]
+    assert seen == [("dots", 1), ("block", 1)]
     chosen = json.loads((record.folder / "benchmark.json").read_text())["chosen"]
     assert [(row["variant"], row["context"]) for row in chosen] == [("set", 48), ("plain", 48)]
     assert chosen[0]["training.inner_remat_freq"] == 1
-    assert chosen[1]["model.remat_prefix"] == "chunk"
+    assert chosen[1]["model.remat_prefix"] == "block"
     assert "model.remat_prefix" not in chosen[0]
 
 

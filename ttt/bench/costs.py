@@ -515,15 +515,15 @@ def _block_work(
 ) -> int:
     """Bytes of one block's backward pass over `tokens` of whole sequences, or of chunks.
 
-    All of its intermediates and one block of scores; with the policy `chunk`, those of attention,
-    or those of the MLPs in one chunk.
+    All of its intermediates and one block of scores. With the policy `chunk`, those of attention,
+    or those of the MLPs in one chunk; where there is one chunk alone, XLA has both halves at once.
     """
     attention, mlps = _intermediates(model, prime=prime)
     scores = 2 * _scores(model, tokens // sequences, sequences)
-    if policy != "chunk":
-        return tokens * (attention + mlps) + scores
-    chunk = min(tokens, sequences * model.mini_batch_size)
-    return max(tokens * attention + scores, chunk * mlps)
+    chunk = sequences * model.mini_batch_size
+    if policy == "chunk" and chunk < tokens:
+        return max(tokens * attention + scores, chunk * mlps)
+    return tokens * (attention + mlps) + scores
 
 
 def _scores(model: ModelConfig, length: int, sequences: int) -> int:

@@ -1,10 +1,10 @@
 r"""Show what a configuration amounts to: data, paths, parameters, FLOPs and memory per device.
 
 For example:
-  uv run --exact python scripts/01_config_inspect.py --devices 8 --out costs.json \
+  uv run --exact python scripts/01_config_inspect.py --devices 8 --memory-gb 141 --out costs.json \
       --override +experiment=3b/pretrain/pretrain-3b-e2e --override training.accum_steps=2
 
-FLOPs count matrix products; "as run" has what is computed twice.
+FLOPs count matrix products; "as run" has what is computed twice. "plan": what `auto` means there.
 Exit codes: 0 shown; 1 a failure under way; 2 a mistake in the request
 """
 
@@ -13,12 +13,11 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import suppress
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf, errors
 from rich.console import Console
 from rich.table import Table
 
-from ttt.bench.costs import readable, summary
+from ttt.bench import costs, plan
 from ttt.config import Config, compose, resolve
 from ttt.entry import exit_codes
 from ttt.errors import UserError
@@ -30,7 +29,7 @@ def composed(overrides: list[str]) -> Config:
     data = {*cfg.deploy_paths.data, OmegaConf.select(cfg, "training.dataset_name")} - {None}
     for name in ("checkpoint", "experiments", *(f"data.{key}" for key in data)):
         path = ""
-        with suppress(OmegaConfBaseException):  # made from a variable that is not set
+        with suppress(errors.OmegaConfBaseException):  # made from a variable that is not set
             path = OmegaConf.select(cfg, f"deploy_paths.{name}") or ""
         OmegaConf.update(cfg, f"deploy_paths.{name}", path, force_add=True)
     return resolve(cfg)
@@ -60,20 +59,21 @@ def main() -> None:
     add = parser.add_argument
     add("--override", action="append", default=[], help="as for train; repeatable")
     add("--devices", type=int, default=1, help="that share a batch; default: 1")
+    add("--memory-gb", type=float, default=0.0, help="to use on each; default: no limit")
     add("--out", type=Path, metavar="FILE.json", help="new file, with all numbers")
     args = parser.parse_args()
     with exit_codes():
         if args.out and (args.out.exists() or not args.out.parent.is_dir()):
             raise UserError(f"--out {args.out}: must be a new file in a folder that exists")
-        config, plain = composed(args.override), with_full_attention(args.override)
-        sections = {"paths": places(config)} | summary(config, args.devices, beside=plain)
-        for title, rows in sections.items():
+        config, full = composed(args.override), with_full_attention(args.override)
+        told = {"paths": places(config)} | plan.inspect(config, args.devices, args.memory_gb, full)
+        for title, rows in told.items():
             table = Table(title, "")
             for name, value in rows.items():
-                table.add_row(name, readable(title, value))
+                table.add_row(name, costs.readable(title, value))
             Console().print(table)
         if args.out:
-            args.out.write_text(json.dumps(sections, indent=2) + "\n")
+            args.out.write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

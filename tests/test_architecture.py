@@ -34,6 +34,7 @@ JAX_FREE = (
     "ttt.dataloader.token_store",
     "ttt.dataloader.text",
     "ttt.bench.costs",
+    "ttt.bench.plan",
 )
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from ttt import benchmark
-from ttt.bench import numerics, report, timing
+from ttt.bench import here, numerics, report, timing
 from ttt.bench.timing import Result
 from ttt.config import BENCHMARK_CALLS, compose, differences, resolve, to_dict
 from ttt.errors import UserError
@@ -112,6 +113,29 @@ def test_contexts_share_the_tokens_and_make_a_picture(measure, sound):
     rows = results_of(record)
     assert [(row["context"], row["sequences"]) for row in rows] == [(16, 4), (32, 2)]
     assert (record.folder / "benchmark.png").stat().st_size > 10_000
+
+
+def test_what_auto_became_is_measured_and_recorded(measure, sound, monkeypatch):
+    seen = []
+
+    def timed(configs, *call, **asked):
+        settings = [(c.model.remat_prefix, c.training.inner_remat_freq) for c in configs.values()]
+        seen.extend(settings)
+        return [result(name) for name in configs]
+
+    machine = here.machine(resolve(compose(SMALL)))
+    monkeypatch.setattr(here, "machine", lambda config: replace(machine, budget=1))
+    monkeypatch.setattr(timing, "measure", timed)
+    auto = ["model.remat_prefix=auto", "training.inner_remat_freq=0"]
+    code, record = measure(*auto, "+benchmark.variants.set='model.remat_prefix=dots'", TWO[0])
+    assert not code
+    # What keeps least; and three chunks have no divisor up to their root.
+    assert seen == [("dots", 1), ("block", 1)]
+    chosen = json.loads((record.folder / "benchmark.json").read_text())["chosen"]
+    assert [(row["variant"], row["context"]) for row in chosen] == [("set", 48), ("plain", 48)]
+    assert chosen[0]["training.inner_remat_freq"] == 1
+    assert chosen[1]["model.remat_prefix"] == "block"
+    assert "model.remat_prefix" not in chosen[0]
 
 
 def test_without_variants_the_settings_are_measured_as_they_stand():

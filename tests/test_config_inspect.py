@@ -47,6 +47,24 @@ def test_more_devices_need_less_memory_each(inspect, tmp_path):
     assert peaks[1] < peaks[0]
 
 
+def test_the_plan_tells_what_auto_means_there_and_what_would_fit(inspect, tmp_path):
+    plans = []
+    for gigabytes in (1000, 40):
+        out = tmp_path / f"{gigabytes}.json"
+        assert inspect(E2E, options=["--memory-gb", gigabytes, "--out", out])[0] == 0
+        plans.append(json.loads(out.read_text())["plan"])
+    roomy, tight = plans
+    assert (roomy["fits"], tight["fits"]) == ("yes", "no")
+    assert roomy["model.remat_prefix"] != tight["model.remat_prefix"]
+    assert roomy["attention"] == "cudnn"
+    change = next(name for name in tight if name.startswith("with training.accum_steps="))
+    out = tmp_path / "changed.json"
+    override = change.removeprefix("with ")
+    assert inspect(E2E, override, options=["--memory-gb", 40, "--out", out])[0] == 0
+    changed = json.loads(out.read_text())["plan"]
+    assert (changed["fits"], changed["memory"]) == ("yes", tight[change])
+
+
 def test_a_run_with_full_attention_is_not_compared_with_itself(inspect):
     code, said = inspect("+experiment=tiny/pretrain/pretrain-tiny-fa")
     assert code == 0
@@ -75,6 +93,7 @@ def test_paths_that_lead_nowhere_are_told(inspect, tmp_path):
         ([], [], "no experiment named"),
         ([E2E, "training.seq_length=1000"], [], "seq_length=1000"),
         ([E2E], ["--devices", 3], "devices=3"),
+        ([E2E], ["--memory-gb", -1], "memory_gb=-1"),
         ([E2E], ["--out", SCRIPT], "must be a new file"),
     ],
 )

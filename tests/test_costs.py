@@ -252,23 +252,63 @@ NARROW = replace(
 )
 
 
+SLIDING = replace(NARROW, suffix_len=0, prime=False)
+LOSS_IN_BLOCKS = {"vocab_size": 8192, "loss_block": 256}
+
+
 @pytest.mark.parametrize(
-    ("model", "mode"),
+    ("model", "changes"),
     [
-        (replace(full_attention(NARROW), mini_batch_size=512, remat_prefix="dots"), "pretrain"),
-        (replace(NARROW, suffix_len=0, prime=False, remat_prefix="none"), "pretrain"),
-        (replace(NARROW, suffix_len=0, prime=False, vocab_size=8192, loss_block=256), "pretrain"),
-        (NARROW, "meta"),
+        (
+            replace(full_attention(NARROW), mini_batch_size=512, remat_prefix="dots"),
+            {"train_mode": "pretrain"},
+        ),
+        (replace(SLIDING, remat_prefix="none"), {"train_mode": "pretrain"}),
+        (replace(SLIDING, **LOSS_IN_BLOCKS), {"train_mode": "pretrain", "global_batch_size": 8}),
+        (replace(SLIDING, remat_prefix="chunk"), {"train_mode": "pretrain"}),
+        (NARROW, {}),
+        (replace(NARROW, **LOSS_IN_BLOCKS), {"global_batch_size": 8}),
+        (NARROW, {"inner_gradient": "reverse_over_reverse"}),
     ],
-    ids=["full attention, dots", "SWA, none", "SWA, loss in blocks", "E2E, block"],
+    ids=[
+        "full attention, dots",
+        "SWA, none",
+        "SWA, loss in blocks, 8 sequences",
+        "SWA, chunk",
+        "E2E, block",
+        "E2E, loss in blocks, 8 sequences",
+        "E2E, reverse over reverse",
+    ],
 )
-def test_predicted_peak_is_xlas_within_a_quarter(model, mode):
-    training = replace(TRAINING, train_mode=mode, seq_length=512)
+def test_predicted_peak_is_xlas_within_a_quarter(model, changes):
+    training = replace(TRAINING, seq_length=512, **changes)
     state = jax.eval_shape(lambda: loop.start_from(make(model), training))
     step = jax.jit(loop.make_train_step(training), donate_argnums=0)
-    used = step.lower(state, tokens(1, 2, 512)).compile().memory_analysis()
+    batch = tokens(1, training.global_batch_size, 512)
+    used = step.lower(state, batch).compile().memory_analysis()
     actual = used.temp_size_in_bytes + used.argument_size_in_bytes
     assert costs.memory(model, training).total == pytest.approx(actual, rel=0.25)
+
+
+def test_only_scores_of_whole_sequences_depend_on_the_program_for_attention():
+    def memory(name, model=NARROW, **changes):
+        training = replace(TRAINING, seq_length=512, **changes)
+        return costs.memory(replace(model, attention=name), training)
+
+    blocks, naive, cudnn = (memory(name) for name in ("blocks", "naive", "cudnn"))
+    sequences, heads = TRAINING.global_batch_size, NARROW.num_attention_heads
+    assert naive.block - cudnn.block == 2 * sequences * heads * 512 * 512 * 4
+    assert blocks.block - cudnn.block == 2 * sequences * heads * 64 * (128 + 64) * 4
+    assert blocks.learning == naive.learning == cudnn.learning
+
+
+def test_speed_is_of_one_device_and_mfu_needs_a_known_peak():
+    model = replace(MODEL, compute_dtype="bf16")
+    told = costs.speed(model, TRAINING, seconds=2.0, devices=4, kind="NVIDIA H200")
+    work = costs.model_flops(model, TRAINING).total * 2 * 32  # of a step: 2 sequences
+    assert told["model_tflops_per_second"] == pytest.approx(work / 2.0 / 4 / 1e12)
+    assert told["mfu"] == pytest.approx(work / 2.0 / 4 / 989e12)
+    assert costs.speed(model, TRAINING, 2.0, 4, "cpu").keys() == {"model_tflops_per_second"}
 
 
 @pytest.mark.parametrize(

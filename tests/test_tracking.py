@@ -138,6 +138,16 @@ def test_a_resumed_run_counts_from_its_start():
     assert last == "training 102/104  loss 0.0098  1 tokens/s  0:00:20 left  resumed at 100"
 
 
+def test_the_share_of_the_devices_peak_is_shown_where_it_is_known():
+    console, clock = log_file(), Clock()
+    with Progress(2, "training", console=console, clock=clock) as progress:
+        for step in (1, 2):
+            clock.now += 20
+            progress.update(step, tokens=10, mfu=0.4217)
+    last = console.file.getvalue().splitlines()[-1]
+    assert last == "training 2/2  0 tokens/s  MFU 42.2%  0:00:00 left"
+
+
 def test_markup_in_a_name_is_text():
     console = log_file()
     with Progress(1, "[red]val[/red]", console=console) as progress:

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from ttt import train
+from ttt.bench import costs, here, plan
 from ttt.config import compose, resolve
 from ttt.dataloader import token_store
 from ttt.errors import UserError
@@ -97,6 +100,11 @@ def test_a_run_learns_and_leaves_a_whole_record(configure):
     assert rows[0]["loss"] == pytest.approx(np.log(258), rel=0.05)
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert [row["step"] for row in rows if "eval_loss" in row] == [20]
+    flops = costs.model_flops(config.model, config.training).total  # per token
+    for row in rows:
+        speed = flops * row["tokens_per_second"] / jax.device_count() / 1e12
+        assert row["model_tflops_per_second"] == pytest.approx(speed)
+        assert "mfu" not in row  # nobody knows the peak of this CPU
     assert record.run()["status"] == "finished"
     assert record.run()["attempts"][0]["data"]["train"].startswith("sha256:")
     summary = json.loads((record.folder / "eval/loss_by_position-40.json").read_text())
@@ -105,6 +113,28 @@ def test_a_run_learns_and_leaves_a_whole_record(configure):
         assert arrays["learning_nll"].shape == (64,)
     assert summary["loss"] != summary["loss_without_learning"]
     assert (record.folder / "loss_by_position-40.png").stat().st_size > 10_000
+
+
+def test_what_auto_became_is_logged_and_stands_in_the_record(configure, monkeypatch, caplog):
+    auto = ["model.remat_prefix=auto", "model.remat_suffix=auto", "training.inner_remat_freq=0"]
+    fa = "pretrain/pretrain-tiny-fa"
+    config = configure(*auto, "training.total_steps=1", experiment=fa)
+    machine = here.machine(config)
+    roomy, tight = (
+        plan.choose(config, replace(machine, budget=size)) for size in (machine.budget, 0)
+    )
+    assert roomy.chosen != tight.chosen
+    budget = int(tight.memory.total / 1.1)
+    monkeypatch.setattr(here, "machine", lambda config: replace(machine, budget=budget))
+    with caplog.at_level("INFO"):
+        train.run(config)
+    recorded = OmegaConf.load(record_of(config).folder / "config.yaml")
+    for key, value in tight.chosen.items():
+        assert OmegaConf.select(recorded, key) == value
+    assert f"chosen: model.remat_prefix={tight.config.model.remat_prefix}" in caplog.text
+    assert tight.describe().split(",")[0] in caplog.text
+    assert "it may not fit. By the same prediction these fit" in caplog.text
+    assert "were predicted in all" in caplog.text
 
 
 def test_a_killed_run_goes_on_bit_for_bit(configure, monkeypatch):

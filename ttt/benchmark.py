@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from jax.sharding import Mesh
 from rich.console import Console
 
-from ttt.bench import numerics, report, timing
+from ttt.bench import here, numerics, report, timing
+from ttt.bench.plan import Plan, choose
 from ttt.bench.timing import Result
 from ttt.config import Config, compose, resolve, to_dict
 from ttt.entry import hydra_entry
@@ -44,6 +45,7 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
     mesh = data_mesh()
     for configs in grid.values():
         check_batches(configs, mesh)
+    plans = [fit_memory(configs) for configs in grid.values()]
     folder = Path(config.deploy_paths.experiments) / config.training.exp_folder / asked.exp_name
     record = RunRecord(folder)
     devices = [d.device_kind for d in jax.devices()]
@@ -52,9 +54,10 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
     status = "failed"
     try:
         for call in asked.calls:
-            for configs in grid.values():
+            for fitted in plans:
+                configs = {name: plan.config for name, plan in fitted.items()}
                 results += measure(config, configs, call, mesh)
-                save(record, config, results)
+                save(record, config, plans, results)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -94,6 +97,20 @@ def check_batches(configs: Mapping[str, Config], mesh: Mesh) -> None:
         check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
 
 
+def fit_memory(configs: Mapping[str, Config]) -> dict[str, Plan]:
+    """The variants with every `auto` chosen for this machine's memory, each as if it were alone.
+
+    Nothing is refused: training is what is predicted, a variant may only be read, and one that
+    finds no room becomes a failed result.
+    """
+    found = {name: choose(config, here.machine(config)) for name, config in configs.items()}
+    for name, plan in found.items():
+        level = logging.INFO if plan.fits else logging.WARNING
+        context = plan.config.training.seq_length
+        logger.log(level, "%s at %d: %s", name, context, plan.describe())
+    return found
+
+
 # ---- measuring ---------------------------------------------------------------------------
 
 
@@ -116,10 +133,21 @@ def measure(config: Config, configs: Mapping[str, Config], call: str, mesh: Mesh
     return [*refused.values(), *timed]
 
 
-def save(record: RunRecord, config: Config, results: Sequence[Result]) -> None:
+def save(
+    record: RunRecord,
+    config: Config,
+    plans: Sequence[Mapping[str, Plan]],
+    results: Sequence[Result],
+) -> None:
     """Write what is known so far."""
     found = {
         "variants": dict(config.benchmark.variants),
+        "chosen": [
+            {"variant": name, "context": plan.config.training.seq_length, **plan.chosen}
+            for fitted in plans
+            for name, plan in fitted.items()
+            if plan.chosen
+        ],
         "results": [result.to_dict() for result in results],
     }
     text = json.dumps(found, indent=2, allow_nan=False) + "\n"

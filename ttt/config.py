@@ -32,6 +32,7 @@ TRAIN_MODES = ("pretrain", "meta")
 LOAD_PARTS = ("none", "params", "all")
 INNER_GRADIENTS = ("forward_over_reverse", "reverse_over_reverse")
 REMAT_POLICIES = ("none", "dots", "attention", "block", "chunk")
+REMAT_CHOICES = ("auto", *REMAT_POLICIES)
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 OUTER_OPTIMIZERS = ("adamw",)
 INNER_OPTIMIZERS = ("sgd",)
@@ -95,7 +96,7 @@ TrainMode = Annotated[str, _one_of(TRAIN_MODES)]
 LoadPart = Annotated[str, _one_of(LOAD_PARTS)]
 InnerGradient = Annotated[str, _one_of(INNER_GRADIENTS)]
 AttentionBackend = Annotated[str, _one_of(ATTENTION_BACKENDS)]
-RematPolicy = Annotated[str, _one_of(REMAT_POLICIES)]
+RematPolicy = Annotated[str, _one_of(REMAT_CHOICES)]
 Platform = Annotated[str, _one_of(PLATFORMS)]
 OuterOptimizer = Annotated[str, _one_of(OUTER_OPTIMIZERS)]
 InnerOptimizer = Annotated[str, _one_of(INNER_OPTIMIZERS)]
@@ -149,7 +150,9 @@ class ModelConfig:
     loss_block: Natural
     """Vocabulary entries whose logits are in memory together; 0: all, and kept."""
     remat_prefix: RematPolicy
-    """What a prefix block (any block, in `pretrain`) keeps for its backward pass."""
+    """What a prefix block (any block, in `pretrain`) keeps for its backward pass.
+
+    `auto`, here and below: the cheapest choice whose predicted peak fits (ttt/bench/plan.py)."""
     remat_suffix: RematPolicy
     """What a suffix block keeps for its backward pass within a chunk."""
 
@@ -216,8 +219,8 @@ class TrainingConfig:
     ilr_warmup_steps: Natural
     inner_gradient: InnerGradient
     """How the outer gradient passes the test-time steps; both are exact."""
-    inner_remat_freq: Count
-    """Chunks that share one stored carry in the backward pass."""
+    inner_remat_freq: Natural
+    """Chunks that share one stored carry in the backward pass; 0: chosen as `auto` is."""
     eval_every_steps: Natural
     """0: only at the end."""
     eval_batches: Natural
@@ -262,6 +265,8 @@ class BackendConfig:
     """Start jax.distributed (one process per host) before the first computation."""
     fake_devices: Natural
     """CPU devices to pretend, for tests of sharding; 0: the real ones."""
+    memory_gb: NotNegative
+    """What a training step may take on each device, in 1e9 bytes; 0: most of what there is."""
     compilation_cache_dir: str
     """Persistent cache of compiled programs; empty: none."""
 

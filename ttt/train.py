@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from ttt.bench import costs, here, plan
 from ttt.config import Config, differences, to_dict
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
@@ -56,10 +57,11 @@ class Start(NamedTuple):
 def run(config: Config) -> None:
     """Train as `config` says, from where the last call stopped; evaluate; say where things are."""
     distributed.start(config.backend)
-    training, paths = config.training, config.deploy_paths
     data = open_data(config)
     mesh = data_mesh()
-    check_divides(mesh, training.global_batch_size // training.accum_steps)
+    check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
+    config = fit_memory(config)
+    training, paths = config.training, config.deploy_paths
     evaluator = Evaluator(training, mesh)
     checkpoints = Checkpoints(
         checkpoint.run_folder(paths.checkpoint, training.exp_folder, training.exp_name),
@@ -164,6 +166,15 @@ def check_continues(
             f"{name} has a checkpoint of step {step} in {checkpoints.folder}, trained with other "
             f"settings:\n{listed}\n{ways_out}"
         )
+
+
+def fit_memory(config: Config) -> Config:
+    """`config` with every `auto` chosen for this machine's memory; a UserError if nothing fits."""
+    fitted = plan.fit(config, here.machine(config))
+    logger.info("%s", fitted.describe())
+    if not fitted.fits:
+        logger.warning("it may not fit. %s", plan.advice(config, fitted))
+    return fitted.config
 
 
 def find_start(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> Start:
@@ -285,20 +296,28 @@ def train(
             metrics = {name: float(value) for name, value in metrics._asdict().items()}
             now = time.monotonic()
             tokens = training.global_batch_size * training.seq_length
+            speed = measure_speed(config, now - clock)
             metrics |= {
                 "tokens_per_second": tokens / (now - clock),
                 "data_wait_seconds": waited,
+                **speed,
             }
             clock = now
             if due(step, training.eval_every_steps) and step < training.total_steps:
                 metrics["eval_loss"] = score(config, state, data, evaluator, learn=True).loss
                 clock = time.monotonic()
             tracker.log(step, metrics)
-            progress.update(step, loss=metrics["loss"], tokens=tokens)
+            progress.update(step, loss=metrics["loss"], tokens=tokens, mfu=speed.get("mfu"))
             if due(step, training.save_every_steps) or step == training.total_steps:
                 save(config, state, batches, data, checkpoints)
                 clock = time.monotonic()
     return state
+
+
+def measure_speed(config: Config, seconds: float) -> dict[str, float]:
+    """Model TFLOP/s of a device, and MFU if its peak is known, of a step that took so long."""
+    kind = jax.local_devices()[0].device_kind
+    return costs.speed(config.model, config.training, seconds, jax.device_count(), kind)
 
 
 def due(step: int, every: int) -> bool:
@@ -329,10 +348,15 @@ def compile_step(config: Config, state: TrainState, batch: Batch) -> jax.stages.
     compiled = step.lower(state, batch).compile()
     logger.info("compiled in %.0f s", time.monotonic() - began)
     if memory := compiled.memory_analysis():  # not every backend tells
+        predicted = plan.predict(config, here.machine(config)).total
+        actual = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         logger.info(
-            "a step needs %.0f MB beside the %.0f MB of its state",
+            "a step needs %.0f MB beside the %.0f MB of its state; %.0f MB were predicted in all, "
+            "%+.0f %% of what XLA reserves",
             memory.temp_size_in_bytes / 1e6,
             memory.argument_size_in_bytes / 1e6,
+            predicted / 1e6,
+            100 * (predicted / actual - 1),
         )
     return compiled
 

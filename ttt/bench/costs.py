@@ -15,6 +15,7 @@ them suffix, D width, F MLP width, H heads, V vocabulary; B sequences at a time 
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from ttt.config import Config, ModelConfig, TrainingConfig
@@ -115,7 +116,12 @@ def parameters(model: ModelConfig) -> Parameters:
 
 def fast_parameters(model: ModelConfig, spec_inner: Iterable[str]) -> int:
     """Numbers in the fast weights of one sequence."""
-    return _count(parameter_sizes(model), spec_inner)
+    return sum(_fast(model, tuple(spec_inner)).values())
+
+
+@cache  # a plan asks for many programs of one model
+def _fast(model: ModelConfig, spec_inner: tuple[str, ...]) -> dict[str, int]:
+    return _selected(parameter_sizes(model), spec_inner)
 
 
 def _selected(sizes: dict[str, int], globs: Iterable[str]) -> dict[str, int]:
@@ -213,7 +219,7 @@ def inner_gradient_flops(model: ModelConfig, spec_inner: Iterable[str], length: 
     fast weights. The cache is an input: of cached keys and values no gradient is taken. The last
     chunk's step is counted, although no later chunk reads it.
     """
-    fast = _selected(parameter_sizes(model), spec_inner)
+    fast = _fast(model, tuple(spec_inner))
     head = forward_flops(model, length).head
     head_gradients = bool(fast) + ("language_model.lm_head.weight" in fast)
     stages = [
@@ -239,7 +245,7 @@ def _products(model: ModelConfig, stages: Iterable[Iterable[str]]) -> int:
 
 def _fast_matrices(model: ModelConfig, spec_inner: Iterable[str]) -> int:
     """Numbers in the fast matrices of the suffix blocks."""
-    fast = _selected(parameter_sizes(model), spec_inner)
+    fast = _fast(model, tuple(spec_inner))
     return sum(n for name, n in fast.items() if "_blocks." in name and "norm" not in name)
 
 
@@ -305,7 +311,7 @@ def _learning_flops(model: ModelConfig, training: TrainingConfig, forward: Flops
     logits = _logits_twice(model)
     attention += _ATTENTION
     fast = Flops(suffix_weights=2 * _fast_matrices(model, training.spec_inner))
-    if "language_model.lm_head.weight" in _selected(parameter_sizes(model), training.spec_inner):
+    if "language_model.lm_head.weight" in _fast(model, training.spec_inner):
         fast = replace(fast, head=forward.head)
     # Forward pass and activation gradients; weight gradients of the fast weights alone.
     step = forward.scaled(2 + weights, attention, 2 + logits) + fast
@@ -409,9 +415,10 @@ def memory(model: ModelConfig, training: TrainingConfig, devices: int = 1) -> Me
     prefix = model.num_hidden_layers - model.suffix_len
     sizes = parameter_sizes(model)
     trained = _count(sizes, training.spec_outer)
-    kept = prefix * _kept(model, model.remat_prefix, prime=False)
+    policy = model.remat_prefix
+    kept = prefix * _kept(model, policy, prime=False)
     if not meta:
-        kept += model.suffix_len * _kept(model, model.remat_prefix, prime=model.prime)
+        kept += model.suffix_len * _kept(model, policy, prime=model.prime)
     whole = prefix if meta else model.num_hidden_layers
     prime = model.prime and model.suffix_len > 0 and not meta
     return Memory(
@@ -423,10 +430,21 @@ def memory(model: ModelConfig, training: TrainingConfig, devices: int = 1) -> Me
         ),
         gradients=trained * BYTES[model.param_dtype] * (1 + (training.accum_steps > 1 or meta)),
         kept_blocks=tokens * kept,
-        block=_block_work(model, tokens, sequences, prime=prime) if whole else 0,
+        block=_block_work(model, model.remat_prefix, tokens, sequences, prime=prime)
+        if whole
+        else 0,
         loss=0 if meta else _loss_work(model, training, sequences),
         learning=learning_memory(model, training, sequences).total if meta else 0,
     )
+
+
+# In the backward pass of a chunk: copies of fast weights (before and after the step, their
+# gradient, cotangents), of caches and of logits; and how often the intermediates are there: values
+# and tangents, or values, what the inner gradient keeps, and both again for its own derivative.
+_FAST_COPIES = 5
+_CACHE_COPIES = 2
+_LOGIT_COPIES = 3
+_INTERMEDIATES = {"forward_over_reverse": 2, "reverse_over_reverse": 4}
 
 
 def learning_memory(model: ModelConfig, training: TrainingConfig, sequences: int) -> Learning:
@@ -434,20 +452,18 @@ def learning_memory(model: ModelConfig, training: TrainingConfig, sequences: int
     chunks, group = training.seq_length // model.mini_batch_size, training.inner_remat_freq
     fast, caches = (sequences * size for size in state_memory(model, training.spec_inner))
     tokens = sequences * model.mini_batch_size
-    kept = model.suffix_len * _kept(model, model.remat_suffix, prime=model.prime)
+    stream = sequences * training.seq_length * model.hidden_size * BYTES[model.compute_dtype]
+    policy = model.remat_suffix
+    kept = model.suffix_len * _kept(model, policy, prime=model.prime)
+    work = _block_work(model, policy, tokens, sequences, prime=model.prime)
     return Learning(
         fast_weights=fast,
         caches=caches,
         states=(fast + caches) * (-(-chunks // group) + (group if group > 1 else 0)),
-        sequence=2
-        * sequences
-        * training.seq_length
-        * model.hidden_size
-        * BYTES[model.compute_dtype],
-        working=5 * fast + 2 * caches,
-        # Twice: values and tangents, or values and what their second derivative keeps.
-        chunk=2 * (tokens * kept + _block_work(model, tokens, sequences, prime=model.prime))
-        + 3 * _logits(model, tokens),
+        sequence=2 * stream,
+        working=_FAST_COPIES * fast + _CACHE_COPIES * caches,
+        chunk=_INTERMEDIATES[training.inner_gradient] * (tokens * kept + work)
+        + _LOGIT_COPIES * _logits(model, tokens),
     )
 
 
@@ -462,30 +478,64 @@ def _sequences(training: TrainingConfig, devices: int) -> int:
     return microbatch // devices
 
 
-def _kept(model: ModelConfig, policy: str, *, prime: bool) -> int:
-    """Bytes per token that a block keeps for its backward pass.
+# Numbers per token that lie within a block, by half, as the slopes by depth of what XLA's CPU
+# compiler reserves show: those in the compute dtype, as wide as the model or as an MLP, and those
+# that are float32 (norms, rotation), as wide as the model.
+_IN_ATTENTION = {"model": 7, "mlp": 0, "wide": 14}
+_IN_AN_MLP = {"model": 0, "mlp": 6, "wide": 5}
 
-    For the policy `none` these are the slopes by depth of what XLA's CPU compiler reserves: what is
-    in the compute dtype, and what is float32 (norms, rotation).
-    """
+
+def _kept(model: ModelConfig, policy: str, *, prime: bool) -> int:
+    """Bytes per token that a block keeps for its backward pass."""
     width, inner, mlps = model.hidden_size, model.intermediate_size, 1 + prime
+    if policy == "none":
+        return sum(_intermediates(model, prime=prime))
     narrow = {
-        "none": 7 * width + 6 * inner * mlps,
         "dots": (6 + mlps) * width + 2 * inner * mlps,
         "attention": 2 * width,
         "block": width,
         "chunk": 2 * width,
     }[policy]
-    wide = (14 + 5 * mlps) * width if policy == "none" else 0
-    return narrow * BYTES[model.compute_dtype] + wide * BYTES["fp32"]
+    return narrow * BYTES[model.compute_dtype]
 
 
-def _block_work(model: ModelConfig, tokens: int, sequences: int, *, prime: bool) -> int:
-    """Bytes of one block's backward pass: all of its intermediates, and one block of scores."""
-    queries = _queries(model, tokens // sequences)
-    keys = keys_in_block(model, tokens // sequences)
-    scores = sequences * model.num_attention_heads * queries * keys * BYTES["fp32"]
-    return tokens * _kept(model, "none", prime=prime) + 2 * scores
+def _intermediates(model: ModelConfig, *, prime: bool) -> tuple[int, int]:
+    """Bytes per token of all that lies within (attention, MLPs), scores aside."""
+
+    def size(of: dict[str, int]) -> int:
+        narrow = of["model"] * model.hidden_size + of["mlp"] * model.intermediate_size
+        wide = of["wide"] * model.hidden_size
+        return narrow * BYTES[model.compute_dtype] + wide * BYTES["fp32"]
+
+    return size(_IN_ATTENTION), (1 + prime) * size(_IN_AN_MLP)
+
+
+def _block_work(
+    model: ModelConfig, policy: str, tokens: int, sequences: int, *, prime: bool
+) -> int:
+    """Bytes of one block's backward pass over `tokens` of whole sequences, or of chunks.
+
+    All of its intermediates and one block of scores. With the policy `chunk`, those of attention,
+    or those of the MLPs in one chunk; where there is one chunk alone, XLA has both halves at once.
+    """
+    attention, mlps = _intermediates(model, prime=prime)
+    scores = 2 * _scores(model, tokens // sequences, sequences)
+    chunk = sequences * model.mini_batch_size
+    if policy == "chunk" and chunk < tokens:
+        return max(tokens * attention + scores, chunk * mlps)
+    return tokens * (attention + mlps) + scores
+
+
+def _scores(model: ModelConfig, length: int, sequences: int) -> int:
+    """Bytes of the scores that are in memory together, over `length` tokens of each sequence."""
+    queries, keys = _queries(model, length), keys_in_block(model, length)
+    if length > model.mini_batch_size or model.seq_modeling_block == "self_attention":
+        if model.attention == "cudnn":  # never leave the chip
+            return 0
+        if model.attention == "naive":
+            windowed = model.seq_modeling_block == "self_attention"
+            queries = keys = min(model.mini_batch_size, length) if windowed else length
+    return sequences * model.num_attention_heads * queries * keys * BYTES["fp32"]
 
 
 def _loss_work(model: ModelConfig, training: TrainingConfig, sequences: int) -> int:
@@ -584,6 +634,19 @@ _PEAKS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
+
+
+def speed(
+    model: ModelConfig, training: TrainingConfig, seconds: float, devices: int, kind: str
+) -> dict[str, float]:
+    """Of a training step that takes so long: model TFLOP/s of a device, and MFU if it is known.
+
+    kind: of the devices, as in `peak_flops`.
+    """
+    tokens = training.global_batch_size * training.seq_length
+    rate = tokens * model_flops(model, training).total / seconds / devices
+    peak = peak_flops(kind, model.compute_dtype)
+    return {"model_tflops_per_second": rate / 1e12} | ({"mfu": rate / peak} if peak else {})
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

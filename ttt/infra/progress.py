@@ -63,16 +63,18 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def update(self, step: int, *, loss: float | None = None, tokens: int = 0) -> None:
-        """Tell that `step` steps are done, the last with this loss and this many tokens."""
+    def update(
+        self, step: int, *, loss: float | None = None, tokens: int = 0, mfu: float | None = None
+    ) -> None:
+        """Tell that `step` steps are done, the last with this loss, this many tokens, this MFU."""
         now = self._clock()
         so_far = self._marks[-1][2] if self._marks else 0
         self._marks.append((now, step, so_far + tokens))
         if now - self._shown >= self._interval or step >= self._total:
             self._shown = now
-            self._show(self._line(step, loss))
+            self._show(self._line(step, loss, mfu))
 
-    def _line(self, step: int, loss: float | None) -> str:
+    def _line(self, step: int, loss: float | None, mfu: float | None) -> str:
         parts = [f"{self._what} {step:>{len(str(self._total))}}/{self._total}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
@@ -80,6 +82,8 @@ class Progress:
         if last > first and now > then:
             if after > before:
                 parts.append(f"{(after - before) / (now - then):,.0f} tokens/s")
+                if mfu is not None:
+                    parts.append(f"MFU {mfu:.1%}")
             left = (self._total - step) * (now - then) / (last - first)
             parts.append(f"{timedelta(seconds=round(left))} left")
         if self._start:

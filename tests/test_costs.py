@@ -9,7 +9,7 @@ from builders import MODEL, TRAINING, full_attention
 
 from ttt.bench import costs
 from ttt.config import Config, compose, resolve
-from ttt.core import tree
+from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.errors import UserError
 from ttt.model import loop
@@ -283,7 +283,9 @@ LOSS_IN_BLOCKS = {"vocab_size": 8192, "loss_block": 256}
 def test_predicted_peak_is_xlas_within_a_quarter(model, changes):
     training = replace(TRAINING, seq_length=512, **changes)
     state = jax.eval_shape(lambda: loop.start_from(make(model), training))
-    step = jax.jit(loop.make_train_step(training), donate_argnums=0)
+    step = jax.jit(
+        loop.make_train_step(training), donate_argnums=0, compiler_options=compiling.options()
+    )
     batch = tokens(1, training.global_batch_size, 512)
     used = step.lower(state, batch).compile().memory_analysis()
     actual = used.temp_size_in_bytes + used.argument_size_in_bytes

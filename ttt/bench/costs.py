@@ -415,7 +415,8 @@ def memory(model: ModelConfig, training: TrainingConfig, devices: int = 1) -> Me
     prefix = model.num_hidden_layers - model.suffix_len
     sizes = parameter_sizes(model)
     trained = _count(sizes, training.spec_outer)
-    policy = model.remat_prefix
+    # Under `chunk` a block that sees the whole sequence keeps its input alone.
+    policy = "block" if model.remat_prefix == "chunk" else model.remat_prefix
     kept = prefix * _kept(model, policy, prime=False)
     if not meta:
         kept += model.suffix_len * _kept(model, policy, prime=model.prime)
@@ -459,7 +460,7 @@ def learning_memory(model: ModelConfig, training: TrainingConfig, sequences: int
     return Learning(
         fast_weights=fast,
         caches=caches,
-        states=(fast + caches) * (-(-chunks // group) + (group if group > 1 else 0)),
+        states=(fast + caches) * (-(-chunks // group) + (group - 1)),
         sequence=2 * stream,
         working=_FAST_COPIES * fast + _CACHE_COPIES * caches,
         chunk=_INTERMEDIATES[training.inner_gradient] * (tokens * kept + work)
@@ -515,15 +516,13 @@ def _block_work(
 ) -> int:
     """Bytes of one block's backward pass over `tokens` of whole sequences, or of chunks.
 
-    All of its intermediates and one block of scores. With the policy `chunk`, those of attention,
-    or those of the MLPs in one chunk; where there is one chunk alone, XLA has both halves at once.
+    All of its intermediates and one block of scores; with the policy `chunk`, those of the MLPs for
+    one chunk alone.
     """
     attention, mlps = _intermediates(model, prime=prime)
     scores = 2 * _scores(model, tokens // sequences, sequences)
     chunk = sequences * model.mini_batch_size
-    if policy == "chunk" and chunk < tokens:
-        return max(tokens * attention + scores, chunk * mlps)
-    return tokens * (attention + mlps) + scores
+    return tokens * attention + (chunk if policy == "chunk" else tokens) * mlps + scores
 
 
 def _scores(model: ModelConfig, length: int, sequences: int) -> int:
@@ -541,13 +540,13 @@ def _scores(model: ModelConfig, length: int, sequences: int) -> int:
 def _loss_work(model: ModelConfig, training: TrainingConfig, sequences: int) -> int:
     """Bytes of the plain loss and its backward pass, at most 1024 tokens of a sequence at a time.
 
-    With the vocabulary in blocks every sequence has its own gradient of the table, three times.
+    With the vocabulary in blocks, the gradient of the table is there three times.
     """
     logits = _logits(model, sequences * min(1024, training.seq_length))
     if not _logits_twice(model):
         return 2 * logits
     table = model.vocab_size * model.hidden_size * BYTES[model.param_dtype]
-    return 4 * logits + 3 * sequences * table
+    return 4 * logits + 3 * table
 
 
 def _logits(model: ModelConfig, tokens: int) -> int:

@@ -112,6 +112,7 @@ def read(
     """
     fold = {"forward_over_reverse": _fold, "reverse_over_reverse": _plain_fold}[gradient]
     steps = jax.tree.leaves(chunks)[0].shape[0]
+    group = min(group, steps)
     whole = steps // group * group
     fast, carry, first = fold(loss, group, fast, slow, carry, _part(chunks, 0, whole), rule)
     if whole == steps:

@@ -161,7 +161,8 @@ def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
             axes.axvline(crossing, color="0.5", lw=1, ls=":")
             axes.annotate(
                 f" {RIVALS[0]} cheaper\n from {crossing:,.0f}",
-                *((crossing, 0.02), ("data", "axes fraction")),
+                (crossing, 0.02),
+                xycoords=("data", "axes fraction"),
                 fontsize=7,
                 color="0.3",
             )

@@ -1,0 +1,281 @@
+"""Recall of needles in haystacks: RULER's tasks over depths and lengths, greedy answers."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ttt.config import Config
+from ttt.evaluation import drawing, held_out, ruler
+from ttt.evaluation.intervals import share
+from ttt.evaluation.machine import Machine, in_batches
+from ttt.evaluation.result import Key, Row
+from ttt.evaluation.ruler import Haystack, Prompt
+from ttt.evaluation.runs import Run
+from ttt.evaluation.suite import AbstractSuite, Job, Told
+from ttt.inference.sampling import Sampling
+from ttt.infra.progress import Progress
+
+LABELS = {
+    "niah_single_1": "S-NIAH-1: passkey in noise",
+    "niah_single_2": "S-NIAH-2: number in essays",
+    "niah_single_3": "S-NIAH-3: UUID in essays",
+}
+_ANSWER_COLUMNS = (
+    *("run", "step", "task", "learning", "context", "depth", "distance", "reach"),
+    *("right", "answer", "said"),
+)
+ALL, INSIDE, BEYOND, BOTH = "all", "inside", "beyond", "both"
+"""Where needles lie: the window still holds them when the answer starts, or it does not."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run said to one prompt."""
+
+    prompt: Prompt
+    said: str
+    reach: str
+    """INSIDE or BEYOND."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the needle's value occurs in it."""
+        return ruler.holds(self.said, self.prompt.answer)
+
+
+class Needles(AbstractSuite):
+    """Every run on every task and length, learning or not."""
+
+    name = "needles"
+
+    def __init__(self, config: Config, runs: Sequence[Run], machine: Machine):
+        self._config, self._machine, self._runs = config, machine, list(runs)
+        self._asked = asked = config.evaluation.needles
+        self._lengths = asked.lengths or (config.training.seq_length,)
+        self._depths = ruler.depths(asked.depths)
+        self._tokenizers = {run.name: held_out.tokenizer(config, run) for run in runs}
+        wanted = {ruler.TASKS[task].haystack for task in asked.tasks}
+        self._haystacks: dict[str, Haystack] = {"noise": ruler.noise()}
+        if "essay" in wanted:
+            self._haystacks["essay"] = ruler.essays(asked.haystack)
+        self._samples: list[list[Any]] = []
+        self._prompts: dict[tuple[str, int], list[Prompt]] = {}
+        cells = [(task, length) for task in asked.tasks for length in self._lengths]
+        with Progress(len(cells), "needles: prompts") as progress:
+            for done, (task, length) in enumerate(cells, start=1):
+                self._prompts[task, length] = self._make(task, length)
+                progress.update(done)
+
+    def _make(self, task: str, length: int) -> list[Prompt]:
+        """All runs answer the same prompts, so they share a tokenizer: that of the first."""
+        asked = self._asked
+        return ruler.make_prompts(
+            task,
+            self._haystacks[ruler.TASKS[task].haystack],
+            self._tokenizers[self._runs[0].name],
+            length=length,
+            tokens_to_generate=asked.tokens_to_generate,
+            depths=self._depths,
+            samples=asked.samples,
+            seed=self._config.evaluation.seed,
+        )
+
+    def jobs(self, run: Run) -> Iterator[Job]:
+        """One for each length, task and mode."""
+        for length in self._lengths:
+            for learn in run.modes(self._config.evaluation.without_learning):
+                learning = learn and run.learns
+                for task in self._asked.tasks:
+
+                    def work(
+                        told: Told, task: str = task, length: int = length, learn: bool = learn
+                    ) -> list[Row]:
+                        return self._measure(run, task, length, learn, told)
+
+                    steps = len(self._prompts[task, length])
+                    yield Job(length, {"task": task, "learning": learning}, steps, work)
+
+    def _measure(self, run: Run, task: str, length: int, learn: bool, told: Told) -> list[Row]:
+        answers = self._ask(run, self._prompts[task, length], length, learn, told)
+        keys: dict[str, Key] = {"task": task, "learning": learn and run.learns}
+        for answer in answers:
+            prompt = answer.prompt
+            told_by = [run.name, run.step, task, keys["learning"], length]
+            found = [prompt.depth, prompt.distance, answer.reach, int(answer.right)]
+            self._samples.append([*told_by, *found, prompt.answer, answer.said])
+        rows = [self._row(run, length, answers, keys, ALL, ALL)]
+        by_reach = {reach: [a for a in answers if a.reach == reach] for reach in (INSIDE, BEYOND)}
+        rows += [self._row(run, length, by_reach[r], keys, ALL, r) for r in by_reach if by_reach[r]]
+        for depth in self._depths:
+            there = [a for a in answers if a.prompt.depth == depth]
+            reaches = {a.reach for a in there}
+            reach = reaches.pop() if len(reaches) == 1 else BOTH
+            rows.append(self._row(run, length, there, keys, depth, reach))
+        return rows
+
+    def _row(
+        self,
+        run: Run,
+        length: int,
+        answers: Sequence[Answer],
+        keys: Mapping[str, Key],
+        depth: Key,
+        reach: str,
+    ) -> Row:
+        value, low, high = share(sum(a.right for a in answers), len(answers))
+        distance = round(float(np.mean([a.prompt.distance for a in answers])))
+        return self.row(
+            *(run, length, "accuracy"),
+            keys={**keys, "depth": depth, "reach": reach, "distance": distance},
+            **{"value": value, "low": low, "high": high},
+            n=len(answers),
+            unit="share of prompts",
+        )
+
+    def _ask(
+        self, run: Run, prompts: Sequence[Prompt], length: int, learn: bool, told: Told
+    ) -> list[Answer]:
+        evaluation, tokenizer = self._config.evaluation, self._tokenizers[run.name]
+        engine = self._machine.engine(run, length, learn=learn)
+        stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        found: list[Answer] = []
+        for rows in in_batches(len(prompts), evaluation.batch_size):
+            part = [prompts[row] for row in rows]
+            state, _ = engine.read(engine.start(len(part)), [p.tokens for p in part])
+            _, written = engine.write(
+                state,
+                self._asked.tokens_to_generate,
+                Sampling(temperature=0.0),
+                seed=evaluation.seed,
+                stop=stop,
+            )
+            for prompt, ids in zip(part, written.tokens, strict=True):
+                # The first token of the answer is predicted at the prompt's last one.
+                inside = run.window is None or prompt.distance < run.window
+                said = tokenizer.decode(np.asarray(ids))
+                found.append(Answer(prompt, said, INSIDE if inside else BEYOND))
+            told(min(len(found), len(prompts)))
+        return found[: len(prompts)]
+
+    # ---- what people see ----
+
+    def files(self) -> dict[str, str]:
+        """Every prompt's answer."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_ANSWER_COLUMNS)
+        writer.writerows(self._samples)
+        return {"needles-answers.csv": text.getvalue()}
+
+    def notes(self) -> dict[str, Any]:
+        """Sources and settings."""
+        return {
+            "what": "share of greedy answers that contain the needle's value (string match)",
+            "after": "RULER, arXiv 2404.06654: templates, needles, noise, answer length, scoring",
+            "haystacks": {name: haystack.source for name, haystack in self._haystacks.items()},
+            "depths": self._depths,
+            "samples": self._asked.samples,
+            "tokens_to_generate": self._asked.tokens_to_generate,
+            "distance": "tokens from the needle's start to the prompt's end; inside: < window",
+            "windows": {run.name: run.window for run in self._runs},
+            "interval": "95 %, Wilson",
+        }
+
+    def table(self, rows: Sequence[Row]) -> Table:
+        """Accuracy by run, task and length, inside and beyond the window."""
+        table = Table(title="needles found (share of prompts; inside | beyond the window)")
+        for title in ("run", "learning", "task"):
+            table.add_column(title, overflow="fold")
+        for length in self._lengths:
+            table.add_column(f"{length:,}", justify="right")
+        cells: dict[tuple, dict[int, dict[str, str]]] = {}
+        for row in rows:
+            key = (row.run, "yes" if row.keys["learning"] else "no", str(row.keys["task"]))
+            cell = cells.setdefault(key, {}).setdefault(row.context, {})
+            if row.value is not None and row.keys["depth"] == ALL:
+                cell[str(row.keys["reach"])] = f"{row.value:.2f}"
+        for key, by_length in cells.items():
+            shown = []
+            for length in self._lengths:
+                cell = by_length.get(length, {})
+                parts = f"{cell.get(INSIDE, '-')} | {cell.get(BEYOND, '-')}"
+                shown.append(f"{cell[ALL]} ({parts})" if ALL in cell else "failed")
+            table.add_row(*key, *shown)
+        return table
+
+    def draw(self, rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
+        """`needles.png`: a heat map of depth and length for every run, mode and task."""
+        good = [r for r in rows if r.value is not None and r.keys["depth"] != ALL]
+        lines = list(dict.fromkeys((r.run, bool(r.keys["learning"])) for r in good))
+        tasks = [task for task in self._asked.tasks if any(r.keys["task"] == task for r in good)]
+        if not good:
+            return []
+        plt = drawing.pyplot()
+        width, height = 0.55 * len(self._lengths) + 1.7, 0.22 * len(self._depths) + 1.0
+        figure, panels = plt.subplots(
+            *(len(lines), len(tasks)),
+            figsize=(max(6.0, len(tasks) * max(width, 2.6) + 1.2), len(lines) * height + 0.8),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        image = None
+        for axes_row, (name, learning) in zip(panels, lines, strict=True):
+            for axes, task in zip(axes_row, tasks, strict=True):
+                there = {
+                    (r.context, r.keys["depth"]): r
+                    for r in good
+                    if (r.run, r.keys["learning"], r.keys["task"]) == (name, learning, task)
+                }
+                image = self._heat(axes, there)
+            run = next(run for run in self._runs if run.name == name)
+            off = "\nnot learning" * (run.learns and not learning)
+            axes_row[0].set_ylabel(f"{name}{off}\ndepth (%)", fontsize=8)
+        for axes, task in zip(panels[0], tasks, strict=True):
+            axes.set_title(LABELS[task], fontsize=9, loc="left")
+        for axes in panels[-1]:
+            axes.set_xlabel("length (tokens)", fontsize=8)
+        figure.colorbar(image, ax=panels, label="needles found (share)", shrink=0.8, aspect=30)
+        path = folder / "needles.png"
+        note = "; above a white line the needle lies beyond the window"
+        drawing.finish(figure, path, title + note * any(run.window for run in self._runs))
+        return [path]
+
+    def _heat(self, axes: Any, rows: Mapping[tuple, Row]) -> Any:
+        """One panel: colours, figures where they can be read, and the window's edge."""
+        grid = np.full((len(self._depths), len(self._lengths)), np.nan)
+        for y, depth in enumerate(self._depths):
+            for x, length in enumerate(self._lengths):
+                if row := rows.get((length, depth)):
+                    grid[y, x] = row.value
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for x, length in enumerate(self._lengths):
+            reach = [
+                row.keys["reach"] if (row := rows.get((length, d))) else None for d in self._depths
+            ]
+            for y, (upper, lower) in enumerate(pairwise(reach)):
+                if upper == BEYOND and lower != BEYOND:
+                    axes.plot([x - 0.5, x + 0.5], [y + 0.5] * 2, color="white", lw=2)
+            if reach and reach[-1] == BEYOND:
+                axes.plot([x - 0.5, x + 0.5], [len(reach) - 0.55] * 2, color="white", lw=2)
+        if grid.size <= 60:
+            for (y, x), value in np.ndenumerate(grid):
+                if not np.isnan(value):
+                    colour = "black" if value > 0.6 else "white"
+                    text = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
+                    axes.text(x, y, f"{value:.2g}", **text)
+        axes.set_xticks(range(len(self._lengths)), [drawing.short(n) for n in self._lengths])
+        every = max(1, len(self._depths) // 10)
+        ticks = range(0, len(self._depths), every)
+        axes.set_yticks(ticks, [f"{self._depths[i]:g}" for i in ticks])
+        axes.tick_params(labelsize=8)
+        axes.spines[:].set_visible(False)
+        return image

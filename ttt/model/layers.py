@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ttt.core.batch import AnyArray
 from ttt.core.precision import at_least_float32
@@ -80,3 +80,14 @@ class SwiGLU(eqx.Module):
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         """In the dtype of x."""
         return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
+
+
+def for_compute[T: PyTree](module: T, dtype: jnp.dtype) -> T:
+    """`module` with all weights but norm gains in `dtype`, as they are cast to when used."""
+
+    def cast(part: PyTree) -> PyTree:
+        if isinstance(part, RMSNorm):
+            return part
+        return jax.tree.map(lambda weight: weight.astype(dtype), part)
+
+    return jax.tree.map(cast, module, is_leaf=lambda part: isinstance(part, RMSNorm))

@@ -1,6 +1,7 @@
 """The network: blocks, two stacks, the language model, and its loss, plain or while learning."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -64,6 +65,18 @@ class Block(eqx.Module):
         state, mixed = self.seq_modeling_block.step(state, _apply(self.seq_norm, x))
         return x + _apply(self.seq_post_norm, mixed), state
 
+    def open(self, x: Float[Array, "C D"], state: PyTree) -> tuple[Array, PyTree]:
+        """The next C tokens, with the mixer's state and their room behind it."""
+        opened, mixed = self.seq_modeling_block.open(state, _apply(self.seq_norm, x))
+        return self.mlps(x + _apply(self.seq_post_norm, mixed)), opened
+
+    def put(
+        self, x: Float[Array, "1 D"], opened: PyTree, place: Int[Array, ""]
+    ) -> tuple[Array, PyTree]:
+        """The token at a place of the room."""
+        opened, mixed = self.seq_modeling_block.put(opened, _apply(self.seq_norm, x), place)
+        return self.mlps(x + _apply(self.seq_post_norm, mixed)), opened
+
     def mlps(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """The second half, token by token."""
         if self.feed_forward_prime is not None:
@@ -116,9 +129,11 @@ def run_blocks(
 
 
 def step_blocks(
-    blocks: Block, states: PyTree, x: Float[Array, "C D"], policy: str
+    blocks: Block | None, states: PyTree, x: Float[Array, "C D"], policy: str
 ) -> tuple[PyTree, Float[Array, "C D"]]:
     """The next C tokens through a stack of blocks; states are stacked as the blocks are."""
+    if blocks is None:
+        return states, x
 
     def whole(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
         block, state = layer
@@ -133,6 +148,28 @@ def step_blocks(
     one = halves if policy == "chunk" else remat(whole, policy)
     y, states = jax.lax.scan(one, x, (blocks, states))
     return states, y
+
+
+def open_blocks(
+    blocks: Block | None, states: PyTree, x: Float[Array, "C D"]
+) -> tuple[PyTree, Float[Array, "C D"]]:
+    """`step_blocks` whose tokens stay open: (rooms, outputs)."""
+    if blocks is None:
+        return states, x
+
+    def one(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
+        block, state = layer
+        return block.open(x, state)
+
+    y, opened = jax.lax.scan(one, x, (blocks, states))
+    return opened, y
+
+
+def init_states(blocks: Block | None, context: int, dtype: jnp.dtype) -> PyTree:
+    """The mixer states of a stack of blocks before a sequence of at most `context` tokens."""
+    if blocks is None:
+        return None
+    return jax.vmap(lambda block: block.seq_modeling_block.init_state(context, dtype))(blocks)
 
 
 class Decoder(eqx.Module):
@@ -263,7 +300,7 @@ class MetaModel(eqx.Module):
         fast, slow = _without_prefix(fast), _without_prefix(slow)
         fast, states = jax.tree.map(copies, (fast, self.init_state(length)))
         _, _, read = inner_loop.read(
-            _chunk_loss,
+            chunk_loss,
             fast,
             slow,
             states,
@@ -285,11 +322,21 @@ class MetaModel(eqx.Module):
         parts = x.reshape(x.shape[0], -1, self.config.mini_batch_size, *x.shape[2:])
         return jnp.swapaxes(parts, 0, 1)
 
+    def reading(self, chunk: int) -> "MetaModel":
+        """The same parameters to read with: chunks of `chunk` tokens, nothing rematerialised.
+
+        A chunk's gradient is the only one there is, and its intermediates are few.
+        """
+        config = replace(
+            self.config, mini_batch_size=chunk, remat_prefix="none", remat_suffix="none"
+        )
+        like = jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
+        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(self))
+
     def init_state(self, context: int) -> PyTree:
         """The suffix's mixer states before a sequence of at most `context` tokens."""
         blocks = self.language_model.model.h.suffix_blocks
-        dtype = Precision.of(self.config).compute
-        return jax.vmap(lambda b: b.seq_modeling_block.init_state(context, dtype))(blocks)
+        return init_states(blocks, context, Precision.of(self.config).compute)
 
     def step(
         self, states: PyTree, x: Float[Array, "C D"], targets: Int[AnyArray, " C"]
@@ -308,7 +355,7 @@ def _without_prefix(model: MetaModel) -> MetaModel:
     )
 
 
-def _chunk_loss(
+def chunk_loss(
     fast: MetaModel, slow: MetaModel, states: PyTree, piece: tuple[Array, Array, Array]
 ) -> tuple[Float[Array, ""], tuple[PyTree, Float[Array, " C"]]]:
     """The loss of one chunk of one sequence, as `inner_loop` asks for it; aux: token NLLs."""

@@ -109,6 +109,38 @@ def attend(
     return _attend(window, block, q, k, v, jnp.asarray(first, jnp.int32))
 
 
+def attend_growing(q: Queries, k: Keys, v: Keys, *, start: Slot, block: int) -> Queries:
+    """Full attention of T queries at slots `start` … to the slots of a cache up to their own.
+
+    k, v: the cache, the queries' own slots filled; `block` slots meet the queries at a time, and
+    those behind the last query are not visited. Not differentiable in reverse mode.
+    """
+    queries, slots = q.shape[1], k.shape[1]
+    own = start + jnp.arange(queries, dtype=jnp.int32)
+    wide = at_least_float32(q[:0]).dtype
+
+    def add(i: Int[Array, ""], carry: tuple) -> tuple:
+        highest, total, y = carry
+        begin = jnp.minimum(i * block, slots - block)  # the last block may overlap its neighbour
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, block, axis=1) for x in (k, v))
+        slot = begin + jnp.arange(block, dtype=jnp.int32)
+        mask = (slot >= i * block)[None, :] & (slot[None, :] <= own[:, None])
+        scores = jnp.where(mask[None], _scores("hqd,hkd->hqk", q, keys), -jnp.inf)
+        now = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - now[..., None])
+        shrink = jnp.exp(highest - now)
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        part = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), values)
+        return now, total, y * shrink[..., None] + part.astype(wide)
+
+    # Finite, since a query meets whole blocks behind it; every query sees slot 0.
+    lowest = jnp.full(q.shape[:2], jnp.finfo(wide).min, wide)
+    nothing = (lowest, jnp.zeros_like(lowest), jnp.zeros(q.shape, wide))
+    blocks = (start + queries + block - 1) // block
+    _, total, y = jax.lax.fori_loop(0, blocks, add, nothing)
+    return (y / total[..., None]).astype(v.dtype)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(window: int | None, block: int, q: Queries, k: Keys, v: Keys, first: Slot) -> Queries:
     return _attend_forward(window, block, q, k, v, first)[0]

@@ -1,0 +1,1 @@
+"""Floor 4: reading and writing with a model that goes on learning."""

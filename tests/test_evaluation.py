@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from statistics import NormalDist
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -21,12 +23,14 @@ from ttt.errors import UserError
 from ttt.evaluation import repetition, result, ruler
 from ttt.evaluation.intervals import bootstrap, share
 from ttt.evaluation.judge import Judged
+from ttt.evaluation.long_decoding import binned
 from ttt.evaluation.loss_by_position import PositionLoss, log_edges
 from ttt.evaluation.machine import in_batches
 from ttt.evaluation.result import Row
 from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, measure
 from ttt.evaluation.suites import SUITES
+from ttt.model.transformer import MetaModel
 
 # ---- intervals -------------------------------------------------------------------------
 
@@ -121,7 +125,7 @@ def test_differences_of_paired_sequences_are_surer_than_the_losses():
 def test_csv_has_the_schemas_columns_the_keys_between_and_one_line_a_row():
     rows = [
         replace(LIKE, keys={"learning": True}, value=1.5, low=1.0, high=2.0, n=4, unit="nats"),
-        replace(LIKE, keys={"learning": True, "depth": 50.0}, failed="why, \"so\""),
+        replace(LIKE, keys={"learning": True, "depth": 50.0}, failed='why, "so"'),
     ]
     lines = list(csv.DictReader(io.StringIO(result.to_csv(rows))))
     fixed = ["suite", "run", "method", "step", "context", "measure"]
@@ -129,7 +133,7 @@ def test_csv_has_the_schemas_columns_the_keys_between_and_one_line_a_row():
                               "failed"]  # fmt: skip
     assert lines[0]["value"] == "1.5"
     assert lines[0]["depth"] == ""
-    assert (lines[1]["value"], lines[1]["failed"]) == ("", "why, \"so\"")
+    assert (lines[1]["value"], lines[1]["failed"]) == ("", 'why, "so"')
 
 
 def test_json_holds_notes_and_rows_and_no_number_that_json_has_not(tmp_path):
@@ -182,9 +186,8 @@ class Fickle(AbstractSuite):
 
 def test_a_failed_job_leaves_a_row_that_says_so_and_the_others_are_done_and_saved(caplog):
     suite, saved = Fickle(), []
-    runs = [Run(name, 3, TRAINING, None) for name in "ab"]
-    for run in runs:
-        object.__setattr__(run, "model", type("M", (), {"config": MODEL}))
+    model = jax.eval_shape(lambda: MetaModel(MODEL, key=jax.random.key(0)))
+    runs = [Run(name, 3, TRAINING, model) for name in "ab"]
     rows = measure(
         [suite],
         runs,
@@ -235,7 +238,7 @@ def test_prompt_is_rulers_in_the_singular(words):
         "I will quiz you about the number afterwards."
     )
     needle, rest = body.split(f": {prompt.answer}. ")
-    key = needle.removeprefix("One of the special magic numbers for ")
+    key = needle.removeprefix("One of the special magic numbers for ").removesuffix(" is")
     assert question == (
         f"What is the special magic number for {key} mentioned in the provided text? "
         f"The special magic number for {key} mentioned in the provided text is"
@@ -257,7 +260,7 @@ def test_needle_lies_at_its_depth_within_a_sentence_and_the_answer_fits(task, pa
     made = prompts(task, haystack)
     assert [p.depth for p in made] == [0, 0, 25, 25, 50, 50, 100, 100]
     for prompt in made:
-        assert pytest.importorskip("re").fullmatch(pattern, prompt.answer)
+        assert re.fullmatch(pattern, prompt.answer)
         assert len(prompt.tokens) + 128 <= 1500
         assert len(prompt.tokens) + 128 > 1500 - 200  # and the length is used
         said = ByteTokenizer().decode(prompt.tokens)
@@ -306,8 +309,7 @@ def test_any_tokenizer_file_serves(words, tmp_path):
 def test_depths_spread_evenly_and_forty_of_them_are_rulers():
     assert ruler.depths(5) == [0, 25, 50, 75, 100]
     assert ruler.depths(1) == [50]
-    rounded = np.round(ruler.depths(40)).astype(int).tolist()
-    assert rounded == np.round(np.linspace(0, 100, 40)).astype(int).tolist()
+    assert ruler.depths(40)[:10] == [0, 3, 5, 8, 10, 13, 15, 18, 21, 23]
 
 
 def test_a_length_without_room_and_a_text_too_short_are_refused(words):
@@ -320,12 +322,17 @@ def test_a_length_without_room_and_a_text_too_short_are_refused(words):
 def test_haystack_comes_from_a_file_plain_or_json(tmp_path):
     (tmp_path / "plain.txt").write_text("One here.  Two\nhere! Three?")
     (tmp_path / "essays.json").write_text(json.dumps({"text": "First.\n\nSecond."}))
-    assert ruler.essays(str(tmp_path / "plain.txt")).sentences == ("One here.", "Two here!", "Three?")
+    assert ruler.essays(str(tmp_path / "plain.txt")).sentences == (
+        "One here.",
+        "Two here!",
+        "Three?",
+    )
     assert ruler.essays(str(tmp_path / "essays.json")).sentences == ("First.", "Second.")
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("none.txt", None), ("a.json", b"[1]"), ("b.txt", b"\xff"), ("c.txt", b" ")]
+    ("name", "content"),
+    [("none.txt", None), ("a.json", b"[1]"), ("b.txt", b"\xff"), ("c.txt", b" ")],
 )
 def test_unusable_haystack_is_refused_by_name(tmp_path, name, content):
     if content is not None:
@@ -388,8 +395,6 @@ def test_longest_repeat_is_that_of_trying_them_all(tokens):
 
 
 def test_tokens_of_a_judge_fall_into_the_bins_of_their_positions():
-    from ttt.evaluation.long_decoding import binned
-
     judged = Judged(np.array([1.0, 2, 3, 5]), np.array([1.0, 2, 4, 8], np.float32))
     sums, counts = binned(judged, np.array([0, 3, 5]))
     assert sums.tolist() == [3, 4]

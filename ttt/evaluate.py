@@ -60,21 +60,17 @@ def run(config: Config) -> int | None:
             progress=_progress,
             saved=lambda which, rows: save(record, which, rows, subjects),
         )
-        status = "finished"
+        failed = [row for found in rows.values() for row in found if row.failed]
+        show(record, suites, rows, subjects)
+        status = "failed" if failed else "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
         record.finish(status)
-    failed = [row for found in rows.values() for row in found if row.failed]
-    show(record, suites, rows, subjects)
-    if failed:
-        record.finish("failed")
-        for row in failed:
-            keys = " ".join(f"{k}={v}" for k, v in row.keys.items())
-            logger.error(
-                "failed: %s of %s, %s %s: %s", *(row.suite, row.run, row.context), keys, row.failed
-            )
+    for row in failed:
+        what = " ".join([str(row.context), *(f"{k}={v}" for k, v in row.keys.items())])
+        logger.error("failed: %s of %s at %s: %s", row.suite, row.run, what, row.failed)
     return 1 if failed else None
 
 

@@ -128,8 +128,8 @@ class LongDecoding(AbstractSuite):
         for half, (start, stop) in halves.items():
             for measure, bins in (("log_loss", 1), ("log_loss_at", BINS)):
                 edges = np.unique(np.linspace(start, stop, bins + 1).astype(int))
-                binned = np.stack([_binned(j, edges) for j in judged])
-                sums, counts = binned[:, 0], binned[:, 1]
+                parts = np.stack([binned(text, edges) for text in judged])
+                sums, counts = parts[:, 0], parts[:, 1]
                 found = bootstrap(
                     sums, counts, resamples=evaluation.resamples, seed=evaluation.seed
                 )
@@ -203,15 +203,15 @@ class LongDecoding(AbstractSuite):
 
     def table(self, rows: Sequence[Row]) -> Table:
         """Log-loss of both halves, and repetition."""
-        table = Table(title=f"long decoding, judged by {self._judge.name}")
+        table = Table(title=f"long decoding: log-loss by {self._judge.name}, and repetition")
         wanted = {
-            ("log_loss", "prefill"): "read, nats",
-            ("log_loss", "decoded"): "written, nats",
+            ("log_loss", "prefill"): "read",
+            ("log_loss", "decoded"): "written",
             ("distinct_4", "decoded"): "distinct 4-grams",
-            (f"repeated_within_{repetition.SPAN}", "decoded"): f"repeated in {repetition.SPAN}",
+            (f"repeated_within_{repetition.SPAN}", "decoded"): f"seen in last {repetition.SPAN}",
             ("longest_repeat", "decoded"): "longest repeat",
         }
-        table.add_column("text")
+        table.add_column("text", overflow="fold")
         for title in wanted.values():
             table.add_column(title, justify="right")
         for label, there in _by_text(rows, self._runs):
@@ -236,7 +236,10 @@ class LongDecoding(AbstractSuite):
             look = drawing.style(order[first.run], learns=not _is_off(first, self._runs))
             if first.keys["text"] == TRUE:
                 look |= {"color": "0.5", "marker": "x", "lw": 1.2}
-            x = [(row.keys["position_from"] + row.keys["position_to"]) / 2 for row in there]
+            x = [
+                (float(row.keys["position_from"]) + float(row.keys["position_to"])) / 2
+                for row in there
+            ]
             axes.plot(x, [row.value for row in there], label=label, **look)
             bounds = [[row.low for row in there], [row.high for row in there]]
             axes.fill_between(x, *bounds, color=look["color"], alpha=0.12, lw=0)
@@ -262,7 +265,7 @@ def held_out_name(config: Config) -> str:
     return f"{config.evaluation.dataset_name}/{config.evaluation.split}"
 
 
-def _binned(
+def binned(
     judged: Judged, edges: Int[np.ndarray, " edges"]
 ) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
     """Sum of −log p, and how many tokens, in each bin."""
@@ -280,12 +283,11 @@ def _is_off(row: Row, runs: Sequence[Run]) -> bool:
 
 def _by_text(rows: Sequence[Row], runs: Sequence[Run]) -> Iterator[tuple[str, list[Row]]]:
     """(label, rows) of each text: written by each run and mode, and the held-out one."""
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[tuple[str, Key, Key], list[Row]] = {}
     for row in rows:
         key = (row.run, row.keys["learning"], row.keys.get("text", WRITTEN))
         groups.setdefault(key, []).append(row)
     for (name, _, text), there in groups.items():
-        if text == TRUE:
-            yield "what really followed", there
-        else:
+        if text != TRUE:
             yield f"{name}{', not learning' * _is_off(there[0], runs)}", there
+    yield from (("what really followed", g) for (_, _, text), g in groups.items() if text == TRUE)

@@ -90,8 +90,8 @@ class LossByContext(AbstractSuite):
 
     def _draws(self, curve: Curve, **keys: str) -> dict[str, Any]:
         asked = self._asked
-        keys = {"learning": curve[1], **keys}
-        return {"resamples": asked.resamples, "seed": asked.seed, "keys": keys}
+        told = {"learning": curve[1], **keys}
+        return {"resamples": asked.resamples, "seed": asked.seed, "keys": told}
 
     def comparisons(self) -> list[Row]:
         """Each curve less the reference: full attention if there is some, else not learning."""
@@ -143,8 +143,8 @@ class LossByContext(AbstractSuite):
 
     def table(self, rows: Sequence[Row]) -> Table:
         """Loss by run and context, and in brackets what it is less than the reference's."""
-        reference = self._label(self._reference())
-        table = Table(title=f"held-out loss, nats per token (difference from {reference})")
+        title = f"held-out loss, nats per token (difference from {self._reference_label()})"
+        table = Table(title=title)
         table.add_column("run", overflow="fold")
         for context in self._contexts:
             table.add_column(f"{context:,}", justify="right")
@@ -230,8 +230,9 @@ class LossByContext(AbstractSuite):
         """Measures to draw, with the labels of their axes."""
         labels = {"loss": "held-out loss (nats per token)"}
         if any(row.measure == "difference" for row in rows):
-            reference = self._label(self._reference())
-            labels["difference"] = f"difference from {reference}\n(nats per token, 95 % band)"
+            labels["difference"] = (
+                f"difference from {self._reference_label()}\n(nats per token, 95 % band)"
+            )
         return labels
 
     def _plot(
@@ -254,9 +255,14 @@ class LossByContext(AbstractSuite):
         drawing.tidy(axes)
 
     def _label(self, curve: Curve) -> str:
+        """Its name in pictures and tables."""
         name, learning = curve
         run = next(run for run in self._runs if run.name == name)
         return f"{name}, not learning" if run.learns and not learning else name
+
+    def _reference_label(self) -> str:
+        reference = self._reference()
+        return self._label(reference) if len(self._runs) > 1 else "not learning"
 
 
 def _default_contexts(length: int, runs: Sequence[Run]) -> tuple[int, ...]:

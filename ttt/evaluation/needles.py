@@ -28,7 +28,7 @@ LABELS = {
     "niah_single_3": "S-NIAH-3: UUID in essays",
 }
 _ANSWER_COLUMNS = (
-    *("run", "step", "task", "learning", "context", "depth", "distance", "reach"),
+    *("run", "task", "learning", "context", "depth", "distance", "reach"),
     *("right", "answer", "said"),
 )
 ALL, INSIDE, BEYOND, BOTH = "all", "inside", "beyond", "both"
@@ -65,7 +65,7 @@ class Needles(AbstractSuite):
         self._haystacks: dict[str, Haystack] = {"noise": ruler.noise()}
         if "essay" in wanted:
             self._haystacks["essay"] = ruler.essays(asked.haystack)
-        self._samples: list[list[Any]] = []
+        self._answers: dict[tuple[str, bool, str], list[tuple[int, Answer]]] = {}
         self._prompts: dict[tuple[str, int], list[Prompt]] = {}
         cells = [(task, length) for task in asked.tasks for length in self._lengths]
         with Progress(len(cells), "needles: prompts") as progress:
@@ -105,11 +105,8 @@ class Needles(AbstractSuite):
     def _measure(self, run: Run, task: str, length: int, learn: bool, told: Told) -> list[Row]:
         answers = self._ask(run, self._prompts[task, length], length, learn, told)
         keys: dict[str, Key] = {"task": task, "learning": learn and run.learns}
-        for answer in answers:
-            prompt = answer.prompt
-            told_by = [run.name, run.step, task, keys["learning"], length]
-            found = [prompt.depth, prompt.distance, answer.reach, int(answer.right)]
-            self._samples.append([*told_by, *found, prompt.answer, answer.said])
+        kept = self._answers.setdefault((run.name, learn and run.learns, task), [])
+        kept += [(length, answer) for answer in answers]
         rows = [self._row(run, length, answers, keys, ALL, ALL)]
         by_reach = {reach: [a for a in answers if a.reach == reach] for reach in (INSIDE, BEYOND)}
         rows += [self._row(run, length, by_reach[r], keys, ALL, r) for r in by_reach if by_reach[r]]
@@ -138,6 +135,28 @@ class Needles(AbstractSuite):
             n=len(answers),
             unit="share of prompts",
         )
+
+    def comparisons(self) -> list[Row]:
+        """Accuracy by the needle's distance from the answer, all lengths together."""
+        rows = []
+        by_name = {run.name: run for run in self._runs}
+        for (name, learning, task), kept in self._answers.items():
+            by_octave: dict[int, list[Answer]] = {}
+            for _, answer in kept:
+                by_octave.setdefault(answer.prompt.distance.bit_length(), []).append(answer)
+            for octave, there in sorted(by_octave.items()):
+                value, low, high = share(sum(a.right for a in there), len(there))
+                place = {"distance_from": 2 ** (octave - 1), "distance_to": 2**octave}
+                rows.append(
+                    self.row(
+                        *(by_name[name], max(self._lengths), "accuracy_at_distance"),
+                        keys={"task": task, "learning": learning, **place},
+                        **{"value": value, "low": low, "high": high},
+                        n=len(there),
+                        unit="share of prompts",
+                    )
+                )
+        return rows
 
     def _ask(
         self, run: Run, prompts: Sequence[Prompt], length: int, learn: bool, told: Told
@@ -171,7 +190,12 @@ class Needles(AbstractSuite):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_ANSWER_COLUMNS)
-        writer.writerows(self._samples)
+        for (name, learning, task), kept in self._answers.items():
+            for length, answer in kept:
+                prompt = answer.prompt
+                place = [prompt.depth, prompt.distance, answer.reach, int(answer.right)]
+                said = [prompt.answer, answer.said]
+                writer.writerow([name, task, learning, length, *place, *said])
         return {"needles-answers.csv": text.getvalue()}
 
     def notes(self) -> dict[str, Any]:
@@ -197,6 +221,8 @@ class Needles(AbstractSuite):
             table.add_column(f"{length:,}", justify="right")
         cells: dict[tuple, dict[int, dict[str, str]]] = {}
         for row in rows:
+            if row.measure == "accuracy_at_distance":
+                continue
             key = (row.run, "yes" if row.keys["learning"] else "no", str(row.keys["task"]))
             cell = cells.setdefault(key, {}).setdefault(row.context, {})
             if row.value is not None and row.keys["depth"] == ALL:
@@ -211,12 +237,58 @@ class Needles(AbstractSuite):
         return table
 
     def draw(self, rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
-        """`needles.png`: a heat map of depth and length for every run, mode and task."""
-        good = [r for r in rows if r.value is not None and r.keys["depth"] != ALL]
+        """`needles.png`: depth and length; `needles_by_distance.png`: distance from the answer."""
+        good = [row for row in rows if row.value is not None]
+        depths = [r for r in good if r.measure == "accuracy" and r.keys["depth"] != ALL]
+        distances = [row for row in good if row.measure == "accuracy_at_distance"]
+        if not depths:
+            return []
+        self._draw_depths(depths, folder / "needles.png", title)
+        if len({row.keys["distance_from"] for row in distances}) < 2:
+            return [folder / "needles.png"]
+        self._draw_distances(distances, folder / "needles_by_distance.png", title)
+        return [folder / "needles.png", folder / "needles_by_distance.png"]
+
+    def _draw_distances(self, rows: Sequence[Row], path: Path, title: str) -> None:
+        """A panel for each task, a line for each run and mode."""
+        tasks = [task for task in self._asked.tasks if any(r.keys["task"] == task for r in rows)]
+        figure, panels = drawing.pyplot().subplots(
+            *(1, len(tasks)),
+            figsize=(max(5.5, 1 + 3 * len(tasks)), 3.4),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        starts = sorted({int(row.keys["distance_from"]) for row in rows})
+        for axes, task in zip(panels[0], tasks, strict=True):
+            for index, run in enumerate(self._runs):
+                for learning in (True, False):
+                    curve = (run.name, learning, task)
+                    there = [r for r in rows if (r.run, *_mode(r)) == curve]
+                    if there:
+                        off = run.learns and not learning
+                        x = [int(row.keys["distance_from"]) * 2**0.5 for row in there]
+                        look = drawing.style(index, learns=not off)
+                        label = f"{run.name}{', not learning' * off}"
+                        axes.plot(x, [row.value for row in there], label=label, **look)
+                        bounds = [[row.low for row in there], [row.high for row in there]]
+                        axes.fill_between(x, *bounds, color=look["color"], alpha=0.1, lw=0)
+            for window in {run.window for run in self._runs if run.window}:
+                if starts[0] < window < 2 * starts[-1]:
+                    drawing.mark(axes, window, "window")
+            drawing.tidy(axes)
+            drawing.log_tokens(axes, [*starts, 2 * starts[-1]])
+            axes.set_ylim(-0.03, 1.03)
+            axes.set_title(LABELS[task], fontsize=9, loc="left")
+            axes.set_xlabel("needle to answer (tokens)")
+        panels[0][0].set_ylabel("needles found (share, 95 % band)")
+        drawing.legend_below(figure, panels[0][0])
+        drawing.finish(figure, path, title)
+
+    def _draw_depths(self, good: Sequence[Row], path: Path, title: str) -> None:
+        """A heat map of depth and length for every run, mode and task."""
         lines = list(dict.fromkeys((r.run, bool(r.keys["learning"])) for r in good))
         tasks = [task for task in self._asked.tasks if any(r.keys["task"] == task for r in good)]
-        if not good:
-            return []
         plt = drawing.pyplot()
         width, height = 0.55 * len(self._lengths) + 1.7, 0.22 * len(self._depths) + 1.0
         figure, panels = plt.subplots(
@@ -233,7 +305,7 @@ class Needles(AbstractSuite):
                 there = {
                     (r.context, r.keys["depth"]): r
                     for r in good
-                    if (r.run, r.keys["learning"], r.keys["task"]) == (name, learning, task)
+                    if (r.run, *_mode(r)) == (name, learning, task)
                 }
                 image = self._heat(axes, there)
             run = next(run for run in self._runs if run.name == name)
@@ -244,10 +316,8 @@ class Needles(AbstractSuite):
         for axes in panels[-1]:
             axes.set_xlabel("length (tokens)", fontsize=8)
         figure.colorbar(image, ax=panels, label="needles found (share)", shrink=0.8, aspect=30)
-        path = folder / "needles.png"
         note = "; above a white line the needle lies beyond the window"
         drawing.finish(figure, path, title + note * any(run.window for run in self._runs))
-        return [path]
 
     def _heat(self, axes: Any, rows: Mapping[tuple, Row]) -> Any:
         """One panel: colours, figures where they can be read, and the window's edge."""
@@ -279,3 +349,8 @@ class Needles(AbstractSuite):
         axes.tick_params(labelsize=8)
         axes.spines[:].set_visible(False)
         return image
+
+
+def _mode(row: Row) -> tuple[bool, str]:
+    """Whether it was learning, and the task."""
+    return bool(row.keys["learning"]), str(row.keys["task"])

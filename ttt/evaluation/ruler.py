@@ -153,8 +153,8 @@ def _docstrings() -> str:
 
 
 def depths(count: int) -> list[float]:
-    """Evenly spread from 0 to 100 percent; one alone stands in the middle. RULER has 40."""
-    return [50.0] if count == 1 else np.round(np.linspace(0, 100, count), 1).tolist()
+    """Evenly spread whole percents from 0 to 100; one alone is the middle. RULER has 40."""
+    return [50.0] if count == 1 else np.round(np.linspace(0, 100, count)).tolist()
 
 
 def hide(sentences: Sequence[str], joint: str, needle: str, depth: float) -> tuple[str, str]:

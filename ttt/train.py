@@ -208,16 +208,12 @@ def restore_all(config: Config, source: Checkpoints, step: int, mesh: Mesh) -> S
 
 def restore_parameters(config: Config, step_folder: Path, mesh: Mesh) -> Start:
     """Parameters by published name, the rest fresh; every parameter is accounted for."""
-    fresh = loop.init_state(config)
-    arrays = published.to_published(fresh.model)
-    taken, account = checkpoint.account(
-        arrays,
-        checkpoint.read_flat(step_folder, "model_weights"),
-        may_initialise=published.NEW_IN_META,
+    fresh = loop.init_state(config).model
+    model, account = published.load_parameters(
+        fresh, step_folder, may_initialise=published.NEW_IN_META
     )
     logger.info("%s", account)
-    arrays |= {name: jnp.asarray(array) for name, array in taken.items()}
-    state = loop.start_from(published.from_published(fresh.model, arrays), config.training)
+    state = loop.start_from(model, config.training)
     account = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
     return Start(replicate(mesh, state), None, account)
 

@@ -70,14 +70,18 @@ class Layers(NamedTuple):
 
 
 class Writing(NamedTuple):
-    """A state in the middle of a chunk, with all that the next token needs; given away with use."""
+    """A state in the middle of a chunk, with all that the next token needs; given away with use.
+
+    What belongs to one sequence alone has no leading axis where there is but one: under an axis of
+    length 1, XLA copied every cache for every token.
+    """
 
     state: State
     """Without its mixer states, which lie in the rooms."""
     prefix: tuple[PyTree, ...]
     """Rooms, layer by layer."""
     suffix: tuple[PyTree, ...]
-    x: Float[Array, "B C D"]
+    x: Float[Array, "*B C D"]
     """The open chunk after the prefix."""
     fast: Layers
     """The fast weights, layer by layer, in the compute dtype."""
@@ -440,13 +444,17 @@ class Engine:
         def body(i: Int[Array, ""], carry: tuple) -> tuple:
             *old, nll = carry
             piece = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk + 1, axis=1)
-            *new, scores = _each(one, *old, piece)
+            *new, scores = _over(one, sequences)(*old, _lanes(piece))
+            scores = _rows(scores, sequences)
             nll = jax.lax.dynamic_update_slice_in_dim(nll, scores, i * chunk, axis=1)
-            return (*_where(i < counts, tuple(new), tuple(old)), nll)
+            # A single sequence comes here with a chunk to read.
+            new = new if sequences == 1 else _where(i < counts, new, old)
+            return (*new, nll)
 
         nll = jnp.zeros((sequences, tokens.shape[1] - 1), self._wide)
-        carry = (state.fast, state.prefix, state.suffix, nll)
-        fast, prefix, suffix, nll = jax.lax.fori_loop(0, jnp.max(counts), body, carry)
+        carry = (*_lanes((state.fast, state.prefix, state.suffix)), nll)
+        *lanes, nll = jax.lax.fori_loop(0, jnp.max(counts), body, carry)
+        fast, prefix, suffix = _rows(tuple(lanes), sequences)
         return state._replace(fast=fast, prefix=prefix, suffix=suffix), nll
 
     def _read_rest(
@@ -474,7 +482,9 @@ class Engine:
             last = jax.lax.dynamic_slice_in_dim(hidden, size - 1, 1)
             return _logits(lm.table, last), nll
 
-        return _each(one, state.fast, state.prefix, state.suffix, ids, sizes)
+        sequences = len(sizes)
+        rows = (state.fast, state.prefix, state.suffix, ids, sizes)
+        return _rows(_over(one, sequences)(*_lanes(rows)), sequences)
 
     @cached_property
     def _layers(self) -> Layers:
@@ -509,7 +519,8 @@ class Engine:
                 self._apart(fast),
             )
 
-        opened = _each(one, state.fast, state.prefix, state.suffix, state.ids)
+        rows = (state.fast, state.prefix, state.suffix, state.ids)
+        opened = _over(one, len(state.open))(*_lanes(rows))
         stopped = jnp.zeros(len(state.open), bool)
         return Writing(state._replace(prefix=None, suffix=None), *opened, stopped)
 
@@ -519,7 +530,9 @@ class Engine:
                 _closed(layers.suffix, suffix, 0)
             )
 
-        prefix, suffix = _each(one, writing.prefix, writing.suffix)
+        sequences = len(writing.stopped)
+        lanes = _over(one, sequences)(writing.prefix, writing.suffix)
+        prefix, suffix = _rows(lanes, sequences)
         return writing.state._replace(prefix=prefix, suffix=suffix)
 
     def _write_tokens(
@@ -607,11 +620,13 @@ class Engine:
 
         state, active = writing.state, ~writing.stopped
         # Of a sequence that has stopped, what is written here lies behind its last token.
-        prefix, suffix, x, logits = _each(
-            one, writing.fast, writing.prefix, writing.suffix, writing.x, ids, state.open
+        sequences = len(ids)
+        prefix, suffix, x, logits = _over(one, sequences)(
+            *(writing.fast, writing.prefix, writing.suffix, writing.x), *_lanes((ids, state.open))
         )
+        logits = _rows(logits, sequences)
         step = active.astype(jnp.int32)
-        rows = jnp.arange(len(ids))
+        rows = jnp.arange(sequences)
         place = jnp.minimum(state.open, self.chunk - 1)
         state = state._replace(
             ids=state.ids.at[rows, place].set(jnp.where(active, ids, state.ids[rows, place])),
@@ -653,25 +668,30 @@ class Engine:
             return fast, self._apart(fast), prefix, _roomy(layers.suffix, after, chunk)
 
         state = writing.state
-        old = (state.fast, writing.fast, writing.prefix, writing.suffix)
-        new = _each(one, *old, writing.x, state.ids, following)
-        fast, apart, prefix, suffix = _where(full, new, old)
-        state = state._replace(fast=fast, open=jnp.where(full, 0, state.open))
+        old = (_lanes(state.fast), writing.fast, writing.prefix, writing.suffix)
+        new = _over(one, len(full))(*old, writing.x, *_lanes((state.ids, following)))
+        # A single sequence comes here with its chunk full.
+        fast, apart, prefix, suffix = new if len(full) == 1 else _where(full, new, old)
+        state = state._replace(fast=_rows(fast, len(full)), open=jnp.where(full, 0, state.open))
         return writing._replace(state=state, fast=apart, prefix=prefix, suffix=suffix)
 
 
 # ---- small parts ---------------------------------------------------------------------------
 
 
-def _each(function: Callable, *arguments: PyTree) -> PyTree:
-    """`function` of one sequence, over the leading axis of all arguments.
+def _over(function: Callable, sequences: int) -> Callable:
+    """`function` of one sequence, of all lanes."""
+    return function if sequences == 1 else jax.vmap(function)
 
-    A single sequence needs no such axis, and is spared the scatters that updates in place turn
-    into under `jax.vmap`.
-    """
-    if jax.tree.leaves(arguments)[-1].shape[0] > 1:
-        return jax.vmap(function)(*arguments)
-    return jax.tree.map(lambda y: y[None], function(*jax.tree.map(lambda x: x[0], arguments)))
+
+def _lanes(rows: PyTree) -> PyTree:
+    """What `_over` takes, from leaves [B, ...]."""
+    return jax.tree.map(lambda leaf: leaf[0] if leaf.shape[0] == 1 else leaf, rows)
+
+
+def _rows(lanes: PyTree, sequences: int) -> PyTree:
+    """The inverse of `_lanes`."""
+    return jax.tree.map(lambda leaf: leaf[None], lanes) if sequences == 1 else lanes
 
 
 def _where(rows: Bool[Array, " B"], new: PyTree, old: PyTree) -> PyTree:
@@ -722,7 +742,8 @@ def _roomy(blocks: Sequence[Block], states: Sequence[PyTree], tokens: int) -> tu
 
 
 def _logits(table: Float[Array, "V D"], hidden: Float[Array, "1 D"]) -> Float[Array, " V"]:
-    return at_least_float32(hidden @ table.astype(hidden.dtype).T)[0]
+    # Not `hidden @ table.T`: that transposed the whole table in memory for every token.
+    return at_least_float32(jnp.einsum("vd,d->v", table.astype(hidden.dtype), hidden[0]))
 
 
 def _nll(logits: Float[Array, "B V"], ids: Int[Array, " B"]) -> Float[Array, " B"]:

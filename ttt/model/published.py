@@ -4,14 +4,20 @@ In memory prefix and suffix are two stacks; on disk all blocks are one stack, pr
 the suffix alone has (prime MLPs and their norms) stands in `prime_storage`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
+from ttt.config import ModelConfig
 from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, nested, with_leaves
+from ttt.errors import UserError
+from ttt.infra import checkpoint
+from ttt.infra.checkpoint import RestoreAccount
 from ttt.model.transformer import MetaModel
 
 NEW_IN_META = ("language_model.model.h.prime_storage.**",)
@@ -64,6 +70,42 @@ def from_stored(like: PyTree, stored: PyTree) -> PyTree:
         stored,
         is_leaf=_is_model,
     )
+
+
+def load_model(config: ModelConfig, step_folder: Path) -> tuple[MetaModel, RestoreAccount]:
+    """The model of a checkpoint's parameters, for use: all of them, or a CheckpointError.
+
+    Raises UserError too where a parameter is not finite.
+    """
+    shapes = jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
+    return load_parameters(shapes, step_folder)
+
+
+def load_parameters(
+    like: MetaModel, step_folder: Path, *, may_initialise: Sequence[str] = ()
+) -> tuple[MetaModel, RestoreAccount]:
+    """Parameters by published name, and what became of each.
+
+    like: gives the structure, and the values of those that `may_initialise` (dotted globs of
+        published names) allows to be missing; without any, shapes suffice.
+    Raises CheckpointError for parameters that are missing or do not fit, all at once, and UserError
+    for those that are not finite.
+    """
+    taken, account = checkpoint.account(
+        jax.eval_shape(to_published, like),
+        checkpoint.read_flat(step_folder, "model_weights"),
+        may_initialise=may_initialise,
+    )
+    broken = [name for name, array in taken.items() if not np.all(np.isfinite(array))]
+    if broken:
+        raise UserError(
+            f"{step_folder} holds weights that are not finite: {', '.join(broken)}. The run has "
+            "diverged; choose an earlier step or another checkpoint"
+        )
+    arrays = {name: jnp.asarray(array) for name, array in taken.items()}
+    if account.initialised:
+        arrays = to_published(like) | arrays
+    return from_published(like, arrays), account
 
 
 def _is_model(tree: PyTree) -> bool:

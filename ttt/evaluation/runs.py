@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -122,8 +123,13 @@ def load_one(config: Config, name: str, step: int = -1) -> Run:
     model = own.model
     if config.evaluation.compute_dtype != "model":
         model = replace(model, compute_dtype=config.evaluation.compute_dtype)
-    weights = _weights(model, step_folder)
-    _check_finite(name, weights)
+    weights, account = published.load_model(model, step_folder)
+    if account.unused:
+        raise UserError(
+            f"{step_folder} has parameters that the model has not: {', '.join(account.unused)}. "
+            "Choose the experiment that trained it"
+        )
+    weights = jax.tree.map(np.asarray, weights)
     training = replace(own.training, eval_batch_size=config.evaluation.batch_size)
     return Run(name, int(step_folder.name), training, weights)
 
@@ -136,36 +142,11 @@ def _others(checkpoints: Checkpoints) -> str:
     return f"there are {', '.join(found)}" if found else f"{siblings} has none at all"
 
 
-def _weights(config: ModelConfig, step_folder: object) -> MetaModel:
-    like = _shapes(config)
-    wanted = jax.eval_shape(published.to_published, like)
-    taken, account = checkpoint.account(
-        wanted, checkpoint.read_flat(str(step_folder), "model_weights")
-    )
-    if account.unused:
-        raise CheckpointError(
-            f"{step_folder} has parameters that the model has not: {', '.join(account.unused)}. "
-            "Choose the experiment that trained it."
-        )
-    return published.from_published(like, taken)
-
-
 def _shapes(config: ModelConfig) -> MetaModel:
     return jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
 
 
-def _check_finite(name: str, model: MetaModel) -> None:
-    arrays = published.to_published(jax.tree.map(np.asarray, model))
-    broken = [key for key, array in arrays.items() if not np.all(np.isfinite(np.asarray(array)))]
-    if broken:
-        raise UserError(
-            f"{name}: {len(broken)} parameters hold NaN or infinity ({', '.join(broken[:3])}"
-            f"{', …' if len(broken) > 3 else ''}): the run diverged; evaluate an earlier step "
-            "(evaluation.step=N) or another run"
-        )
-
-
-def describe(run: Run) -> dict[str, object]:
+def describe(run: Run) -> dict[str, Any]:
     """What a result says of its run."""
     config = run.config
     return {

@@ -47,11 +47,11 @@ def log_tokens(axes: Any, ticks: Sequence[int]) -> None:
     axes.minorticks_off()
 
 
-def mark(axes: Any, x: float, text: str) -> None:
-    """A dotted line at x that says what is there."""
-    axes.axvline(x, color="0.6", lw=1, ls=":")
+def mark(axes: Any, tokens: int, text: str) -> None:
+    """A dotted line that says what is at so many tokens."""
+    axes.axvline(tokens, color="0.6", lw=1, ls=":")
     axes.annotate(
-        f" {text}", (x, 0.01), xycoords=("data", "axes fraction"), color="0.4", fontsize=7
+        f" {text}", (tokens, 0.01), xycoords=("data", "axes fraction"), color="0.4", fontsize=7
     )
 
 

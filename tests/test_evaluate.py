@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from ttt import evaluate
 from ttt.config import compose, resolve, to_dict
 from ttt.dataloader import token_store
+from ttt.dataloader.text import ByteTokenizer
 from ttt.errors import UserError
 from ttt.evaluation import runs, suite
+from ttt.evaluation.judge import ForeignJudge
 from ttt.evaluation.machine import Machine
 from ttt.inference.engine import Written
 from ttt.infra import checkpoint
@@ -328,7 +331,9 @@ def test_a_failed_row_fails_the_command_and_the_others_are_kept(root, scripted, 
         (["evaluation.loss_by_context.tokens=100000"], ["tokens=100000", "at most 4480"]),
         (["evaluation.loss_by_context.tokens=64"], ["tokens=64", "128 tokens"]),
         (["evaluation.long_decoding.sequences=99"], ["sequences=99", "lower it"]),
-        (["evaluation.needles.haystack=/no/essays.txt", "evaluation.needles.tasks=[niah_single_2]"], ["haystack=/no/essays.txt", "no such"]),
+        (["evaluation.needles.haystack=/no/essays.txt",
+          "evaluation.needles.tasks=[niah_single_2]"],
+         ["haystack=/no/essays.txt", "no such"]),
         (["evaluation.needles.lengths=[200]"], ["lengths=200", "at least"]),
         (["evaluation.tokenizer=/no/tokenizer.json"], ["/no/tokenizer.json", "tokenizer=FILE"]),
         (["evaluation.long_decoding.evaluator=nobody"], ["no checkpoint of nobody"]),
@@ -402,6 +407,54 @@ def test_a_run_has_the_settings_of_its_own_manifest(root):
     assert (full.config.compute_dtype, wide.config.compute_dtype) == ("fp32", "bf16")
 
 
+# ---- a foreign evaluator ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> Path:
+    """A Hugging Face folder: a small random model that reads words."""
+    reason = "torch and transformers are not installed"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    folder = tmp_path_factory.mktemp("foreign")
+    words = {"<unk>": 0, "the": 1, "quick": 2, "brown": 3, "fox": 4, "jumps": 5, "lazy": 6}
+    model = tokenizers.models.WordLevel(words, unk_token="<unk>")
+    own = tokenizers.Tokenizer(model)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_foreign_evaluator_scores_its_own_tokens_at_our_positions(foreign):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    text = "the quick brown fox jumps the lazy"
+    ids = ByteTokenizer().encode(text)
+    judge = ForeignJudge(str(foreign), ByteTokenizer())
+    (judged,) = judge.read([ids], len("the quick "), lambda done: None)
+    starts = [4, 10, 16, 20, 26, 30]  # of every word but the first, in letters, which are bytes
+    assert judged.position.tolist() == pytest.approx(starts)
+    model = transformers.AutoModelForCausalLM.from_pretrained(foreign)
+    words = torch.tensor([[1, 2, 3, 4, 5, 1, 6]])
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(words).logits[0, :-1].double(), dim=-1)
+    expected = -log_p.gather(1, words[0, 1:, None])[:, 0].numpy()
+    np.testing.assert_allclose(judged.nll, expected, rtol=1e-5)
+
+
+def test_a_foreign_evaluator_without_its_libraries_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"uv pip install transformers torch.*name one of our runs"):
+        ForeignJudge(str(tmp_path), ByteTokenizer())
+
+
 # ---- the harness -----------------------------------------------------------------------
 
 
@@ -424,7 +477,7 @@ def test_harness_scores_a_text_the_same_in_one_piece_and_in_two(harness):
     (whole,) = harness.loglikelihood_rolling(requests(("the quick brown fox jumps over",)))
     ((first, _), (second, _), (third, _)) = harness.loglikelihood(
         requests(
-            ("", "the quick "), ("the quick ", "brown fox"), ("the quick brown fox", " jumps over")
+            ("", "the quick"), ("the quick", " brown fox"), ("the quick brown fox", " jumps over")
         )
     )
     assert whole == pytest.approx(first + second + third, rel=1e-5)

@@ -8,7 +8,7 @@ command line after that. A model that learns while it reads does so within each 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ttt.evaluation import held_out, runs
 from ttt.evaluation.machine import Machine, in_batches
 from ttt.inference.sampling import Sampling
 from ttt.infra.mesh import data_mesh
+from ttt.infra.progress import Progress
 
 try:
     from lm_eval.api.model import LM
@@ -95,7 +96,7 @@ class HarnessModel(LM):
         Full attention reads texts longer than `max_length` window by window.
         """
         found = []
-        for request in requests:
+        for request in self._told(requests, "rolling log-likelihood"):
             ids = self._tokenizer.encode(request.args[0]).tolist()
             bos = self._tokenizer.bos_token_id
             if self._run.window is not None or len(ids) < self.max_length:
@@ -114,7 +115,7 @@ class HarnessModel(LM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each up to the first of its stop texts."""
         found = []
-        for request in requests:
+        for request in self._told(requests, "generate"):
             context, asked = request.args
             until = asked.get("until") or []
             until = [until] if isinstance(until, str) else until
@@ -135,6 +136,13 @@ class HarnessModel(LM):
         return found
 
     # ---- what they are made of ----
+
+    def _told(self, items: Sequence[Any], what: str) -> Iterator[Any]:
+        """The items, with a line of progress."""
+        with Progress(len(items), f"{self._run.name}: {what}") as progress:
+            for done, item in enumerate(items, start=1):
+                yield item
+                progress.update(done)
 
     def _with_bos(self, ids: Int[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
         return np.concatenate([np.array([self._tokenizer.bos_token_id], np.int32), ids])
@@ -160,7 +168,8 @@ class HarnessModel(LM):
         self, pieces: Sequence[tuple[np.ndarray, np.ndarray]], *, greedy: bool
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = []
-        for rows in in_batches(len(pieces), self._batch_size) if pieces else ():
+        batches = in_batches(len(pieces), self._batch_size) if pieces else []
+        for rows in self._told(batches, "log-likelihood") if greedy else batches:
             ends = [pieces[row][1] for row in rows]
             starts = [self._shortened(pieces[row][0], len(pieces[row][1])) for row in rows]
             state, _ = self._engine.read(self._engine.start(len(rows)), starts)

@@ -213,27 +213,23 @@ class Needles(AbstractSuite):
         }
 
     def table(self, rows: Sequence[Row]) -> Table:
-        """Accuracy by run, task and length, inside and beyond the window."""
-        table = Table(title="needles found (share of prompts; inside | beyond the window)")
-        for title in ("run", "learning", "task"):
-            table.add_column(title, overflow="fold")
-        for length in self._lengths:
-            table.add_column(f"{length:,}", justify="right")
-        cells: dict[tuple, dict[int, dict[str, str]]] = {}
-        for row in rows:
-            if row.measure == "accuracy_at_distance":
-                continue
-            key = (row.run, "yes" if row.keys["learning"] else "no", str(row.keys["task"]))
-            cell = cells.setdefault(key, {}).setdefault(row.context, {})
-            if row.value is not None and row.keys["depth"] == ALL:
-                cell[str(row.keys["reach"])] = f"{row.value:.2f}"
-        for key, by_length in cells.items():
-            shown = []
-            for length in self._lengths:
-                cell = by_length.get(length, {})
-                parts = f"{cell.get(INSIDE, '-')} | {cell.get(BEYOND, '-')}"
-                shown.append(f"{cell[ALL]} ({parts})" if ALL in cell else "failed")
-            table.add_row(*key, *shown)
+        """Accuracy by task, run and length, and of all lengths inside and beyond the window."""
+        table = Table(title="needles found (share of prompts)")
+        table.add_column("task", overflow="fold")
+        table.add_column("run", overflow="fold")
+        for title in (*(f"{length:,}" for length in self._lengths), "in window", "beyond"):
+            table.add_column(title, justify="right")
+        there = [row for row in rows if row.measure == "accuracy" and row.keys["depth"] == ALL]
+        for task in self._asked.tasks:
+            for run in self._runs:
+                for learn in run.modes(self._config.evaluation.without_learning):
+                    mode = (learn and run.learns, task)
+                    own = [row for row in there if (row.run, *_mode(row)) == (run.name, *mode)]
+                    whole = {row.context: f"{row.value:.2f}" for row in own if _reach(row) == ALL}
+                    cells = [whole.get(length, "failed") for length in self._lengths]
+                    cells += [_pooled([r for r in own if _reach(r) == x]) for x in (INSIDE, BEYOND)]
+                    off = ", not learning" * (run.learns and not learn)
+                    table.add_row(task.removeprefix("niah_"), run.name + off, *cells)
         return table
 
     def draw(self, rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
@@ -354,3 +350,13 @@ class Needles(AbstractSuite):
 def _mode(row: Row) -> tuple[bool, str]:
     """Whether it was learning, and the task."""
     return bool(row.keys["learning"]), str(row.keys["task"])
+
+
+def _reach(row: Row) -> str:
+    return str(row.keys["reach"])
+
+
+def _pooled(rows: Sequence[Row]) -> str:
+    """The share over all prompts of several rows."""
+    n = sum(row.n for row in rows)
+    return f"{sum(row.n * (row.value or 0.0) for row in rows) / n:.2f}" if n else "-"

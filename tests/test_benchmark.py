@@ -144,14 +144,14 @@ def test_a_variant_with_wrong_numbers_gets_no_timings_and_exit_code_1(measure, c
 
 
 def test_a_variant_that_finds_no_memory_fails_and_the_others_are_timed(measure, sound, monkeypatch):
-    program = timing.Program
+    program = timing.BatchProgram
 
     def full(config, call, mesh):
         if config.model.remat_prefix == "attention":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return program(config, call, mesh)
 
-    monkeypatch.setattr(timing, "Program", full)
+    monkeypatch.setattr(timing, "BatchProgram", full)
     code, record = measure(*TWO)
     assert code == 1
     assert [row.get("failed") for row in results_of(record)] == ["out of memory", None]

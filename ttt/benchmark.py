@@ -1,4 +1,4 @@
-"""`benchmark`: time training, prefill and evaluation of several variants, side by side.
+"""`benchmark`: time training, prefill, decoding and evaluation of several variants, side by side.
 
 A variant is a set of overrides on top of the command line's. One whose numbers differ from those of
 its plain twin gets no timings, and the command exits with 1.
@@ -42,8 +42,9 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
     grid = {context: variants(config, overrides, context) for context in contexts(config)}
     distributed.start(config.backend)
     mesh = data_mesh()
-    for configs in grid.values():
-        check_batches(configs, mesh)
+    if set(asked.calls) & timing.BATCH_CALLS:
+        for configs in grid.values():
+            check_batches(configs, mesh)
     folder = Path(config.deploy_paths.experiments) / config.training.exp_folder / asked.exp_name
     record = RunRecord(folder)
     devices = [d.device_kind for d in jax.devices()]

@@ -35,7 +35,10 @@ REMAT_POLICIES = ("none", "dots", "attention", "block", "chunk")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 OUTER_OPTIMIZERS = ("adamw",)
 INNER_OPTIMIZERS = ("sgd",)
-BENCHMARK_CALLS = ("train_step", "gradient", "prefill", "evaluate")
+BENCHMARK_CALLS = (
+    *("train_step", "gradient", "prefill", "evaluate"),
+    *("decode", "decode_between_steps"),
+)
 SUITES = ("loss_by_context", "needles", "long_decoding")
 NEEDLE_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3")
 
@@ -74,6 +77,7 @@ Count = Annotated[int, Rule(lambda v: v >= 1, "must be at least 1; raise it")]
 Natural = Annotated[int, _NOT_NEGATIVE]
 Positive = Annotated[float, Rule(lambda v: v > 0, "must be above 0; raise it")]
 NotNegative = Annotated[float, _NOT_NEGATIVE]
+Share = Annotated[float, Rule(lambda v: 0 < v <= 1, "must lie in (0, 1]; change it")]
 Fraction = Annotated[float, Rule(lambda v: 0 <= v < 1, "must lie in [0, 1); change it")]
 Step = Annotated[int, Rule(lambda v: v >= -1, "must be a step or -1 (the latest); set it to -1")]
 FolderName = Annotated[str, Rule(_is_folder_name, _ONE_FOLDER)]
@@ -90,6 +94,10 @@ Lengths = Annotated[
     tuple[int, ...],
     Rule(lambda lengths: all(n >= 1 for n in lengths), "must be 1 or more each; raise them"),
 ]
+TokenIds = Annotated[
+    tuple[int, ...],
+    Rule(lambda ids: all(i >= 0 for i in ids), "must be 0 or more each; raise them"),
+]
 FolderNames = Annotated[
     tuple[str, ...],
     Rule(
@@ -100,7 +108,6 @@ FolderNames = Annotated[
 BenchmarkCalls = Annotated[tuple[str, ...], _some_of(BENCHMARK_CALLS)]
 Suites = Annotated[tuple[str, ...], _some_of(SUITES)]
 NeedleTasks = Annotated[tuple[str, ...], _some_of(NEEDLE_TASKS)]
-Probability = Annotated[float, Rule(lambda v: 0 < v <= 1, "must lie in (0, 1]; change it")]
 Mixer = Annotated[str, _one_of(MIXERS)]
 FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
 DType = Annotated[str, _one_of(DTYPES)]
@@ -290,7 +297,9 @@ class BenchmarkConfig:
     """Name -> overrides, apart by blanks, on top of the command line's; none: that alone."""
     calls: BenchmarkCalls
     """`gradient`: loss and outer gradient; `train_step`: the optimizer too; `prefill`: reading
-    (and learning) up to the last token's prediction; `evaluate`: every token's loss."""
+    (and learning) up to the last token's prediction; `evaluate`: every token's loss; `decode`:
+    writing a chunk's tokens after the context, its step included; `decode_between_steps`: fewer
+    tokens, and no step."""
     contexts: Lengths
     """Values of `training.seq_length`; none: the one that it has."""
     tokens: Natural
@@ -338,7 +347,7 @@ class LongDecodingConfig:
     """Tokens to write after them."""
     sequences: Count
     temperature: NotNegative
-    top_p: Probability
+    top_p: Share
     repetition_penalty: Positive
     evaluator: str
     """Who judges: a run of `training.exp_folder`, or `hf:FOLDER` of a Hugging Face causal LM;
@@ -377,6 +386,44 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    """What the command `generate` reads and writes."""
+
+    checkpoint: str
+    """Another run than `training.exp_folder/exp_name`: FOLDER/NAME in the checkpoint root, or the
+    path of a run's or a step's folder."""
+    step: Step
+    """-1: the latest."""
+    tokenizer: str
+    """`bytes` or a JSON file; empty: the one that made the dataset's token store."""
+    prompt: str
+    prompt_file: str
+    """`-`: standard input, which is also read where no prompt and no state is given."""
+    load_state: str
+    """A saved state to go on from, in place of an empty one."""
+    save_state: str
+    """Where to save the state after all that was read and written; 0 new tokens: the prompt."""
+    context: Natural
+    """Most tokens under full attention, written ones included; 0: `training.seq_length`."""
+    max_new_tokens: Natural
+    temperature: NotNegative
+    """0: the likeliest token, always."""
+    top_k: Natural
+    """Choose among so many of the likeliest; 0: all."""
+    top_p: Share
+    """Choose among the fewest of the likeliest that have this probability together."""
+    repetition_penalty: Positive
+    """Divides the positive logits of tokens that occurred, multiplies the negative; 1: none."""
+    seed: Natural
+    stop: TokenIds
+    """Token ids after which nothing more is written."""
+    learn: bool
+    """Take test-time steps while reading and writing, where the model is trained for them."""
+    compare: bool
+    """Score the prompt without learning too, and again by the learned weights: two more passes."""
+
+
+@dataclass(frozen=True)
 class Config:
     """All of the above."""
 
@@ -386,6 +433,7 @@ class Config:
     backend: BackendConfig
     benchmark: BenchmarkConfig
     evaluation: EvaluationConfig
+    generate: GenerateConfig
 
 
 # ---- rules between values ------------------------------------------------------------
@@ -501,6 +549,16 @@ _RELATIONS = (
         ("training.log_wandb", "training.wandb_project"),
         lambda log, project: not log or project != "",
         "W&B needs a project; set training.wandb_project=NAME or training.log_wandb=false",
+    ),
+    Relation(
+        ("generate.prompt", "generate.prompt_file"),
+        lambda prompt, file: not prompt or not file,
+        "there can be one prompt; leave generate.prompt or generate.prompt_file empty",
+    ),
+    Relation(
+        ("generate.stop", "model.vocab_size"),
+        lambda ids, vocab: all(i < vocab for i in ids),
+        "a stop token must be below vocab_size; write ids of the model's tokenizer",
     ),
     Relation(
         ("backend.fake_devices", "backend.platform"),
@@ -714,6 +772,7 @@ _NEUTRAL = frozenset(
         "training.keep_checkpoints",
         "benchmark.**",
         "evaluation.**",
+        "generate.**",
         # the permission to differ
         "training.allow_config_change",
     }

@@ -1,10 +1,13 @@
 """Results of timings as a Markdown table, as one line of JSON, and as a picture."""
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ttt.bench.timing import Result
 
@@ -16,9 +19,13 @@ LABELS = {
     "gradient": "loss and gradient",
     "prefill": "prefill",
     "evaluate": "evaluation",
+    "decode": "decoding, steps included",
+    "decode_between_steps": "decoding between steps",
 }
+RIVALS = ("e2e", "fa")
+"""Variants of which the first gets cheaper than the second as the context grows."""
 _COLUMNS = (
-    *("variant", "call", "context", "batch", "median s", "min – max s", "s / 1K tokens"),
+    *("variant", "call", "context", "batch", "median s", "min – max s", "s/1K (ms/token)"),
     *("tokens/s", "TFLOP/s", "MFU", "temp MB", "compile s"),
 )
 
@@ -35,7 +42,52 @@ def table(results: Sequence[Result]) -> str:
     reasons = [
         f"\n{r.variant}, {r.call}, {r.context}: {r.failed}" for r in results if r.failed is not None
     ]
-    return "\n".join([*lines, *reasons]) + "\n"
+    found = crossings(results)
+    said = [f"\n{_said(call, found[call])}" for call in found]
+    return "\n".join([*lines, *said, *reasons]) + "\n"
+
+
+def crossings(results: Sequence[Result]) -> dict[str, float]:
+    """Call -> the context from which on the first of `RIVALS` is cheaper than the second.
+
+    Between two contexts both are taken for straight lines in log-log, as the picture has them.
+    0 where it is cheaper at every context, infinity where it is dearer at the longest. Calls that
+    do not have both at two contexts or more are left out.
+    """
+    found = {}
+    for call in dict.fromkeys(r.call for r in results):
+        ours, theirs = (
+            {
+                r.context: r.s_per_1k_tokens
+                for r in results
+                if r.call == call and r.variant == v and r.seconds
+            }
+            for v in RIVALS
+        )
+        both = sorted(ours.keys() & theirs.keys())
+        if len(both) < 2:
+            continue
+        x = np.log(both)
+        lead = np.array([math.log(ours[n] / theirs[n]) for n in both])
+        dearer = np.flatnonzero(lead > 0)
+        if not len(dearer):
+            found[call] = 0.0
+        elif dearer[-1] == len(both) - 1:
+            found[call] = math.inf
+        else:
+            i = dearer[-1]
+            share = lead[i] / (lead[i] - lead[i + 1])
+            found[call] = float(np.exp(x[i] + share * (x[i + 1] - x[i])))
+    return found
+
+
+def _said(call: str, crossing: float) -> str:
+    ours, theirs = RIVALS
+    if crossing == 0:
+        return f"{LABELS[call]}: {ours} is cheaper than {theirs} at every context measured"
+    if math.isinf(crossing):
+        return f"{LABELS[call]}: {ours} is dearer than {theirs} at the longest context measured"
+    return f"{LABELS[call]}: {ours} is cheaper than {theirs} from about {crossing:,.0f} tokens on"
 
 
 def _padded(cell: str, column: int, width: int) -> str:
@@ -104,6 +156,15 @@ def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
             x, y, bars = _curve(sorted(there, key=lambda r: r.context))
             style = {"color": colour, "marker": mark, "ms": 5, "lw": 1.6, "capsize": 2}
             axes.errorbar(x, y, bars, label=variant, **style)
+        crossing = crossings([r for r in results if r.call == call]).get(call, 0)
+        if 0 < crossing < math.inf:
+            axes.axvline(crossing, color="0.5", lw=1, ls=":")
+            axes.annotate(
+                f" {RIVALS[0]} cheaper\n from {crossing:,.0f}",
+                *((crossing, 0.02), ("data", "axes fraction")),
+                fontsize=7,
+                color="0.3",
+            )
         axes.set_title(LABELS[call], fontsize=10, loc="left")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -116,7 +177,7 @@ def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("context (tokens)")
-    panels[0][0].set_ylabel("seconds per 1K tokens")
+    panels[0][0].set_ylabel("seconds per 1K tokens (milliseconds per token)")
     panels[0][0].legend(frameon=False)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=150)

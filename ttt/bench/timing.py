@@ -1,15 +1,17 @@
 """Compiled calls of several variants, timed in turns in one process.
 
 A call reads a whole batch of random tokens: a training step, the outer gradient alone, prefill or
-evaluation (`ttt.config.BenchmarkCalls`). Turns (A B A B ...) let the drift of a shared machine hit
-all variants alike.
+evaluation; or it writes tokens after a context (`ttt.config.BenchmarkCalls`). Reading and writing
+are the engine's, on one device. Turns (A B A B ...) let the drift of a shared machine hit all
+variants alike.
 """
 
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import equinox as eqx
@@ -18,15 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ttt.bench import costs
-from ttt.config import Config
+from ttt.config import Config, ModelConfig, TrainingConfig
 from ttt.core import tree
-from ttt.core.batch import AnyArray, Batch, from_tokens
+from ttt.core.batch import Batch, from_tokens
+from ttt.inference.engine import CHUNK_OF_FULL_ATTENTION, TOKENS_PER_CALL, Engine
+from ttt.inference.sampling import Sampling
 from ttt.infra.mesh import replicate, shard_batch
 from ttt.model import loop
-from ttt.model.transformer import MetaModel, run_blocks
+from ttt.model.transformer import MetaModel
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,15 @@ class Result:
     compile_s: float | None = None
     """Tracing included, no cache."""
     temp_mb: float | None = None
-    """Memory of a device beside arguments and results; None where the backend does not tell."""
+    """Memory of a device beside arguments and results; of the engine's calls, that of reading, the
+    sequences' states included. None where the backend does not tell."""
     flops: float | None = None
     """Of a call, as the mathematics needs them (`costs`, model FLOPs)."""
     mfu: float | None = None
     """Share of the devices' peak; None where that is unknown."""
     failed: str | None = None
+    tokens: int | None = None
+    """Of each sequence in a call; None: the whole context."""
 
     @property
     def median(self) -> float:
@@ -58,11 +65,14 @@ class Result:
     @property
     def tokens_per_s(self) -> float:
         """Over all devices."""
-        return self.context * self.sequences / self.median
+        return (self.tokens or self.context) * self.sequences / self.median
 
     @property
     def s_per_1k_tokens(self) -> float:
-        """Seconds for 1,000 tokens of throughput, as the paper's figures count."""
+        """Seconds for 1,000 tokens of throughput, as the paper's figures count.
+
+        Of one sequence written token by token, the milliseconds of each.
+        """
         return 1000 / self.tokens_per_s
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,24 +116,6 @@ def _gradient(config: Config) -> Callable[[MetaModel, Batch], tuple[Array, PyTre
     return gradient
 
 
-def _prefill(config: Config) -> Callable[[MetaModel, Batch], Array]:
-    training = config.training
-
-    def read(model: MetaModel, ids: Int[AnyArray, " T"]) -> Float[Array, " V"]:
-        lm, x = model.language_model, model.prefix(model.embed(ids))
-        policy, chunk = config.model.remat_prefix, config.model.mini_batch_size
-        x = run_blocks(lm.model.h.suffix_blocks, x, policy, chunk)
-        last = lm.model.ln_f(x[-1:])
-        return lm.table.astype(last.dtype) @ last[0]
-
-    def prefill(model: MetaModel, batch: Batch) -> Array:
-        if training.train_mode == "meta":  # every chunk must be scored to be learned from
-            return loop.batch_losses(model, batch, training, 1.0).chunk_losses
-        return jax.vmap(lambda ids: read(model, ids))(batch.inputs)
-
-    return prefill
-
-
 def _evaluate(config: Config) -> Callable[[MetaModel, Batch], tuple[Array, Array]]:
     def evaluate(model: MetaModel, batch: Batch) -> tuple[Array, Array]:
         losses = loop.batch_losses(model, batch, config.training, 1.0)
@@ -135,16 +127,20 @@ def _evaluate(config: Config) -> Callable[[MetaModel, Batch], tuple[Array, Array
 _CALLS = {
     "train_step": lambda config: loop.make_train_step(config.training),
     "gradient": _gradient,
-    "prefill": _prefill,
     "evaluate": _evaluate,
 }
 
 
-class Program:
+BATCH_CALLS = frozenset(_CALLS)
+"""Calls whose batches are divided over all devices."""
+
+
+class BatchProgram:
     """One call, compiled for one configuration, with its arguments on the devices."""
 
     def __init__(self, config: Config, call: str, mesh: Mesh):
         """Compile. Raises jax.errors.JaxRuntimeError where memory does not suffice."""
+        self.tokens: int | None = None
         self._trains = call == "train_step"
         self._state = replicate(mesh, jax.jit(lambda: _initial(config, call))())
         self._batch = _random_batch(config, call, mesh)
@@ -164,6 +160,67 @@ class Program:
         if self._trains:
             self._state = result[0]  # the old one was given away
         return seconds
+
+
+@lru_cache(maxsize=4)
+def _engine(model: ModelConfig, training: TrainingConfig, context: int) -> Engine:
+    """An engine, kept: one with a window runs the same programs at every context."""
+    network = jax.jit(lambda: MetaModel(model, key=jax.random.key(0)))()
+    return Engine(network, training, context=context)
+
+
+class EngineProgram:
+    """Prefill or decoding of one configuration, by the engine, on one device."""
+
+    def __init__(self, config: Config, call: str):
+        """Compile, unless an earlier context has done so."""
+        training, model = config.training, config.model
+        self._call, self._config = call, config
+        self._sequences, self._context = training.global_batch_size, training.seq_length
+        full = model.seq_modeling_block == "self_attention"
+        room = self._context + 2 * CHUNK_OF_FULL_ATTENTION if full else 1
+        # The engine reads neither of the two; without them, contexts share it.
+        alike = replace(training, seq_length=1, global_batch_size=1)
+        self._engine = engine = _engine(model, alike, room)
+        self.tokens: int | None = {
+            "prefill": None,
+            "decode": engine.chunk,
+            "decode_between_steps": max(1, min(TOKENS_PER_CALL, engine.chunk - 2)),
+        }[call]
+        began = time.perf_counter()
+        engine.compile(self._sequences, None if call == "prefill" else Sampling(), score=False)
+        self.compile_s = time.perf_counter() - began
+        memory = engine.memory(self._sequences, score=False)
+        self.temp_mb = memory / 1e6 if memory else None
+        rng = np.random.default_rng(training.data_seed)
+        shape = (self._sequences, self._context)
+        self._prompts = [*rng.integers(0, model.vocab_size, shape, dtype=np.int32)]
+
+    def __call__(self) -> float:
+        """Run once; the seconds until all results are there."""
+        engine = self._engine
+        if self._call == "prefill":
+            began = time.perf_counter()
+            state, _ = engine.read(engine.start(self._sequences), self._prompts, score=False)
+            jax.block_until_ready(state)
+            return time.perf_counter() - began
+        writing = engine.begin(engine.pretend(self._sequences, self._context))
+        # Into the chunk: behind the step that is due first.
+        writing, _, _ = engine.advance(writing, 1)
+        jax.block_until_ready(writing)
+        began = time.perf_counter()
+        for first in range(0, self.tokens or 0, TOKENS_PER_CALL):
+            count = min(TOKENS_PER_CALL, (self.tokens or 0) - first)
+            writing, _, _ = engine.advance(writing, count)
+        jax.block_until_ready(writing)
+        return time.perf_counter() - began
+
+
+type Program = BatchProgram | EngineProgram
+
+
+def _program(config: Config, call: str, mesh: Mesh) -> Program:
+    return BatchProgram(config, call, mesh) if call in _CALLS else EngineProgram(config, call)
 
 
 def _initial(config: Config, call: str) -> PyTree:
@@ -218,7 +275,7 @@ def measure(
     programs: dict[str, Program] = {}
     for name, config in configs.items():
         told(f"{name}: {call} of {_shape(config)}, compiling …")
-        if program := _unless_full(lambda config=config: Program(config, call, mesh)):
+        if program := _unless_full(lambda config=config: _program(config, call, mesh)):
             programs[name] = program
             told(f"{name}: compiled in {program.compile_s:.1f} s")
     # A variant must fit beside the others, so all are there before the first one runs.
@@ -264,16 +321,18 @@ def _result(
 ) -> Result:
     training = config.training
     tokens = training.seq_length * training.global_batch_size
-    flops = tokens * _flops_per_token(config, call)
+    flops = None if program.tokens else tokens * _flops_per_token(config, call)
     peak = costs.peak_flops(jax.devices()[0].device_kind, config.model.compute_dtype)
-    speed = flops / float(np.median(seconds)) / jax.device_count()
+    devices = jax.device_count() if call in _CALLS else 1
+    speed = (flops or 0) / float(np.median(seconds)) / devices
     return Result(
         *(variant, call, training.seq_length, training.global_batch_size),
         seconds=tuple(seconds),
         compile_s=program.compile_s,
         temp_mb=program.temp_mb,
         flops=flops,
-        mfu=speed / peak if peak else None,
+        mfu=speed / peak if peak and flops else None,
+        tokens=program.tokens,
     )
 
 

@@ -42,11 +42,11 @@ from ttt.model.transformer import (
 from ttt.ops.cross_entropy import token_nll
 
 # Tokens that full attention, which has no chunks of its own, reads at a time.
-_FULL_ATTENTION_CHUNK = 512
+CHUNK_OF_FULL_ATTENTION = 512
 # Chunks that one call of the compiled program reads, and tokens that one writes: enough to hide the
 # call, few enough to hear of the progress.
 _CHUNKS_PER_CALL = 16
-_TOKENS_PER_CALL = 64
+TOKENS_PER_CALL = 64
 _TOKENS_WHILE_TOLD = 8
 
 
@@ -107,13 +107,13 @@ class Engine:
         self.learns = learn and training.train_mode == "meta"
         self.chunk = model.config.mini_batch_size
         if self.full_attention:
-            self.chunk = min(_FULL_ATTENTION_CHUNK, context)
+            self.chunk = min(CHUNK_OF_FULL_ATTENTION, context)
         self.context = context
         self.config: ModelConfig = model.config
         self._training = training
         self._model = model
         self._dtype = Precision.of(model.config).compute
-        self._wide = jnp.promote_types(self._dtype, jnp.float32)  # of logits and −log p
+        self._wide = at_least_float32(jnp.zeros((), self._dtype)).dtype  # of logits and −log p
         reader = model.reading(self.chunk)
         if self.learns:
             self._fast, slow = reader.fast_weights(training.spec_inner)
@@ -134,6 +134,37 @@ class Engine:
         """The state of so many sequences before their first token."""
         return jax.jit(self._fresh, static_argnums=1)(self._fast_and_slow(), sequences)
 
+    def pretend(self, sequences: int, tokens: int) -> State:
+        """A state as large as after `tokens` tokens, all zeros: for timings, nothing else."""
+        self._check_room(tokens, "the context")
+        opened = (tokens - 1) % self.chunk + 1
+        state = self.start(sequences)
+
+        def seen(cache: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda leaf: leaf + (tokens - opened) if leaf.dtype == jnp.int32 else leaf, cache
+            )
+
+        counts = jnp.ones(sequences, jnp.int32)
+        return state._replace(
+            prefix=seen(state.prefix),
+            suffix=seen(state.suffix),
+            open=counts * opened,
+            seen=counts * tokens,
+        )
+
+    def memory(self, sequences: int, *, score: bool = True) -> int | None:
+        """Bytes that reading so many sequences needs beside the parameters: states and work.
+
+        None where the backend does not tell. Compiles the program of reading.
+        """
+        state = jax.eval_shape(lambda: self._fresh(self._fast_and_slow(), sequences))
+        ids = jax.ShapeDtypeStruct((sequences, _CHUNKS_PER_CALL * self.chunk + 1), jnp.int32)
+        counts = jax.ShapeDtypeStruct((sequences,), jnp.int32)
+        compiled = self._read.lower(self._slow, state, ids, counts, score).compile()
+        found = compiled.memory_analysis()
+        return found.temp_size_in_bytes + states.size_in_bytes(state) if found else None
+
     def steps(self, state: State) -> Int[np.ndarray, " B"]:
         """Test-time steps that each sequence has taken."""
         taken = (np.asarray(state.seen) - np.asarray(state.open)) // self.chunk
@@ -147,6 +178,29 @@ class Engine:
         """`ttt.inference.state.load_state` for this model."""
         like = jax.eval_shape(lambda: self._fresh(self._fast_and_slow(), 1))
         return states.load_state(path, like, self.fingerprint)
+
+    def learned(self, state: State, row: int = 0) -> MetaModel:
+        """The model with the fast weights that a sequence has come to, in their own dtype."""
+        if not self.learns:
+            return self._model
+        like, slow = self._model.fast_weights(self._training.spec_inner)
+        fast = [leaf[row] for leaf in jax.tree.leaves(state.fast)]
+        return eqx.combine(jax.tree.unflatten(jax.tree.structure(like), fast), slow)
+
+    def compile(
+        self, sequences: int, sampling: Sampling | None = None, *, score: bool = True
+    ) -> None:
+        """Make the programs for so many sequences ready: of reading, and of writing if asked for.
+
+        Calls do it by themselves; this is for who wants to know the time of the work alone.
+        """
+        state = self.start(sequences)._replace(open=jnp.ones(sequences, jnp.int32))
+        ids = np.zeros((sequences, _CHUNKS_PER_CALL * self.chunk + 1), np.int32)
+        counts = np.zeros(sequences, np.int32)
+        self._rest(self._slow, state, ids[:, : self.chunk], counts + 1, score)
+        if sampling is not None:
+            self.end(self.advance(self.begin(state), 0, sampling)[0])
+        jax.block_until_ready(self._read(self._slow, state, ids, counts, score))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -225,6 +279,12 @@ class Engine:
             told(max(len(piece) for piece in pieces))
         return state, found
 
+    def check(self, state: State, prompts: Sequence[Int[np.ndarray, " T"]], tokens: int) -> None:
+        """Raise what `read` of the prompts, and then `write` of so many tokens, would raise."""
+        for row, piece in enumerate(self._pieces(state, prompts)):
+            before = int(state.seen[row]) - int(state.open[row])
+            self._check_room(before + len(piece) + tokens, f"prompt {row} with what is to come")
+
     def _pieces(self, state: State, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Each sequence's tokens from the border of its open chunk on, checked."""
         if len(prompts) != len(state.open):
@@ -286,7 +346,7 @@ class Engine:
         for row, ids in enumerate(given):
             self._check_ids(np.asarray(ids), f"given text {row}")
         forced = _padded(given, max(tokens, 1), fill=-1)
-        per_call = _TOKENS_PER_CALL if told is None else _TOKENS_WHILE_TOLD
+        per_call = TOKENS_PER_CALL if told is None else _TOKENS_WHILE_TOLD
         written: list[np.ndarray] = []
         scores: list[np.ndarray] = []
         for first in range(0, tokens, per_call):
@@ -330,24 +390,33 @@ class Engine:
 
         `writing` is given away and must not be used again.
         """
-        if not 0 <= tokens <= _TOKENS_PER_CALL:
-            raise ValueError(f"tokens={tokens}: a call writes 0 to {_TOKENS_PER_CALL}")
-        sampling.check()
+        if not 0 <= tokens <= TOKENS_PER_CALL:
+            raise ValueError(f"tokens={tokens}: a call writes 0 to {TOKENS_PER_CALL}")
         sequences = len(writing.stopped)
         forced = np.zeros((sequences, 0), np.int32) if forced is None else forced
-        given = _padded(list(forced), _TOKENS_PER_CALL, -1)
-        writing, ids, nll = self._write(
-            self._slow,
-            writing,
-            self._layers,
-            jnp.int32(tokens),
-            given,
-            jax.random.key(seed),
-            sampling.values(),
-            self._stops(()) if stops is None else stops,
-            sampling.kind(),
-        )
+        arguments = self._arguments(writing, tokens, sampling, seed, stops, list(forced))
+        writing, ids, nll = self._write(*arguments)
         return writing, ids[:, :tokens], nll[:, :tokens]
+
+    def lower_write(self, writing: Writing) -> jax.stages.Lowered:
+        """The program of `advance`, to look into."""
+        nothing = [np.zeros(0, np.int32)] * len(writing.stopped)
+        return self._write.lower(*self._arguments(writing, 0, Sampling(), 0, None, nothing))
+
+    def _arguments(
+        self,
+        writing: Writing,
+        tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stops: Bool[Array, " V"] | None,
+        forced: Sequence[np.ndarray],
+    ) -> tuple:
+        sampling.check()
+        stops = self._stops(()) if stops is None else stops
+        how = (jax.random.key(seed), sampling.values(), stops, sampling.kind())
+        given = _padded(forced, TOKENS_PER_CALL, -1)
+        return self._slow, writing, self._layers, jnp.int32(tokens), given, *how
 
     def end(self, writing: Writing) -> State:
         """The state after all that was written."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +55,8 @@ def join(states: Sequence[State]) -> State:
 
 
 def size_in_bytes(state: State) -> int:
-    """Of all arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    """Of all arrays; shapes suffice."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def save_state(
@@ -79,16 +78,14 @@ def save_state(
     }
     plain = {name: array.view(_storable(array.dtype)) for name, array in arrays.items()}
     plain[_ABOUT] = np.array(json.dumps(head))
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UserError(f"{path}: a state cannot be written there ({error})") from error
-    beside = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("wb") as file:
             np.savez(file, allow_pickle=False, **plain)
         beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: a state cannot be written there ({error})") from error
     finally:
         beside.unlink(missing_ok=True)
     return path.stat().st_size

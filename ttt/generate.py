@@ -1,0 +1,322 @@
+"""`generate`: read a text, learn from it, write on; or go on from what was read before.
+
+The text goes to stdout, all else to stderr.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+
+from ttt.config import Config, differences, to_dict
+from ttt.dataloader import text
+from ttt.dataloader.text import AbstractTokenizer, ByteTokenizer
+from ttt.entry import hydra_entry
+from ttt.errors import UserError
+from ttt.inference.engine import Engine
+from ttt.inference.sampling import Sampling
+from ttt.inference.state import State, read_about, size_in_bytes
+from ttt.infra import checkpoint, distributed
+from ttt.infra.checkpoint import Checkpoints
+from ttt.infra.progress import Progress
+from ttt.model.published import load_model
+from ttt.model.transformer import MetaModel
+
+# What decides how a text is read: another value than in training is worth a word.
+_READING = ("model.", "training.optimizer_inner.", "training.spec_inner", "training.train_mode")
+
+
+class Request(NamedTuple):
+    """What is asked for, checked as far as it can be without the weights."""
+
+    tokenizer: AbstractTokenizer
+    step_folder: Path
+    prompt: Int[np.ndarray, " T"]
+    sampling: Sampling
+
+
+def run(config: Config) -> None:
+    """Read the prompt, or load a state, or both; write; say what was learned and what it took."""
+    distributed.start(config.backend)
+    request = prepare(config)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    model, _ = load_model(config.model, request.step_folder)
+    console.print(f"checkpoint: {request.step_folder}")
+    for key, (was, now) in changed(config, request.step_folder).items():
+        console.print(f"note: {key} was {was} in training and is {now} here")
+    engine = Engine(
+        model,
+        config.training,
+        context=config.generate.context or config.training.seq_length,
+        learn=config.generate.learn,
+    )
+    state, about = first_state(config, engine, console)
+    engine.check(state, [request.prompt], config.generate.max_new_tokens)
+    began = time.perf_counter()
+    console.print("compiling …")
+    engine.compile(1, request.sampling if config.generate.max_new_tokens else None)
+    console.print(f"compiled in {time.perf_counter() - began:.1f} s")
+    read_seconds = about.get("read_seconds", 0.0)
+    if len(request.prompt):
+        fresh = not int(state.seen[0])
+        state, seconds, nll = read(engine, state, request.prompt)
+        read_seconds += seconds
+        show_read(config, model, engine, state, request.prompt, nll, seconds, fresh, console)
+    if config.generate.max_new_tokens:
+        state = write(config, engine, state, request, console)
+    if config.generate.save_state:
+        save(config, engine, state, read_seconds, console)
+
+
+# ---- before anything is compiled -------------------------------------------------------------
+
+
+def prepare(config: Config) -> Request:
+    """Find everything that is named. Raises UserError for what is not there or does not fit."""
+    asked = config.generate
+    tokenizer = find_tokenizer(config)
+    ids = encoded(tokenizer, prompt_of(config))
+    if not asked.load_state:
+        if not len(ids):
+            raise UserError(
+                "the prompt is empty: write generate.prompt=TEXT, generate.prompt_file=FILE, or "
+                "send text to standard input; or go on from a saved state (generate.load_state)"
+            )
+        ids = np.concatenate([np.array([tokenizer.bos_token_id], np.int32), ids])
+    elif not len(ids) and not asked.max_new_tokens:
+        raise UserError("nothing to read and nothing to write: give a prompt or new tokens")
+    if asked.save_state and Path(asked.save_state).expanduser().is_dir():
+        raise UserError(f"generate.save_state={asked.save_state} is a folder: name a file")
+    sampling = Sampling(
+        asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty
+    ).check()
+    return Request(tokenizer, find_checkpoint(config), ids, sampling)
+
+
+def find_checkpoint(config: Config) -> Path:
+    """The step's folder that `generate.checkpoint` and `generate.step` name."""
+    asked, training = config.generate, config.training
+    root = config.deploy_paths.checkpoint
+    if not asked.checkpoint:
+        folder = checkpoint.run_folder(root, training.exp_folder, training.exp_name)
+        return Checkpoints(folder).find(asked.step)
+    named = Path(asked.checkpoint).expanduser()
+    folder = named if named.is_dir() else Path(root).expanduser() / named
+    if (folder / "model_weights").is_dir():
+        return folder.absolute()
+    return Checkpoints(folder).find(asked.step)
+
+
+def find_tokenizer(config: Config) -> AbstractTokenizer:
+    """The one asked for, or the one of the dataset; it must fit the model's vocabulary."""
+    asked, model, name = config.generate, config.model, config.training.dataset_name
+    root = config.deploy_paths.data.get(name, "")
+    if asked.tokenizer:
+        tokenizer = text.load_tokenizer(asked.tokenizer)
+    elif root and Path(root).exists():
+        tokenizer = text.store_tokenizer(root)
+    elif name == "builtin":
+        tokenizer = ByteTokenizer()
+    else:
+        raise UserError(
+            f"the dataset {name}, which knows the tokenizer, is not at {root or 'any place'}: set "
+            "generate.tokenizer to bytes or to a tokenizer's JSON file"
+        )
+    if tokenizer.vocab_size > model.vocab_size or tokenizer.bos_token_id != model.bos_token_id:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and BOS {tokenizer.bos_token_id}, the "
+            f"model {model.vocab_size} and {model.bos_token_id}: name the tokenizer that the model "
+            "was trained with (generate.tokenizer)"
+        )
+    return tokenizer
+
+
+def prompt_of(config: Config) -> bytes:
+    """The prompt's text, from where it comes."""
+    asked = config.generate
+    if asked.prompt:
+        return asked.prompt.encode()
+    if asked.prompt_file not in ("", "-"):
+        path = Path(asked.prompt_file).expanduser()
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"generate.prompt_file={path} cannot be read: {error}") from error
+    # A state is enough to go on from: standard input is then read on request alone.
+    wanted = asked.prompt_file == "-" or (not asked.load_state and not sys.stdin.isatty())
+    return sys.stdin.buffer.read() if wanted else b""
+
+
+def encoded(tokenizer: AbstractTokenizer, prompt: bytes) -> Int[np.ndarray, " T"]:
+    """Ids of the prompt, without BOS."""
+    try:
+        return tokenizer.encode(prompt)
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8 ({error}), which the tokenizer needs") from error
+
+
+def changed(config: Config, step_folder: Path) -> dict[str, tuple]:
+    """Settings of reading that differ from the checkpoint's: key -> (there, here)."""
+    try:
+        there = checkpoint.read_json(step_folder, "manifest")["config"]
+    except (UserError, KeyError, OSError):  # a published checkpoint has no manifest
+        return {}
+    found = differences(there, to_dict(config))
+    return {key: pair for key, pair in found.items() if key.startswith(_READING)}
+
+
+def first_state(config: Config, engine: Engine, console: Console) -> tuple[State, dict]:
+    """The state to start from, and what was noted when it was saved."""
+    path = config.generate.load_state
+    if not path:
+        return engine.start(1), {}
+    began = time.perf_counter()
+    about = read_about(path, engine.fingerprint)
+    state = engine.load(path)
+    if len(state.open) != 1:
+        raise UserError(f"{path} holds {len(state.open)} sequences, and generate writes one")
+    seconds = time.perf_counter() - began
+    saved = about.get("read_seconds", 0.0) - seconds
+    console.print(
+        f"state: {int(state.seen[0]):,} tokens read before, {size_in_bytes(state) / 1e6:.1f} MB, "
+        f"loaded in {seconds:.2f} s; reading them took {about.get('read_seconds', 0.0):.2f} s, so "
+        f"{saved:.2f} s are saved"
+    )
+    return state, about
+
+
+# ---- the work --------------------------------------------------------------------------------
+
+
+def read(
+    engine: Engine, state: State, prompt: Int[np.ndarray, " T"], what: str = "read"
+) -> tuple[State, float, np.ndarray]:
+    """The state after the prompt, the seconds it took, and −log p of its tokens."""
+    began = time.perf_counter()
+    with Progress(len(prompt), what, console=Console(stderr=True)) as progress:
+        state, nll = engine.read(
+            state, [prompt], told=lambda tokens: progress.update(min(tokens, len(prompt)))
+        )
+    return state, time.perf_counter() - began, nll[0]
+
+
+def show_read(
+    config: Config,
+    model: MetaModel,
+    engine: Engine,
+    state: State,
+    prompt: Int[np.ndarray, " T"],
+    nll: np.ndarray,
+    seconds: float,
+    fresh: bool,
+    console: Console,
+) -> None:
+    """What reading took and what was learned."""
+    steps = int(engine.steps(state)[0])
+    console.print(
+        f"read {len(prompt):,} tokens in {seconds:.2f} s: {len(prompt) / seconds:,.0f} tokens/s, "
+        f"{steps} test-time steps taken so far"
+    )
+    if not len(nll):
+        return
+    lines = {"as read" + (", learning chunk by chunk" if engine.learns else ""): nll}
+    if engine.learns and fresh and steps and config.generate.compare:
+        for label, weights in (
+            ("without learning", model),
+            ("read again by the learned weights, which stand still", engine.learned(state)),
+        ):
+            still = Engine(weights, config.training, context=engine.context, learn=False)
+            _, _, lines[label] = read(still, still.start(1), prompt, "compare")
+    console.print("loss on the prompt (nats per token)")
+    for label, values in lines.items():
+        console.print(f"  {np.mean(values, dtype=np.float64):.4f}  {label}")
+
+
+def write(
+    config: Config, engine: Engine, state: State, request: Request, console: Console
+) -> State:
+    """Write, each token shown when it is there."""
+    asked = config.generate
+    shown = Stream(request.tokenizer, sys.stdout.write)
+
+    def told(new: list[np.ndarray]) -> None:
+        shown.add(new[0])
+        sys.stdout.flush()
+
+    steps = int(engine.steps(state)[0])
+    began = time.perf_counter()
+    state, written = engine.write(
+        state,
+        asked.max_new_tokens,
+        request.sampling,
+        seed=asked.seed,
+        stop=asked.stop,
+        told=told,
+    )
+    seconds = time.perf_counter() - began
+    shown.end()
+    sys.stdout.flush()
+    count = len(written.tokens[0])
+    console.print(
+        f"wrote {count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s, "
+        f"{int(engine.steps(state)[0]) - steps} test-time steps on the way"
+        + (", up to a stop token" if count < asked.max_new_tokens else "")
+    )
+    return state
+
+
+class Stream:
+    """Text of ids that come bit by bit: shown as far as it can no longer change."""
+
+    def __init__(self, tokenizer: AbstractTokenizer, show: Callable[[str], object]):
+        """Nothing is shown yet."""
+        self._tokenizer, self._show = tokenizer, show
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, ids: Int[np.ndarray, " N"]) -> None:
+        """Show what follows from these; half a character waits for its other half."""
+        self._ids += ids.tolist()
+        now = self._tokenizer.decode(self._ids)
+        if now.endswith("\ufffd"):
+            return
+        self._show(now[len(self._shown) :])
+        self._shown = now
+        if now.endswith("\n"):  # a good place to forget what came before
+            self._ids, self._shown = [], ""
+
+    def end(self) -> None:
+        """Show the rest, and end the line."""
+        self._show(self._tokenizer.decode(self._ids)[len(self._shown) :] + "\n")
+
+
+def save(
+    config: Config, engine: Engine, state: State, read_seconds: float, console: Console
+) -> None:
+    """Save the state with what its next reader wants to know."""
+    path = config.generate.save_state
+    began = time.perf_counter()
+    size = engine.save(
+        path,
+        state,
+        {
+            "exp_name": config.training.exp_name,
+            "tokens": int(state.seen[0]),
+            "read_seconds": read_seconds,
+        },
+    )
+    console.print(
+        f"state saved: {Path(path).expanduser().absolute()}, {size / 1e6:.1f} MB for "
+        f"{int(state.seen[0]):,} tokens, in {time.perf_counter() - began:.2f} s"
+    )
+
+
+main = hydra_entry(run)
+
+if __name__ == "__main__":
+    main()

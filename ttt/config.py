@@ -781,15 +781,20 @@ _NEUTRAL = frozenset(
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dicts and lists for JSON or YAML, secrets masked."""
-    nested: dict[str, Any] = {}
-    for key, value in _flat(asdict(config)).items():
-        *sections, name = key.split(".")
-        node = nested
-        for section in sections:
-            node = node.setdefault(section, {})
-        value = list(value) if isinstance(value, tuple) else value
-        node[name] = _MASK if key in _SECRETS and value else value
-    return nested
+    return _plain(asdict(config))
+
+
+def _plain(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for name, value in section.items():
+        key = prefix + name
+        if isinstance(value, Mapping):
+            plain[name] = _plain(value, f"{key}.")
+        elif isinstance(value, tuple):
+            plain[name] = list(value)
+        else:
+            plain[name] = _MASK if key in _SECRETS and value else value
+    return plain
 
 
 # Which program computes a model: a choice of the machine at hand, not of the one that trained it.
@@ -826,7 +831,7 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in nested.items():
         flat |= (
             _flat(value, f"{prefix}{name}.")
-            if isinstance(value, Mapping) and value
+            if isinstance(value, Mapping)
             else {prefix + name: value}
         )
     return flat

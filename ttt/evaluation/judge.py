@@ -89,7 +89,8 @@ class ForeignJudge(AbstractJudge):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(self._folder, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(self._folder, local_files_only=True)
+        model.train(mode=False)
         found = []
         for ids in texts:
             parts = [self._tokenizer.decode(part) for part in (ids[:prefix], ids[prefix:])]

@@ -34,6 +34,10 @@ JAX_FREE = (
     "ttt.dataloader.token_store",
     "ttt.dataloader.text",
     "ttt.bench.costs",
+    "ttt.evaluation.result",
+    "ttt.evaluation.intervals",
+    "ttt.evaluation.repetition",
+    "ttt.evaluation.ruler",
 )
 
 

@@ -80,8 +80,8 @@ class ForeignJudge(AbstractJudge):
         if missing:
             raise UserError(
                 f"{asked}: it needs {' and '.join(missing)}; install with `uv pip install "
-                f"{' '.join(missing)}` and run with `uv run --no-sync evaluate …`, or name one of "
-                "our runs as evaluator"
+                f"--no-config {' '.join(missing)}` and run with `uv run --no-sync evaluate …`, or "
+                "name one of our runs as evaluator"
             )
 
     def read(self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, told: Told) -> list[Judged]:

@@ -451,7 +451,9 @@ def test_a_foreign_evaluator_scores_its_own_tokens_at_our_positions(foreign):
 def test_a_foreign_evaluator_without_its_libraries_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"install --no-config transformers torch.*name one of our runs"):
+    with pytest.raises(
+        UserError, match=r"install --no-config transformers torch.*name one of our runs"
+    ):
         ForeignJudge(str(tmp_path), ByteTokenizer())
 
 

@@ -231,8 +231,11 @@ class LongDecoding(AbstractSuite):
         plt = drawing.pyplot()
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         order = {run.name: index for index, run in enumerate(self._runs)}
-        for label, there in _by_text(good, self._runs):
+        curves = list(_by_text(good, self._runs))
+        for number, (label, there) in enumerate(curves, start=1):
             first = there[0]
+            if number < len(curves):  # what was read is the same for all: the last one shows it
+                there = [row for row in there if row.keys["half"] == "decoded"]
             look = drawing.style(order[first.run], learns=not _is_off(first, self._runs))
             if first.keys["text"] == TRUE:
                 look |= {"color": "0.5", "marker": "x", "lw": 1.2}
@@ -242,7 +245,7 @@ class LongDecoding(AbstractSuite):
             ]
             axes.plot(x, [row.value for row in there], label=label, **look)
             bounds = [[row.low for row in there], [row.high for row in there]]
-            axes.fill_between(x, *bounds, color=look["color"], alpha=0.12, lw=0)
+            axes.fill_between(x, *bounds, color=look["color"], alpha=0.1, lw=0)
         axes.axvline(self._asked.prefill, color="0.6", lw=1, ls=":")
         for side, text in ((-1, "read "), (1, " written")):
             place = {"xy": (self._asked.prefill, 1.0), "xycoords": ("data", "axes fraction")}

@@ -241,6 +241,52 @@ def test_methods_are_those_of_their_names(name):
         assert tokens == {config.benchmark.tokens}
 
 
+@pytest.mark.parametrize("name", ["latency", "tiny_latency"])
+def test_latency_reads_and_writes_one_sequence_of_every_method_at_every_context(name):
+    given = ["+experiment=tiny/pretrain/pretrain-tiny-e2e", f"+benchmark={name}"]
+    config = resolve(compose(given))
+    assert config.benchmark.calls == ("prefill", "decode", "decode_between_steps")
+    assert min(benchmark.contexts(config)) == 1024
+    assert max(benchmark.contexts(config)) >= 65536
+    for context in benchmark.contexts(config):
+        found = benchmark.variants(config, given, context)
+        assert list(found) == ["fa", "swa", "e2e"]
+        assert {v.training.global_batch_size for v in found.values()} == {1}
+
+
+# ---- the crossing ------------------------------------------------------------------------
+
+
+def latencies(variant, *seconds, call="decode"):
+    return [Result(variant, call, 1024 * 2**i, 1, (s,), tokens=128) for i, s in enumerate(seconds)]
+
+
+def test_the_crossing_lies_where_two_straight_lines_of_the_picture_meet(tmp_path):
+    found = [*latencies("fa", 1, 2, 4, 8), *latencies("e2e", 3, 3, 3, 3)]
+    (crossing,) = report.crossings(found).values()
+    assert crossing == pytest.approx(3 * 1024)  # fa takes 1 s per 1,024 tokens, so 3 s at 3,072
+    assert "decoding, steps included: e2e is cheaper than fa from about 3,072" in report.table(
+        found
+    )
+    report.draw(found, tmp_path / "a.png", title="t")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_the_last_crossing_counts_and_none_is_said_so():
+    fa = latencies("fa", 4, 1, 4, 4)
+    assert 2048 < report.crossings([*fa, *latencies("e2e", 3, 3, 3, 3)])["decode"] < 4096
+    for seconds, says in (((9, 9, 9, 9), "dearer"), ((0.1,) * 4, "at every context")):
+        assert says in report.table([*fa, *latencies("e2e", *seconds)])
+    assert report.crossings([*fa, *latencies("swa", 3, 3, 3, 3)]) == {}
+    assert report.crossings([*fa[:1], *latencies("e2e", 3)]) == {}
+
+
+def test_a_written_token_counts_as_one_and_not_as_its_context():
+    (one,) = latencies("e2e", 0.64)
+    assert one.tokens_per_s == pytest.approx(200)
+    assert one.s_per_1k_tokens == pytest.approx(5)  # milliseconds per token
+
+
 # ---- the check ---------------------------------------------------------------------------
 
 

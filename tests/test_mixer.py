@@ -48,3 +48,24 @@ def test_sliding_window_forgets_what_full_attention_remembers(x):
     }
     np.testing.assert_array_equal(reach["SWA"], np.arange(4, 4 + MODEL.sliding_window_size))
     np.testing.assert_array_equal(reach["self_attention"], np.arange(4, 32))
+
+
+@pytest.mark.parametrize("read", [8, 16])
+def test_tokens_put_into_a_room_give_the_piece(mixer, x, read):
+    state, _ = mixer.step(mixer.init_state(len(x), x.dtype), x[:read])
+    piece = x[read : read + 8]
+    after, wanted = mixer.step(state, piece)
+    wrong = piece.at[3:].set(9.0)
+    put = eqx.filter_jit(mixer.put)
+    for opened, first in ((mixer.room(state, 8), 0), (mixer.open(state, wrong)[0], 3)):
+        for place in range(first, 8):
+            opened, y = put(opened, piece[place : place + 1], jnp.int32(place))
+            np.testing.assert_allclose(y[0], wanted[place], atol=1e-5)
+        closed, kept = mixer.close(opened, 8), mixer.close(opened, 0)
+        for found, meant in ((closed, after), (kept, state)):
+            filled = int(meant.seen) if mixer.window is None else mixer.window
+            assert int(found.seen) == int(meant.seen)
+            np.testing.assert_allclose(found.keys[:, :filled], meant.keys[:, :filled], atol=1e-5)
+            np.testing.assert_allclose(
+                found.values[:, :filled], meant.values[:, :filled], atol=1e-5
+            )

@@ -164,3 +164,17 @@ def test_masked_mean_counts_only_valid_positions_and_is_zero_without_any():
     assert cross_entropy.masked_mean(values, jnp.zeros(3, bool)) == 0
     gradient = jax.grad(cross_entropy.masked_mean)(values, jnp.zeros(3, bool))
     np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "start", "block"), [(24, 0, 8), (24, 13, 8), (21, 14, 8), (9, 2, 9)]
+)
+def test_attention_to_a_cache_that_fills_is_masked_attention(slots, start, block):
+    q, k, v = draw(2, 7, 4), draw(2, slots, 4, seed=1), draw(2, slots, 4, seed=2)
+    own = start + jnp.arange(7)
+    mask = jnp.arange(slots)[None] <= own[:, None]
+    wanted = dot_attention.attend_naive(q, k, v, mask)
+    found = jax.jit(lambda start: dot_attention.attend_growing(q, k, v, start=start, block=block))(
+        jnp.int32(start)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

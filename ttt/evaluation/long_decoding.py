@@ -293,4 +293,4 @@ def _by_text(rows: Sequence[Row], runs: Sequence[Run]) -> Iterator[tuple[str, li
     for (name, _, text), there in groups.items():
         if text != TRUE:
             yield f"{name}{', not learning' * _is_off(there[0], runs)}", there
-    yield from (("what really followed", g) for (_, _, text), g in groups.items() if text == TRUE)
+    yield from (("held-out text", g) for (_, _, text), g in groups.items() if text == TRUE)

@@ -36,6 +36,7 @@ class LossByContext(AbstractSuite):
         own = config.evaluation.loss_by_context
         self._contexts = own.contexts or _default_contexts(config.training.seq_length, runs)
         self._runs = list(runs)
+        self._compiled: dict[tuple[str, int], Evaluator] = {}
         self._scored: dict[tuple[Curve, int], PositionLoss] = {}
         self._trained = {run.name: run.training.seq_length for run in runs}
         for run in runs:
@@ -75,10 +76,9 @@ class LossByContext(AbstractSuite):
 
     def _measure(self, run: Run, context: int, learn: bool, told: Told) -> list[Row]:
         size = self._batch_size(context)
-        evaluator = Evaluator(replace(run.training, eval_batch_size=size), self._machine.mesh)
         batches = self._sequences(context) // size
         found = PositionLoss.measure(
-            evaluator,
+            self._evaluator(run, context, size),
             self._machine.model(run, context),
             self._batches(self._source[run.name, context], size, batches, run),
             learn=learn,
@@ -114,6 +114,14 @@ class LossByContext(AbstractSuite):
             if run.method == "fa":
                 return run.name, False
         return self._runs[0].name, False
+
+    def _evaluator(self, run: Run, context: int, size: int) -> Evaluator:
+        """One program serves both modes; those of other runs and lengths are let go."""
+        if (run.name, context) not in self._compiled:
+            training = replace(run.training, eval_batch_size=size)
+            evaluator = Evaluator(training, self._machine.mesh)
+            self._compiled = {(run.name, context): evaluator}
+        return self._compiled[run.name, context]
 
     def _batches(self, source: Source, size: int, batches: int, run: Run) -> Any:
         bos = run.config.bos_token_id

@@ -38,9 +38,10 @@ class Job:
 
 
 class AbstractSuite(ABC):
-    """Measurements of one kind. Made for all runs at once; what users can have got wrong raises a
-    UserError there and then, before anything is compiled.
-    """  # noqa: D205
+    """Measurements of one kind, of all runs.
+
+    What users can have got wrong raises a UserError when it is made, before anything is compiled.
+    """
 
     name: str
 

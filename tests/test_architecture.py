@@ -35,6 +35,10 @@ JAX_FREE = (
     "ttt.dataloader.text",
     "ttt.bench.costs",
     "ttt.bench.plan",
+    "ttt.evaluation.result",
+    "ttt.evaluation.intervals",
+    "ttt.evaluation.repetition",
+    "ttt.evaluation.ruler",
 )
 
 

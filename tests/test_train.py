@@ -1,5 +1,6 @@
 """`train` from start to end: learning, the record, continuing, starting from others, refusals."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -112,6 +113,13 @@ def test_a_run_learns_and_leaves_a_whole_record(configure):
         assert summary["loss"] == pytest.approx(arrays["learning_sequence_loss"].mean())
         assert arrays["learning_nll"].shape == (64,)
     assert summary["loss"] != summary["loss_without_learning"]
+    with (record.folder / "eval/loss_by_position-40.csv").open() as file:
+        whole = [row for row in csv.DictReader(file) if row["measure"] == "loss"]
+    assert [(row["method"], row["learning"]) for row in whole] == [
+        ("e2e", "True"),
+        ("e2e", "False"),
+    ]
+    assert float(whole[0]["value"]) == pytest.approx(summary["loss"])
     assert (record.folder / "loss_by_position-40.png").stat().st_size > 10_000
 
 

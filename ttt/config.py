@@ -40,6 +40,8 @@ BENCHMARK_CALLS = (
     *("train_step", "gradient", "prefill", "evaluate"),
     *("decode", "decode_between_steps"),
 )
+SUITES = ("loss_by_context", "needles", "long_decoding")
+NEEDLE_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3")
 
 
 # ---- rules on one value --------------------------------------------------------------
@@ -56,6 +58,13 @@ class Rule(NamedTuple):
 
 def _one_of(names: Sequence[str]) -> Rule:
     return Rule(lambda v: v in names, f"must be one of {', '.join(names)}; choose one", names)
+
+
+def _some_of(names: Sequence[str]) -> Rule:
+    return Rule(
+        lambda v: bool(v) and set(v) <= set(names) and len(set(v)) == len(v),
+        f"must be some of {', '.join(names)}, each once; choose from them",
+    )
 
 
 def _is_folder_name(name: str) -> bool:
@@ -90,13 +99,16 @@ TokenIds = Annotated[
     tuple[int, ...],
     Rule(lambda ids: all(i >= 0 for i in ids), "must be 0 or more each; raise them"),
 ]
-BenchmarkCalls = Annotated[
+FolderNames = Annotated[
     tuple[str, ...],
     Rule(
-        lambda calls: bool(calls) and set(calls) <= set(BENCHMARK_CALLS),
-        f"must be some of {', '.join(BENCHMARK_CALLS)}; choose from them",
+        lambda names: all(map(_is_folder_name, names)) and len(set(names)) == len(names),
+        "must name folders, each once, without '/', '\\' and blanks at their ends; correct them",
     ),
 ]
+BenchmarkCalls = Annotated[tuple[str, ...], _some_of(BENCHMARK_CALLS)]
+Suites = Annotated[tuple[str, ...], _some_of(SUITES)]
+NeedleTasks = Annotated[tuple[str, ...], _some_of(NEEDLE_TASKS)]
 Mixer = Annotated[str, _one_of(MIXERS)]
 FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
 DType = Annotated[str, _one_of(DTYPES)]
@@ -106,6 +118,7 @@ InnerGradient = Annotated[str, _one_of(INNER_GRADIENTS)]
 AttentionBackend = Annotated[str, _one_of(ATTENTION_BACKENDS)]
 RematPolicy = Annotated[str, _one_of(REMAT_CHOICES)]
 Platform = Annotated[str, _one_of(PLATFORMS)]
+EvaluationDType = Annotated[str, _one_of(("model", *DTYPES))]
 OuterOptimizer = Annotated[str, _one_of(OUTER_OPTIMIZERS)]
 InnerOptimizer = Annotated[str, _one_of(INNER_OPTIMIZERS)]
 
@@ -303,6 +316,81 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True)
+class LossByContextConfig:
+    """Loss by token position, the same text cut into contexts of several lengths."""
+
+    contexts: Lengths
+    """Tokens per sequence; none: half of `training.seq_length`, it, and twice it."""
+    tokens: Count
+    """Held-out tokens, from the split's start, that are scored at every context."""
+
+
+@dataclass(frozen=True)
+class NeedlesConfig:
+    """RULER's single needles in a haystack."""
+
+    tasks: NeedleTasks
+    lengths: Lengths
+    """Tokens of a prompt and its answer together; none: `training.seq_length`."""
+    depths: Count
+    """Places of the needle, evenly spread from the haystack's start (0 %) to its end (100 %)."""
+    samples: Count
+    """Prompts per task, length and depth."""
+    tokens_to_generate: Count
+    haystack: str
+    """File with the text of `niah_single_2` and `_3` (plain, or JSON with a `text`); empty: the
+    docstrings of the standard library's held-out modules."""
+
+
+@dataclass(frozen=True)
+class LongDecodingConfig:
+    """Text that the model goes on writing, judged by an evaluator."""
+
+    prefill: Count
+    """Held-out tokens to read."""
+    decode: Count
+    """Tokens to write after them."""
+    sequences: Count
+    temperature: NotNegative
+    top_p: Share
+    repetition_penalty: Positive
+    evaluator: str
+    """Who judges: a run of `training.exp_folder`, or `hf:FOLDER` of a Hugging Face causal LM;
+    empty: the first of the runs."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the command `evaluate` measures."""
+
+    name: FolderName
+    """Names the results."""
+    runs: FolderNames
+    """Runs in `training.exp_folder`; none: `training.exp_name`."""
+    step: Step
+    """Of their checkpoints; -1: the latest of each."""
+    suites: Suites
+    dataset_name: str
+    """A key of `deploy_paths.data`: held-out text, and the tokenizer where `tokenizer` is empty."""
+    split: FolderName
+    tokenizer: str
+    """`bytes` or a `tokenizers` JSON file; empty: the one that the token store names."""
+    batch_size: Count
+    """Sequences in memory together."""
+    without_learning: bool
+    """Whether a model that learns while it reads is also measured at inner rate 0."""
+    compute_dtype: EvaluationDType
+    """Of matrix products; `model`: the one that each run was trained with."""
+    seed: Natural
+    """Of needles, sampling and resampling."""
+    resamples: Count
+    """Draws of the bootstrap behind each interval."""
+    loss_by_context: LossByContextConfig
+    needles: NeedlesConfig
+    long_decoding: LongDecodingConfig
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """What the command `generate` reads and writes."""
 
@@ -349,6 +437,7 @@ class Config:
     deploy_paths: DeployPathsConfig
     backend: BackendConfig
     benchmark: BenchmarkConfig
+    evaluation: EvaluationConfig
     generate: GenerateConfig
 
 
@@ -687,6 +776,7 @@ _NEUTRAL = frozenset(
         "training.save_*",
         "training.keep_checkpoints",
         "benchmark.**",
+        "evaluation.**",
         "generate.**",
         # the permission to differ
         "training.allow_config_change",
@@ -696,15 +786,36 @@ _NEUTRAL = frozenset(
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dicts and lists for JSON or YAML, secrets masked."""
-    nested: dict[str, Any] = {}
-    for key, value in _flat(asdict(config)).items():
-        *sections, name = key.split(".")
-        node = nested
-        for section in sections:
-            node = node.setdefault(section, {})
-        value = list(value) if isinstance(value, tuple) else value
-        node[name] = _MASK if key in _SECRETS and value else value
-    return nested
+    return _plain(asdict(config))
+
+
+def _plain(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for name, value in section.items():
+        key = prefix + name
+        if isinstance(value, Mapping):
+            plain[name] = _plain(value, f"{key}.")
+        elif isinstance(value, tuple):
+            plain[name] = list(value)
+        else:
+            plain[name] = _MASK if key in _SECRETS and value else value
+    return plain
+
+
+# Which program computes a model: a choice of the machine at hand, not of the one that trained it.
+_PROGRAMS = ("attention", "loss_block")
+
+
+def with_stored(config: Config, stored: Mapping[str, Any]) -> Config:
+    """`config` with model and training as a `to_dict` result has them, such as a manifest's.
+
+    What `stored` lacks, and the choice of programs, stays as `config` has it. Raises ConfigError.
+    """
+    nested = to_dict(config)
+    for section in ("model", "training"):
+        known = {k: v for k, v in stored.get(section, {}).items() if k in nested[section]}
+        nested[section] |= {k: v for k, v in known.items() if k not in _PROGRAMS}
+    return resolve(OmegaConf.create(nested))
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -822,6 +933,7 @@ def _cache_dir(name: str) -> str:
 for _resolver in (narrowed_width, full_attention_rope_theta, extension_batch_size):
     OmegaConf.register_new_resolver(f"ttt.{_resolver.__name__}", _resolver, replace=True)
 OmegaConf.register_new_resolver("ttt.floordiv", lambda number, by: number // by, replace=True)
+OmegaConf.register_new_resolver("ttt.times", lambda number, by: number * by, replace=True)
 OmegaConf.register_new_resolver("ttt.cache_dir", _cache_dir, replace=True)
 OmegaConf.register_new_resolver("ttt.experiments", _experiment_list, replace=True)
 OmegaConf.register_new_resolver("ttt.choices", lambda g: ", ".join(_choices(g)), replace=True)

@@ -23,7 +23,10 @@ from ttt.dataloader import lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
+from ttt.evaluation import result
 from ttt.evaluation.loss_by_position import Comparison, PositionLoss
+from ttt.evaluation.result import Row
+from ttt.evaluation.runs import method_of
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.mesh import check_divides, data_mesh, replicate, shard_batch
@@ -423,6 +426,10 @@ def evaluate(
         points=min(32, training.seq_length),
     )
     path = record.save_arrays("loss_by_position", step, comparison.arrays(), summary)
+    method = method_of(config.model, training)
+    like = Row("loss_by_position", training.exp_name, method, step, training.seq_length, "loss")
+    rows = comparison.rows(like, resamples=1000, seed=0)
+    result.write_whole(path.with_suffix(".csv"), result.to_csv(rows))
     tracker.log(step, {"final_eval_loss": learning.loss})
     Console().print(comparison.table())
     if still is not None:

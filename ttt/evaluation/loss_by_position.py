@@ -1,7 +1,11 @@
-"""Held-out loss by token position, learning while reading or not: numbers, table, picture."""
+"""Held-out loss by token position, learning while reading or not: numbers, table, picture.
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+Of one model at the end of its training; `loss_by_context` compares several, at several lengths.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,8 @@ from jaxtyping import Float, Int
 from rich.table import Table
 
 from ttt.core.batch import Batch
+from ttt.evaluation.intervals import Interval, bootstrap
+from ttt.evaluation.result import Key, Row
 from ttt.model.loop import Evaluator
 from ttt.model.transformer import MetaModel
 
@@ -17,9 +23,22 @@ COLOURS = {"learning": "#0072B2", "still": "#D55E00"}
 LABELS = {"learning": "learning while reading", "still": "not learning (inner rate 0)"}
 
 
+_FIRST_BIN = 16
+"""Tokens of the first logarithmic bin; there are two to every doubling after it."""
+
+
+def log_edges(length: int) -> Int[np.ndarray, " edges"]:
+    """Borders of bins that widen with position: 0, 16, 23, 32, 45, 64, … , length.
+
+    The same for every length but for the last, so that bins of several contexts can be compared.
+    """
+    grid = np.round(_FIRST_BIN * 2 ** np.arange(0, 40, 0.5)).astype(int)
+    return np.concatenate([[0], grid[grid < length], [length]])
+
+
 @dataclass(frozen=True)
 class PositionLoss:
-    """Loss by position, summed over sequences."""
+    """Loss by position, summed over sequences, and by sequence in bins."""
 
     nll: Float[np.ndarray, " T"]
     """Sum of −log p over the sequences whose target counts there, in nats."""
@@ -27,6 +46,11 @@ class PositionLoss:
     """How many those are."""
     sequence_loss: Float[np.ndarray, " N"]
     """Loss of each sequence as in training: the mean over its chunks."""
+    edges: Int[np.ndarray, " edges"]
+    """Of logarithmic bins: see `log_edges`."""
+    bin_nll: Float[np.ndarray, "N bins"]
+    """Sum of −log p in each bin of each sequence."""
+    bin_count: Float[np.ndarray, "N bins"]
 
     @classmethod
     def measure(
@@ -40,19 +64,81 @@ class PositionLoss:
     ) -> "PositionLoss":
         """Score all batches; `told(batches done, mean loss so far)` hears of the progress."""
         nll = count = np.zeros(())
+        edges = np.zeros(1, int)
         losses: list[float] = []
+        binned: list[list[np.ndarray]] = [[], []]
         for done, batch in enumerate(batches, start=1):
             scores = evaluator(model, batch, learn=learn)
-            nll = nll + np.sum(scores.token_nll * scores.loss_mask, axis=0, dtype=np.float64)
-            count = count + np.sum(scores.loss_mask, axis=0, dtype=np.float64)
+            mask = scores.loss_mask.astype(np.float64)
+            parts = scores.token_nll * mask, mask
+            nll, count = (
+                x + np.sum(part, axis=0) for x, part in zip((nll, count), parts, strict=True)
+            )
+            edges = log_edges(mask.shape[1])
+            for bins, part in zip(binned, parts, strict=True):
+                bins.append(np.add.reduceat(part, edges[:-1], axis=1))
             losses += scores.loss.tolist()
             told(done, float(np.mean(losses)))
-        return cls(nll, count, np.asarray(losses))
+        return cls(nll, count, np.asarray(losses), edges, *map(np.concatenate, binned))
 
     @property
     def loss(self) -> float:
         """Mean over sequences, in nats per token: the loss of training."""
         return float(np.mean(self.sequence_loss))
+
+    def rows(self, like: Row, *, resamples: int, seed: int, keys: Mapping[str, Key]) -> list[Row]:
+        """`loss` over all, then `loss_at` of each logarithmic bin; `like` tells whose they are.
+
+        Intervals are those of the bootstrap over sequences.
+        """
+        draws = {"resamples": resamples, "seed": seed}
+        whole = bootstrap(self.sequence_loss, np.ones_like(self.sequence_loss), **draws)
+        bins = bootstrap(self.bin_nll, self.bin_count, **draws)
+        return self._rows(replace(like, measure="loss"), whole, bins, keys)
+
+    def rows_against(
+        self,
+        reference: "PositionLoss",
+        like: Row,
+        *,
+        resamples: int,
+        seed: int,
+        keys: Mapping[str, Key],
+    ) -> list[Row]:
+        """`difference` and `difference_at`: the loss here less that of `reference`.
+
+        Both scored the same sequences, which are drawn in pairs: what all texts vary by falls out,
+        so these intervals are far narrower than those of either loss.
+        """
+        draws = {"resamples": resamples, "seed": seed}
+        less = self.sequence_loss - reference.sequence_loss
+        whole = bootstrap(less, np.ones_like(less), **draws)
+        bins = bootstrap(self.bin_nll - reference.bin_nll, self.bin_count, **draws)
+        return self._rows(replace(like, measure="difference"), whole, bins, keys)
+
+    def _rows(
+        self, like: Row, whole: Interval, bins: Interval, keys: Mapping[str, Key]
+    ) -> list[Row]:
+        def row(measure: str, at: Interval, start: int, stop: int) -> Row:
+            place = {"position_from": start, "position_to": stop}
+            value, low, high = (float(x) for x in at)
+            return replace(
+                like,
+                measure=measure,
+                keys={**keys, **place},
+                value=value,
+                low=low,
+                high=high,
+                n=len(self.sequence_loss),
+                unit="nats per token",
+            )
+
+        found = [row(like.measure, whole, 0, len(self.nll))]
+        for i, (start, stop) in enumerate(pairwise(self.edges.tolist())):
+            if np.any(self.bin_count[:, i]):
+                at = Interval(*(x[i] for x in bins))
+                found.append(row(f"{like.measure}_at", at, start, stop))
+        return found
 
     def in_bins(self, bins: int) -> Float[np.ndarray, " bins"]:
         """Mean over all counted tokens of each of `bins` equal stretches of the sequence."""
@@ -84,6 +170,19 @@ class Comparison:
             for name, part in self._parts().items()
             for field, value in vars(part).items()
         }
+
+    def rows(self, like: Row, *, resamples: int, seed: int) -> list[Row]:
+        """Both in the schema of all suites, told apart by the key `learning`."""
+        return [
+            row
+            for name, part in self._parts().items()
+            for row in part.rows(
+                like,
+                resamples=resamples,
+                seed=seed,
+                keys={"learning": self.still is not None and name == "learning"},
+            )
+        ]
 
     def summary(self, bins: int = 8) -> dict[str, object]:
         """The figures that a report quotes."""

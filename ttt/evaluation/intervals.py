@@ -1,0 +1,49 @@
+"""Intervals around what few samples can tell: the bootstrap over sequences, and shares. No JAX."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+_Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
+
+
+class Interval(NamedTuple):
+    """An estimate and the bounds of its 95 % interval."""
+
+    value: Float[np.ndarray, "*shape"]
+    low: Float[np.ndarray, "*shape"]
+    high: Float[np.ndarray, "*shape"]
+
+
+def bootstrap(
+    sums: Float[np.ndarray, "N ..."],
+    counts: Float[np.ndarray, "N ..."],
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Mean over all that N sequences hold, Σ sums / Σ counts, and its percentile interval.
+
+    Sequences are drawn anew with replacement, whole ones, because tokens of one sequence are not
+    independent. Where nothing is counted all three are NaN; with one sequence the bounds meet.
+    """
+    n = len(sums)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    total, count = (np.tensordot(weights, x.astype(np.float64), axes=1) for x in (sums, counts))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = np.sum(sums, axis=0, dtype=np.float64) / np.sum(counts, axis=0, dtype=np.float64)
+        drawn = total / count
+    drawn = np.where(np.isnan(drawn), value, drawn)  # a draw that counts nothing says nothing
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return Interval(value, low, high)
+
+
+def share(hits: int, n: int) -> tuple[float, float, float]:
+    """Share of `hits` in n >= 1 trials and its Wilson interval, which holds for few trials too."""
+    p = hits / n
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return p, max(0.0, centre - half), min(1.0, centre + half)

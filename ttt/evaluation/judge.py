@@ -1,0 +1,123 @@
+"""Evaluators of text: one of our checkpoints, or a Hugging Face causal LM from a local folder."""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ttt.dataloader.text import AbstractTokenizer
+from ttt.errors import UserError
+from ttt.evaluation.machine import Machine, in_batches
+from ttt.evaluation.runs import Run
+from ttt.evaluation.suite import Told
+
+FOREIGN = "hf:"
+
+
+class Judged(NamedTuple):
+    """One text under an evaluator."""
+
+    position: Float[np.ndarray, " K"]
+    """Where each scored token starts, in tokens of the text's own tokenizer."""
+    nll: Float[np.ndarray, " K"]
+    """−log p of it, in nats."""
+
+
+class AbstractJudge(ABC):
+    """Gives −log p of every token of a text."""
+
+    name: str
+    unit: str
+
+    @abstractmethod
+    def read(self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, told: Told) -> list[Judged]:
+        """Score texts of one length, whose first `prefix` tokens somebody else wrote."""
+
+
+class OwnJudge(AbstractJudge):
+    """A run, learning while it reads if it was trained to."""
+
+    unit = "nats per token"
+
+    def __init__(self, run: Run, machine: Machine, batch_size: int):
+        self.name = run.name
+        self._run, self._machine, self._batch_size = run, machine, batch_size
+
+    def read(self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, told: Told) -> list[Judged]:
+        """Score texts of one length."""
+        engine = self._machine.engine(self._run, len(texts[0]))
+        found = []
+        for rows in in_batches(len(texts), self._batch_size):
+            _, scores = engine.read(engine.start(len(rows)), [texts[row] for row in rows])
+            found += [Judged(np.arange(1, len(nll) + 1.0), np.asarray(nll)) for nll in scores]
+            told(min(len(found), len(texts)))
+        return found[: len(texts)]
+
+
+class ForeignJudge(AbstractJudge):
+    """A Hugging Face causal LM; it reads the text with its own tokenizer.
+
+    Needs `transformers` and `torch`, which are imported when it reads.
+    """
+
+    unit = "nats per token of the evaluator"
+
+    def __init__(self, folder: str, tokenizer: AbstractTokenizer):
+        """Look for the folder and the libraries; raises a UserError."""
+        self.name = Path(folder).name
+        self._folder, self._tokenizer = Path(folder).expanduser(), tokenizer
+        asked = f"evaluation.long_decoding.evaluator={FOREIGN}{folder}"
+        if not (self._folder / "config.json").is_file():
+            raise UserError(
+                f"{asked}: no config.json in that folder; give the folder of a Hugging Face "
+                "causal LM (as `save_pretrained` writes it), or the name of one of our runs"
+            )
+        missing = [n for n in ("transformers", "torch") if importlib.util.find_spec(n) is None]
+        if missing:
+            raise UserError(
+                f"{asked}: it needs {' and '.join(missing)}; install with `uv pip install "
+                f"--no-config {' '.join(missing)}` and run with `uv run --no-sync evaluate …`, or "
+                "name one of our runs as evaluator"
+            )
+
+    def read(self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, told: Told) -> list[Judged]:
+        """Score texts, one after the other; a token's position is that of its first letter."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(self._folder, local_files_only=True)
+        model.train(mode=False)
+        found = []
+        for ids in texts:
+            parts = [self._tokenizer.decode(part) for part in (ids[:prefix], ids[prefix:])]
+            encoded = tokenizer(
+                "".join(parts), return_offsets_mapping=True, add_special_tokens=False
+            )
+            nll = _nll(model, encoded["input_ids"])
+            starts = np.array([start for start, _ in encoded["offset_mapping"]][1:], float)
+            sizes = (prefix, len(ids) - prefix)
+            found.append(Judged(_positions(starts, [len(part) for part in parts], sizes), nll))
+            told(len(found))
+        return found
+
+
+def _nll(model: Any, ids: Sequence[int]) -> Float[np.ndarray, " K"]:
+    """−log p of every token but the first, in float32."""
+    import torch
+
+    with torch.inference_mode():
+        tokens = torch.tensor([ids], device=model.device)
+        logits = model(tokens).logits[0, :-1].float()
+        return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none").numpy()
+
+
+def _positions(
+    starts: Float[np.ndarray, " K"], letters: Sequence[int], tokens: Sequence[int]
+) -> Float[np.ndarray, " K"]:
+    """Places in letters as places in tokens, evenly within each of both parts."""
+    border, whole = letters[0], letters[0] + letters[1]
+    return np.interp(starts, [0, border, max(whole, border + 1)], [0, tokens[0], sum(tokens)])

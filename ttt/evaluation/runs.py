@@ -1,0 +1,162 @@
+"""Checkpoints to be evaluated: each with the settings it was trained with, at any context."""
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ttt.config import Config, ModelConfig, TrainingConfig, with_stored
+from ttt.errors import UserError
+from ttt.infra import checkpoint
+from ttt.infra.checkpoint import CheckpointError, Checkpoints
+from ttt.model import published
+from ttt.model.transformer import MetaModel
+
+logger = logging.getLogger(__name__)
+
+LABELS = {"fa": "full attention", "swa": "sliding window", "e2e": "TTT-E2E"}
+_FULL_ATTENTION_BLOCK = 1024
+"""Queries at once where a run with full attention states no block: a whole context's scores would
+not fit long contexts."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model as it lies in its checkpoint, in host memory."""
+
+    name: str
+    step: int
+    training: TrainingConfig
+    model: MetaModel
+    """Leaves are NumPy arrays."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network as it was trained, but for the dtype that the evaluation asks for."""
+        return self.model.config
+
+    @property
+    def method(self) -> str:
+        """`fa`, `swa` or `e2e`."""
+        return method_of(self.config, self.training)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it goes on learning while it reads."""
+        return self.training.train_mode == "meta"
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees directly; None: all before it."""
+        sliding = self.config.seq_modeling_block == "SWA"
+        return self.config.sliding_window_size if sliding else None
+
+    def modes(self, without_learning: bool) -> tuple[bool, ...]:
+        """Learning on, and off where that is another thing."""
+        return (True, False) if self.learns and without_learning else (True,)
+
+    def check_context(self, context: int, key: str) -> None:
+        """Raise a UserError unless a sequence of `context` tokens is whole chunks; `key` asked."""
+        chunk = self.config.mini_batch_size
+        if self.window is not None and context % chunk:
+            raise UserError(
+                f"{key}={context}: {self.name} reads in chunks of {chunk} tokens; give a multiple"
+            )
+
+    def whole_chunks(self, tokens: int) -> int:
+        """The smallest context with room for `tokens` that this run can have."""
+        chunk = self.config.mini_batch_size
+        return tokens if self.window is None else -(-tokens // chunk) * chunk
+
+    def at(self, context: int, weights: MetaModel | None = None) -> MetaModel:
+        """The model for sequences of `context` tokens: full attention has one chunk.
+
+        weights: the same parameters where they lie elsewhere, such as on devices.
+        """
+        weights = self.model if weights is None else weights
+        if self.window is not None:
+            return weights
+        block = self.config.attention_block or _FULL_ATTENTION_BLOCK
+        config = replace(
+            self.config, mini_batch_size=context, attention_block=math.gcd(context, block)
+        )
+        return jax.tree.unflatten(jax.tree.structure(_shapes(config)), jax.tree.leaves(weights))
+
+
+def method_of(model: ModelConfig, training: TrainingConfig) -> str:
+    """`fa`, `swa` or `e2e`."""
+    if training.train_mode == "meta":
+        return "e2e"
+    return "swa" if model.seq_modeling_block == "SWA" else "fa"
+
+
+def load(config: Config) -> list[Run]:
+    """The runs that `config.evaluation` asks for.
+
+    Raises a UserError for a run or step that is not there (naming those that are), parameters that
+    do not fit the settings, and weights that are no finite numbers.
+    """
+    names = config.evaluation.runs or (config.training.exp_name,)
+    return [load_one(config, name, config.evaluation.step) for name in names]
+
+
+def load_one(config: Config, name: str, step: int = -1) -> Run:
+    """One run of `training.exp_folder`, with the settings in its checkpoint's manifest."""
+    root, folder = config.deploy_paths.checkpoint, config.training.exp_folder
+    checkpoints = Checkpoints(checkpoint.run_folder(root, folder, name))
+    if checkpoints.latest() is None:
+        raise UserError(
+            f"no checkpoint of {name} in {checkpoints.folder}; {_others(checkpoints)}. Train it "
+            "first, or name one of these (training.exp_name=NAME or evaluation.runs=[NAME,…])"
+        )
+    step_folder = checkpoints.find(step)
+    try:
+        stored = checkpoint.read_json(step_folder, "manifest").get("config", {})
+    except CheckpointError:  # published checkpoints have none
+        logger.info("%s has no manifest: its settings are those of the command line", step_folder)
+        stored = {}
+    own = with_stored(config, stored)
+    model = own.model
+    if config.evaluation.compute_dtype != "model":
+        model = replace(model, compute_dtype=config.evaluation.compute_dtype)
+    weights, account = published.load_model(model, step_folder)
+    if account.unused:
+        raise UserError(
+            f"{step_folder} has parameters that the model has not: {', '.join(account.unused)}. "
+            "Choose the experiment that trained it"
+        )
+    weights = jax.tree.map(np.asarray, weights)
+    training = replace(own.training, eval_batch_size=config.evaluation.batch_size)
+    return Run(name, int(step_folder.name), training, weights)
+
+
+def _others(checkpoints: Checkpoints) -> str:
+    siblings = checkpoints.folder.parent
+    found = sorted(
+        path.name for path in siblings.glob("*") if Checkpoints(path).latest() is not None
+    )
+    return f"there are {', '.join(found)}" if found else f"{siblings} has none at all"
+
+
+def _shapes(config: ModelConfig) -> MetaModel:
+    return jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What a result says of its run."""
+    config = run.config
+    return {
+        "run": run.name,
+        "step": run.step,
+        "method": run.method,
+        "seq_length": run.training.seq_length,
+        "window": run.window,
+        "chunk": config.mini_batch_size,
+        "parameters": sum(int(leaf.size) for leaf in jax.tree.leaves(run.model)),
+        "compute_dtype": config.compute_dtype,
+        "inner": dataclasses.asdict(run.training.optimizer_inner) if run.learns else None,
+    }

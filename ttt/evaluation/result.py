@@ -90,6 +90,7 @@ def save(folder: Path, suite: str, rows: Sequence[Row], notes: Mapping[str, Any]
 
 def write_whole(path: Path, text: str) -> None:
     """Write beside and rename, so that readers and crashes meet the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)

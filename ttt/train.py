@@ -447,6 +447,8 @@ def stopped(run: Run, step: int) -> Stopped:
     """The end of a run that was asked to stop after `step`, once that step is on disk."""
     with run.spent("save"):
         run.checkpoints.wait()
+    # One process may have been asked a moment before the others, and all must leave alike.
+    run.stop.signal_number = distributed.largest(run.stop.signal_number or 0)
     training = run.config.training
     there = run.checkpoints.latest()
     where = f"its checkpoint {run.checkpoints.find()}" if there is not None else "the start"
@@ -454,7 +456,7 @@ def stopped(run: Run, step: int) -> Stopped:
     return Stopped(
         f"{training.exp_name} stopped after step {step} of {training.total_steps}, as "
         f"{run.stop.name} asked. The same command goes on from {where}:\n  {command}",
-        run.stop.signal_number or 0,
+        run.stop.signal_number,
     )
 
 

@@ -49,6 +49,13 @@ def any_process(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in gathered.any(axis=0))
 
 
+def largest(number: int) -> int:
+    """The largest number that a process has. Every process calls it, at the same steps."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.asarray(number)).max())
+
+
 def _fake_devices(count: int) -> None:
     if jax.config.jax_num_cpu_devices == count:
         return

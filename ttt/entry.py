@@ -49,8 +49,9 @@ def _leave(code: int, message: str) -> None:
 
 def _hand_on(number: int) -> None:
     """Give the signal to submitit if it waits for it: it requeues the job, and ends the process."""
-    handler = signal.getsignal(number)
-    if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
+    if not number or "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    if callable(handler := signal.getsignal(number)):
         handler(number, None)
 
 

@@ -30,6 +30,7 @@ _OVER = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("TIMEOUT", "gone"),
 )
+_RANK_0_SECONDS = 5.0
 _LOG_LINES = 20
 
 
@@ -49,9 +50,8 @@ class SlurmTTTLauncher(SlurmLauncher):
         try:
             done.return_value = done.return_value  # raises the task's error
         except Exception:
-            # JAX would wait at the end for the other ranks, which wait for this one in a step.
             # What is registered last comes first, and submitit has noted the error by then.
-            atexit.register(os._exit, 1)
+            atexit.register(_leave)
             raise
         return done
 
@@ -128,6 +128,16 @@ class LocalTTTLauncher(LocalLauncher):
         """Start the jobs and wait for them; raises UserError before, where they are faulty."""
         check(self.config, self.hydra_context, job_overrides)
         return super().launch(job_overrides, initial_job_idx)
+
+
+def _leave() -> None:
+    """End a failed process at once: JAX would wait for the others, which wait for this one.
+
+    Slurm ends the others then. So rank 0, whose message counts, goes first.
+    """
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        time.sleep(_RANK_0_SECONDS)
+    os._exit(1)
 
 
 def check(config: Any, context: Any, job_overrides: Sequence[Sequence[str]]) -> None:

@@ -13,6 +13,7 @@ Exit codes: the command's, or 3 where there can be no Slurm
 
 import argparse
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -53,7 +54,11 @@ AccountingStorageType=accounting_storage/none
 SchedulerType=sched/builtin
 ReturnToService=2
 KillWait=10
-KillOnBadExit={kill_on_bad_exit}
+# Many sites have it: a task that fails takes the others with it.
+KillOnBadExit=1
+# More CPUs than there are would drain a node.
+SlurmdParameters=config_overrides
+FirstJobId={first_job}
 """
 
 
@@ -134,10 +139,9 @@ def _configure(folder: Path, names: list[str], cpus: int) -> None:
         host=socket.gethostname().split(".")[0],
         folder=folder,
         control_port=ports[0],
-        kill_on_bad_exit=1,  # as many sites have it: a task that fails takes the others with it
+        # JAX makes its port of a job's number, and two of these clusters may run at once.
+        first_job=random.randrange(1, 60_000),
     )
-    # More CPUs than there are: Slurm would drain the node without this.
-    text += "SlurmdParameters=config_overrides\n"
     for name, port in zip(names, ports[1:], strict=True):
         text += (
             f"NodeName={name} NodeAddr={name} NodeHostname={socket.gethostname().split('.')[0]} "

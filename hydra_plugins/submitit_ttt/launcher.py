@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 _NEEDS = ("sbatch", "srun", "squeue", "scontrol")
 _ASK_SECONDS = 15.0
 """Between two questions to Slurm, which serves many users."""
-_LATE_SECONDS = 60.0
+_LATE_SECONDS = 30.0
 """How long a job may be over before its result is given up: files travel slowly between hosts."""
 _OVER = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
@@ -49,9 +49,12 @@ class SlurmTTTLauncher(SlurmLauncher):
         done = super().__call__(sweep_overrides, job_dir_key, job_num, job_id, singleton_state)
         try:
             done.return_value = done.return_value  # raises the task's error
-        except Exception:
+        except Exception as error:
             # What is registered last comes first, and submitit has noted the error by then.
             atexit.register(_leave)
+            for kind in (UserError, RunError):  # by the name that `_essence` looks for
+                if isinstance(error, kind):
+                    raise kind(str(error)) from error
             raise
         return done
 
@@ -63,13 +66,13 @@ class SlurmTTTLauncher(SlurmLauncher):
         Raises UserError where there is no Slurm, where it refuses the jobs, or where a job's
         configuration has faults; then nothing is queued.
         """
+        check(self.config, self.hydra_context, job_overrides)
         if missing := [program for program in _NEEDS if shutil.which(program) is None]:
             raise UserError(
                 f"+deploy=submitit hands the run to Slurm, but this machine has no "
                 f"{', '.join(missing)}: start it on a login node of the cluster, or leave "
                 "+deploy=submitit away to train here, on all devices of this machine"
             )
-        check(self.config, self.hydra_context, job_overrides)
         jobs = self._submit(job_overrides, initial_job_idx)
         names = [
             f"job {job.job_id}" + "".join(f" {override}" for override in own)

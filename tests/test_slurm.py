@@ -13,6 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from ttt.config import compose, resolve
+from ttt.infra import distributed
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
 
@@ -94,9 +96,10 @@ def test_two_nodes_train_and_a_time_limit_only_interrupts_them(tmp_path, slurm):
     assert training_steps(short) == list(range(1, 21))
     assert len(short.run()["attempts"][0]["hardware"]["devices"]) == 2
 
-    # Longer than a job of one minute, which Slurm ends between half a minute and a minute.
+    # Longer than Slurm lets a job of one minute be: it looks every 30 s, and sends the signal when
+    # the next look would be too late, 25 to 55 s after the start.
     steps = int(60 / min(row["step_seconds"] for row in short.metrics() if "loss" in row))
-    limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30")
+    limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=5")
     run = ("training.exp_name=long", f"training.total_steps={steps}")
     ran = train(tmp_path, "hydra.launcher.nodes=2", *limit, *run, environment=slurm)
     assert ran.returncode == 0, ran.stdout + ran.stderr + logs(tmp_path)
@@ -171,3 +174,17 @@ def test_a_faulty_configuration_is_told_before_it_is_queued(tmp_path):
     assert ran.returncode == 2
     assert "training.seq_length" in ran.stderr
     assert "training.accum_steps" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "devices"),
+    [("2", "2", []), ("8", "2", None), ("1", "1", [])],  # JAX: none hidden; one to each process
+)
+def test_one_process_on_a_node_has_all_of_its_devices(monkeypatch, tasks, nodes, devices):
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: given.append(a[3]))
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", nodes)
+    config = resolve(compose([TINY[0], "backend.distributed=true", *CACHE]))
+    distributed.start(config.backend)
+    assert given == [devices]

@@ -232,7 +232,8 @@ def check_continues(
     name = config.training.exp_name
     ways_out = (
         "Choose another training.exp_name for a new run, undo the change, or set "
-        "training.allow_config_change=true to continue all the same."
+        "training.allow_config_change=true to continue all the same. In a sweep, put what varies "
+        "into the name, with the quotes: 'training.exp_name=NAME-${training.model_seed}'."
     )
     if step is None:
         if (record.folder / "run.json").exists() and record.run()["status"] == "finished":

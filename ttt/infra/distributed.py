@@ -1,6 +1,7 @@
 """What must happen before JAX wakes its backend: platform, devices, compile cache, processes."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def _join(backend: BackendConfig) -> None:
             address or None,
             backend.num_processes if address else None,
             backend.process_id if address else None,
+            # Under Slurm JAX gives each process the one device of its number, unless told.
+            [] if _has_the_node() else None,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
@@ -125,6 +128,12 @@ def _join(backend: BackendConfig) -> None:
             "backend.coordinator_address=HOST:PORT, num_processes and process_id, or set "
             "backend.distributed=false"
         ) from error
+
+
+def _has_the_node() -> bool:
+    """Whether Slurm started one process on each node: all devices of the node are its own."""
+    tasks = os.environ.get("SLURM_NTASKS")
+    return tasks is not None and tasks == os.environ.get("SLURM_STEP_NUM_NODES")
 
 
 def _check(platform: str) -> None:

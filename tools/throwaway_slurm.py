@@ -52,6 +52,7 @@ MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=2,batch_sched_delay=1
 ReturnToService=2
 KillWait=10
 # Many sites have it: a task that fails takes the others with it.

@@ -150,7 +150,7 @@ def test_deploy_interactive_stays_in_this_process():
 
 def test_deploy_submitit_starts_slurm_jobs_of_one_distributed_task_per_node():
     cfg = with_hydra("+deploy=submitit", "+experiment=tiny/pretrain/pretrain-tiny-fa")
-    assert cfg.hydra.launcher._target_.endswith("SlurmLauncher")
+    assert cfg.hydra.launcher._target_.endswith("SlurmTTTLauncher")
     assert cfg.hydra.launcher.tasks_per_node == 1
     assert cfg.hydra.mode.name == "MULTIRUN"
     assert cfg.backend.distributed is True
@@ -158,5 +158,5 @@ def test_deploy_submitit_starts_slurm_jobs_of_one_distributed_task_per_node():
 
 def test_local_background_launcher_is_registered():
     cfg = with_hydra("hydra/launcher=submitit_local_ttt")
-    assert cfg.hydra.launcher._target_.endswith("LocalLauncher")
+    assert cfg.hydra.launcher._target_.endswith("LocalTTTLauncher")
     assert cfg.hydra.launcher.timeout_min == 24 * 60

@@ -38,6 +38,7 @@ def save(checkpoints: Checkpoints, step: int, **changes) -> None:
         "manifest": {"step": step, "note": "déjà vu"},
     }
     checkpoints.save(step, **(items | changes))
+    checkpoints.wait()
 
 
 def abstract(tree):
@@ -164,9 +165,11 @@ import numpy as np
 from ttt.infra.checkpoint import Checkpoints
 
 pathlib.Path.rename = pathlib.Path.replace = os.rename = os.replace = lambda *a, **k: os._exit(9)
-Checkpoints(sys.argv[1]).save(
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(
     5, model_weights={"w": np.ones(3)}, opt_state={"m": np.ones(3)}, loader_state={}, manifest={}
 )
+checkpoints.wait()
 """
 
 

@@ -4,14 +4,22 @@
                                           opt_state        any pytree of arrays
                                           train_ds_iter    JSON: the loader's position
                                           manifest         JSON: what the caller wants to know later
+                                          hashes.json      size and SHA-256 of every other file
 
-This is the layout of the published checkpoints, which have no manifest. A folder whose name is a
-number is a whole checkpoint: saves write beside it and rename, deletions rename first.
+This is the layout of the published checkpoints, which have neither manifest nor hashes. A folder
+whose name is a number is a whole checkpoint: a save writes beside it, hashes what it wrote, sees it
+on the disk and renames; deletions rename first. What is found broken later is put aside as
+`<step>.broken`.
 """
 
+import hashlib
 import json
+import logging
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,16 +27,22 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, with_leaves
-from ttt.errors import UserError
+from ttt.errors import RunError, UserError
 from ttt.globs import matches
 
+_logger = logging.getLogger(__name__)
+
 # What a save or a deletion that was cut off leaves behind (the first name is Orbax's).
-_LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
+_LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.saving", "*.deleting")
+_HASHES = "hashes.json"
+# Made in the background, folders that cannot be made would keep the writers waiting for minutes.
+_FOLDERS_FIRST = ocp.options.AsyncOptions(create_directories_asynchronously=False)
 _JSON_FILES = {"train_ds_iter": "global_batch_progress.json", "manifest": "manifest.json"}
 
 
@@ -52,7 +66,7 @@ def run_folder(root: str | Path, exp_folder: str, exp_name: str) -> Path:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process of the run calls `save` and `restore`."""
+    """The checkpoints of one run. Every process of the run calls `save`, `wait` and `restore`."""
 
     def __init__(self, folder: str | Path, *, keep: int = 1, milestone_freq: int = 0):
         """Bind to `folder`; nothing is read or made.
@@ -67,6 +81,7 @@ class Checkpoints:
         self.folder = Path(folder).expanduser().absolute()
         self.keep = keep
         self.milestone_freq = milestone_freq
+        self._saving: _Background | None = None
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints on disk, ascending."""
@@ -91,6 +106,45 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} has no step {step}: choose one of {there}")
         return self.folder / str(steps[-1] if step == -1 else step)
 
+    def find_good(self, step: int = -1) -> int:
+        """The newest whole and undamaged step, or `step` if it is that; damage is told loudly.
+
+        Every file is read and compared with `hashes.json`; a checkpoint with neither hashes nor
+        manifest is a published one and taken as it is. Nothing is changed.
+        Raises CheckpointError if no checkpoint, or not the one asked for, is good.
+        """
+        asked = int(self.find(step).name)
+        candidates = [asked] if step != -1 else self.steps()[::-1]
+        found = np.int32(-1)
+        damage: dict[int, str] = {}
+        if jax.process_index() == 0:
+            for candidate in candidates:
+                if not (fault := _damage(self.folder / str(candidate))):
+                    found = np.int32(candidate)
+                    break
+                damage[candidate] = fault
+                _logger.warning("CHECKPOINT %d IS BROKEN: %s", candidate, fault)
+        found = int(multihost_utils.broadcast_one_to_all(found))
+        if found == -1:
+            listed = _listed(f"no checkpoint in {self.folder} can be used", damage.values())
+            raise CheckpointError(
+                f"{listed}\nBring one back from a copy, or move the folder away to start anew. "
+                "Nothing was changed."
+            )
+        if damage:
+            _logger.warning("FALLING BACK TO THE CHECKPOINT OF STEP %d", found)
+        return found
+
+    def put_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps, which `find_good` found broken, to STEP.broken."""
+        if jax.process_index() != 0:
+            return
+        for broken in [later for later in self.steps() if later > step]:
+            aside = self.folder / f"{broken}.broken"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(broken)).rename(aside)
+            _logger.warning("the broken checkpoint of step %d lies in %s", broken, aside)
+
     def save(
         self,
         step: int,
@@ -100,10 +154,13 @@ class Checkpoints:
         loader_state: dict[str, Any],
         manifest: dict[str, Any],
     ) -> None:
-        """Write a step, whole or not at all; then delete what retention does not keep.
+        """Start to write a step, whole or not at all; then delete what retention does not keep.
 
+        Returns when the arrays may change again; `wait` tells when the step is on disk. Waits for
+        the save before it, and raises what became of that one.
         loader_state, manifest: JSON-able.
         """
+        self.wait()
         if step in self.steps():
             raise CheckpointError(
                 f"{self.folder} has a step {step} already, and saves do not overwrite: delete it, "
@@ -115,10 +172,49 @@ class Checkpoints:
             "train_ds_iter": _JsonItem(_JSON_FILES["train_ds_iter"], loader_state),
             "manifest": _JsonItem(_JSON_FILES["manifest"], manifest),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._delete_leftovers()
-        ocp.save_checkpointables(str(self.folder / str(step)), items)
-        self._delete_old()
+        partial = self.folder / f"{step}.saving"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._delete_leftovers()
+            began = time.monotonic()
+            with ocp.Context(async_options=_FOLDERS_FIRST):
+                response = ocp.save_checkpointables_async(str(partial), items)
+        except (OSError, ValueError) as error:
+            raise self._failed(step, error) from error
+
+        def commit() -> None:
+            response.result()
+            if jax.process_index() == 0:
+                _write_hashes(partial)
+                partial.rename(self.folder / str(step))
+                _sync(self.folder)
+                self._delete_old()
+            _logger.info("checkpoint %d is on disk after %.1f s", step, time.monotonic() - began)
+
+        self._saving = _Background(step, commit)
+
+    def wait(self) -> None:
+        """Return when the last save is on disk; raises a RunError if it failed."""
+        saving, self._saving = self._saving, None
+        if saving is not None and (error := saving.result()):
+            raise self._failed(saving.step, error) from error
+
+    def check(self) -> None:
+        """Raise a RunError if the last save has failed already."""
+        if self._saving is not None and self._saving.failed():
+            self.wait()
+
+    def _failed(self, step: int, error: Exception) -> RunError:
+        latest = self.latest()
+        safe = (
+            f"the checkpoint of step {latest} is intact" if latest is not None else "there is none"
+        )
+        return RunError(
+            f"the checkpoint of step {step} could not be written to {self.folder}: "
+            f"{type(error).__name__}: {error}\n"
+            f"Of those before, {safe}. Make room or mend the disk, then start the same command "
+            "again: it goes on from there."
+        )
 
     def restore(self, step: int, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Load array items exactly as `like` describes them: same names, shapes and dtypes.
@@ -151,6 +247,81 @@ class Checkpoints:
             if not self.milestone_freq or step % self.milestone_freq:
                 doomed = (self.folder / str(step)).rename(self.folder / f"{step}.deleting")
                 shutil.rmtree(doomed)
+
+
+class _Background:
+    """A function in a thread of its own."""
+
+    def __init__(self, step: int, function: Callable[[], None]):
+        self.step = step
+        self._error: Exception | None = None
+        self._function = function
+        self._thread = threading.Thread(target=self._run, name=f"checkpoint {step}")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._function()
+        except Exception as error:  # told by `result`, in the thread that waits
+            self._error = error
+
+    def failed(self) -> bool:
+        return not self._thread.is_alive() and self._error is not None
+
+    def result(self) -> Exception | None:
+        self._thread.join()
+        return self._error
+
+
+def _write_hashes(step_dir: Path) -> None:
+    """Name every file of a checkpoint with its size and hash, all of it seen to the disk."""
+    entries = {
+        str(path.relative_to(step_dir)): {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        for path in _files(step_dir)
+    }
+    hashes = step_dir / _HASHES
+    hashes.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    for path in [*_files(step_dir), *(p for p in step_dir.rglob("*") if p.is_dir()), step_dir]:
+        _sync(path)
+
+
+def _damage(step_dir: Path) -> str:
+    """What is wrong with a checkpoint's files, as one line; empty: nothing."""
+    hashes = step_dir / _HASHES
+    if not hashes.exists() and not (step_dir / "manifest").exists():
+        return "" if _files(step_dir) else f"{step_dir} is empty"
+    try:
+        entries = json.loads(hashes.read_bytes())
+        for name, entry in entries.items():
+            path = step_dir / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if (size := path.stat().st_size) != entry["bytes"]:
+                return f"{path} has {size} bytes, {entry['bytes']} were saved"
+        for name, entry in entries.items():
+            if _hash(step_dir / name) != entry["sha256"]:
+                return f"{step_dir / name} is not what was saved (its SHA-256 differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{hashes} or what it names cannot be read ({error})"
+    return "" if entries else f"{hashes} names no file"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a power failure cannot take it back."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_flat(step_dir: str | Path, item: str) -> dict[str, np.ndarray]:
@@ -324,5 +495,5 @@ def _describe(array: ShapeDtype) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
-def _listed(head: str, faults: Sequence[str]) -> str:
+def _listed(head: str, faults: Iterable[str]) -> str:
     return "\n  ".join([f"{head}:", *sorted(faults)])

@@ -2,10 +2,12 @@
 
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,14 +16,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ttt.config import Config, config_dir, explain, resolve
-from ttt.errors import UserError
+from ttt.errors import RunError, Stopped, UserError
+
+ASKED_TO_STOP = 75
+"""Exit code of a run that stopped when asked, and can go on: sysexits' "try again later"."""
 
 
 @contextmanager
 def exit_codes() -> Generator[None]:
-    """Exit with 2 for a user's mistake, 130 if interrupted, 1 and a traceback otherwise."""
+    """Exit with 2 for a user's mistake, 75 if asked to stop, 130 if interrupted, 1 otherwise."""
     try:
         yield
+    except Stopped as stopped:
+        _hand_on(stopped.signal_number)
+        _leave(ASKED_TO_STOP, str(stopped))
+    except RunError as error:
+        _leave(1, f"error: {error}")
     except UserError as error:
         _leave(2, f"error: {error}")
     except HydraException as error:
@@ -37,6 +47,13 @@ def _leave(code: int, message: str) -> None:
     sys.exit(code)
 
 
+def _hand_on(number: int) -> None:
+    """Give the signal to submitit if it waits for it: it requeues the job, and ends the process."""
+    handler = signal.getsignal(number)
+    if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
+        handler(number, None)
+
+
 class Job:
     """What Hydra runs for each job; a class, so that launchers can send it to other processes."""
 
@@ -47,10 +64,24 @@ class Job:
     def __call__(self, cfg: DictConfig) -> None:
         """Check the composed `cfg` and run it."""
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            self._work(cfg)  # Hydra goes on with the other jobs and reports this one in the end
+            try:
+                self._work(cfg)  # Hydra goes on with the other jobs and reports this one in the end
+            except Stopped as stopped:  # whoever asks one job to stop wants none of the others
+                with exit_codes():
+                    raise stopped
         else:
             with exit_codes():
                 self._work(cfg)
+
+    def checkpoint(self, cfg: DictConfig) -> Any:
+        """What submitit queues in place of this job when its time is up: the same once more.
+
+        For jobs that are submitted as they are. Hydra's launchers queue themselves, with their
+        command line. The state is in the run's checkpoints either way.
+        """
+        from submitit.helpers import DelayedSubmission  # costs time that most commands do without
+
+        return DelayedSubmission(self, cfg)
 
     def _work(self, cfg: DictConfig) -> None:
         if code := self.run(resolve(cfg)):

@@ -13,9 +13,13 @@ from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQu
 
 @dataclass
 class SlurmTTT(SlurmQueueConf):
-    """A Slurm job of one task per node: JAX drives all of a node's devices from one process."""
+    """A Slurm job of one task per node: JAX drives all of a node's devices from one process.
+
+    At its time limit, or preempted, it saves and goes back into the queue.
+    """
 
     timeout_min: int = 24 * 60
+    max_num_timeout: int = 1000  # submitit's own 0 would end the run at its first time limit
     tasks_per_node: int = 1
     stderr_to_stdout: bool = True
 

@@ -96,7 +96,7 @@ def test_a_run_learns_and_leaves_a_whole_record(configure):
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert rows[0]["loss"] == pytest.approx(np.log(258), rel=0.05)
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
-    assert [row["step"] for row in rows if "eval_loss" in row] == [20]
+    assert [row["step"] for row in record.metrics() if "eval_loss" in row] == [20]
     assert record.run()["status"] == "finished"
     assert record.run()["attempts"][0]["data"]["train"].startswith("sha256:")
     summary = json.loads((record.folder / "eval/loss_by_position-40.json").read_text())

@@ -224,10 +224,14 @@ class TrainingConfig:
     """Batches of the evaluation split to score; 0: all of it."""
     save_every_steps: Natural
     """0: only at the end."""
+    save_every_minutes: NotNegative
+    """Minutes between two checkpoints at most; 0: steps alone decide."""
     save_milestone_freq: Natural
     """Every so many steps a checkpoint is kept for good; 0: none."""
     keep_checkpoints: Count
     """Latest checkpoints that stay beside the milestones."""
+    skip_bad_steps: Natural
+    """Steps in a row to leave out if their loss or gradient is not finite; one more ends it."""
     load_part: LoadPart
     """What to take from `resume_exp_name` at step 0: nothing, the parameters, or all the state."""
     resume_exp_folder: FolderName
@@ -622,6 +626,8 @@ _NEUTRAL = frozenset(
         "training.eval_*",
         "training.save_*",
         "training.keep_checkpoints",
+        # what to do where the run would end otherwise
+        "training.skip_bad_steps",
         "benchmark.**",
         # the permission to differ
         "training.allow_config_change",

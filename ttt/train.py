@@ -5,7 +5,11 @@ The order matters: everything that a user can have got wrong is found before the
 
 import dataclasses
 import logging
+import math
+import shlex
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +25,15 @@ from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
 from ttt.entry import hydra_entry
-from ttt.errors import UserError
+from ttt.errors import RunError, Stopped, UserError
 from ttt.evaluation.loss_by_position import Comparison, PositionLoss
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
+from ttt.infra.lock import RunLock
 from ttt.infra.mesh import check_divides, data_mesh, replicate, shard_batch
-from ttt.infra.progress import Progress
-from ttt.infra.record import RunRecord
+from ttt.infra.preemption import StopRequest
+from ttt.infra.progress import Progress, Spent
+from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
 from ttt.model import loop, published
 from ttt.model.loop import Evaluator, TrainState
@@ -53,6 +59,22 @@ class Start(NamedTuple):
     """What was taken from a checkpoint."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a run holds while it works."""
+
+    config: Config
+    data: Data
+    mesh: Mesh
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    record: RunRecord
+    tracker: Tracker
+    lock: RunLock
+    stop: StopRequest
+    spent: Spent
+
+
 def run(config: Config) -> None:
     """Train as `config` says, from where the last call stopped; evaluate; say where things are."""
     distributed.start(config.backend)
@@ -67,34 +89,73 @@ def run(config: Config) -> None:
         milestone_freq=training.save_milestone_freq,
     )
     record = RunRecord(Path(paths.experiments) / training.exp_folder / training.exp_name)
-    check_continues(config, data, checkpoints, record)
-    start = find_start(config, checkpoints, mesh)
-    step = int(start.state.step)
-    if step >= training.total_steps and summary_path(record, step).exists():
-        logger.info(
-            "%s is finished at step %d: evaluation in %s, checkpoint in %s. To go on, raise "
-            "training.total_steps; to start anew, choose another training.exp_name.",
-            *(training.exp_name, step, record.folder, checkpoints.find(step)),
+    with RunLock(record.folder, checkpoints.folder, active=jax.process_index() == 0) as lock:
+        own = checkpoints.find_good() if checkpoints.steps() else None
+        check_continues(config, data, checkpoints, record, own)
+        start = find_start(config, checkpoints, own, mesh)
+        step = int(start.state.step)
+        if step >= training.total_steps and summary_path(record, step).exists():
+            if record.run()["status"] != "finished":  # killed between its last two writes
+                record.finish("finished")
+            logger.info(
+                "%s is finished at step %d: evaluation in %s, checkpoint in %s. To go on, raise "
+                "training.total_steps; to start anew, choose another training.exp_name.",
+                *(training.exp_name, step, record.folder, checkpoints.find(step)),
+            )
+            return
+        lock.make()
+        if own is not None:
+            checkpoints.put_aside_after(own)
+        record.start(
+            to_dict(config), devices=[d.device_kind for d in jax.devices()], data=data.fingerprints
         )
-        return
-    record.start(
-        to_dict(config), devices=[d.device_kind for d in jax.devices()], data=data.fingerprints
-    )
-    record.truncate_after(step)
-    if start.account is not None:
-        record.restored(start.account)
-    tracker = make_tracker(config, record)
+        record.truncate_after(step)
+        if start.account is not None:
+            record.restored(start.account)
+        tracker = make_tracker(config, record)
+        with StopRequest() as stop:
+            parts = (data, mesh, evaluator, checkpoints, record, tracker, lock, stop, Spent())
+            work(Run(config, *parts), start)
+
+
+def work(run: Run, start: Start) -> None:
+    """Train and evaluate; whatever happens, close the record with what became of it."""
     status = "failed"
     try:
-        state = train(config, start, data, evaluator, checkpoints, tracker, mesh)
-        evaluate(config, state, data, evaluator, record, tracker)
+        state = train(run, start)
+        evaluate(run, state)
         status = "finished"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         status = "interrupted"
         raise
+    except OSError as error:
+        if not (fault := disk_fault(error)):
+            raise
+        raise RunError(
+            f"the run ended because of the disk: {fault}\nThe latest checkpoint, of step "
+            f"{run.checkpoints.latest()}, is whole. Make room or mend the disk, then start the "
+            "same command again: it goes on from there."
+        ) from error
     finally:
-        tracker.finish(status)
-    logger.info("checkpoint: %s", checkpoints.find())
+        close(run, status)
+    logger.info("checkpoint: %s", run.checkpoints.find())
+
+
+def close(run: Run, status: str) -> None:
+    """Let a save that is under way finish, and the record say how this attempt ended.
+
+    Raises nothing that would hide why it ended.
+    """
+    try:
+        run.checkpoints.wait()
+    except RunError as error:
+        logger.error("%s", error)
+    try:
+        run.record.spent(run.spent.total)
+        run.tracker.finish(status)
+    except OSError as error:
+        logger.error("the run record could not be closed: %s", error)
+    logger.info("seconds: %s", run.spent)
 
 
 # ---- before the first compilation ------------------------------------------------------
@@ -130,7 +191,7 @@ def open_data(config: Config) -> Data:
 
 
 def check_continues(
-    config: Config, data: Data, checkpoints: Checkpoints, record: RunRecord
+    config: Config, data: Data, checkpoints: Checkpoints, record: RunRecord, step: int | None
 ) -> None:
     """Refuse to go on with another run's numbers, and to write over a finished run's record."""
     name = config.training.exp_name
@@ -138,7 +199,6 @@ def check_continues(
         "Choose another training.exp_name for a new run, undo the change, or set "
         "training.allow_config_change=true to continue all the same."
     )
-    step = checkpoints.latest()
     if step is None:
         if (record.folder / "run.json").exists() and record.run()["status"] == "finished":
             raise UserError(
@@ -166,10 +226,9 @@ def check_continues(
         )
 
 
-def find_start(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> Start:
-    """The run's own latest checkpoint, else what `load_part` says, else fresh weights."""
+def find_start(config: Config, checkpoints: Checkpoints, own: int | None, mesh: Mesh) -> Start:
+    """The run's own checkpoint `own`, else what `load_part` says, else fresh weights."""
     training = config.training
-    own = checkpoints.latest()
     if own is not None:
         logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
         return restore_all(config, checkpoints, own, mesh)
@@ -179,7 +238,7 @@ def find_start(config: Config, checkpoints: Checkpoints, mesh: Mesh) -> Start:
         config.deploy_paths.checkpoint, training.resume_exp_folder, training.resume_exp_name
     )
     parent = Checkpoints(folder)
-    step_folder = parent.find(training.resume_step)
+    step_folder = parent.find(parent.find_good(training.resume_step))
     logger.info("starting from %s (%s)", step_folder, training.load_part)
     if training.load_part == "all":
         return restore_all(config, parent, int(step_folder.name), mesh)
@@ -247,22 +306,14 @@ def make_tracker(config: Config, record: RunRecord) -> Tracker:
 # ---- training ----------------------------------------------------------------------------
 
 
-def train(
-    config: Config,
-    start: Start,
-    data: Data,
-    evaluator: Evaluator,
-    checkpoints: Checkpoints,
-    tracker: Tracker,
-    mesh: Mesh,
-) -> TrainState:
+def train(run: Run, start: Start) -> TrainState:
     """From `start` to `total_steps`, with logs, evaluations and checkpoints on the way."""
-    training = config.training
+    config, training, spent = run.config, run.config.training, run.spent
     state, first = start.state, int(start.state.step)
     if first >= training.total_steps:
         return state
     batches = lm_dataset.train_batches(
-        data.train,
+        run.data.train,
         global_batch_size=training.global_batch_size,
         seed=training.data_seed,
         bos_token_id=config.model.bos_token_id,
@@ -271,34 +322,114 @@ def train(
     )
     if start.loader_state is not None:
         batches.set_state(start.loader_state)
+    if run.record.logged(first, "loss") and not run.record.logged(first, "eval_loss"):
+        evaluate_on_the_way(run, state, batches, first)  # if due, the last attempt left before
     compiled = None
-    clock = time.monotonic()
+    bad_steps = bad_steps_before(run.record)
+    saved = time.monotonic()
+    tokens = training.global_batch_size * training.seq_length
     with Progress(training.total_steps, "train", start=first) as progress:
         for step in range(first + 1, training.total_steps + 1):
-            waited = time.monotonic()
-            batch = place(next(batches), training.accum_steps, mesh)
-            waited = time.monotonic() - waited
+            with spent("data_wait"):
+                batch = place(next(batches), training.accum_steps, run.mesh)
             if compiled is None:
-                compiled = compile_step(config, state, batch)
-                clock = time.monotonic()
-            state, metrics = compiled(state, batch)
-            metrics = {name: float(value) for name, value in metrics._asdict().items()}
-            now = time.monotonic()
-            tokens = training.global_batch_size * training.seq_length
-            metrics |= {
-                "tokens_per_second": tokens / (now - clock),
-                "data_wait_seconds": waited,
-            }
-            clock = now
-            if due(step, training.eval_every_steps) and step < training.total_steps:
-                metrics["eval_loss"] = score(config, state, data, evaluator, learn=True).loss
-                clock = time.monotonic()
-            tracker.log(step, metrics)
+                with spent("compile"):
+                    compiled = compile_step(config, state, batch)
+                if asked_to_stop(run):
+                    raise stopped(run, step - 1)
+            with spent("step"):
+                state, measured = compiled(state, batch)
+                metrics: dict[str, Any] = {k: float(v) for k, v in measured._asdict().items()}
+            bad_steps = 0 if is_good(metrics) else bad_steps + 1
+            if bad_steps:
+                metrics["bad_samples"] = samples(config, run.data, batches)
+            seconds = spent.take()
+            metrics["tokens_per_second"] = tokens / (seconds["data_wait"] + seconds["step"])
+            metrics |= {f"{what}_seconds": seconds[what] for what in seconds if what != "compile"}
+            run.tracker.log(step, metrics)
             progress.update(step, loss=metrics["loss"], tokens=tokens)
-            if due(step, training.save_every_steps) or step == training.total_steps:
-                save(config, state, batches, data, checkpoints)
-                clock = time.monotonic()
+            check_numbers(run, step, metrics, bad_steps)
+            minutes = (time.monotonic() - saved) / 60
+            stop, late = distributed.any_process(
+                run.stop.signal_number is not None,
+                0 < training.save_every_minutes <= minutes,
+            )
+            last = step == training.total_steps
+            if due(step, training.save_every_steps) or last or stop or late:
+                save(run, state, batches)
+                saved = time.monotonic()
+            if stop:
+                raise stopped(run, step)
+            run.checkpoints.check()
+            if not last:
+                evaluate_on_the_way(run, state, batches, step)
+    with spent("save"):
+        run.checkpoints.wait()
     return state
+
+
+def is_good(metrics: dict[str, Any]) -> bool:
+    """Whether a step was taken; the compiled step leaves the state alone where this is false."""
+    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])
+
+
+def bad_steps_before(record: RunRecord) -> int:
+    """How many of the last logged steps, without a gap, were not taken."""
+    count = 0
+    for row in [row for row in record.metrics() if "loss" in row][::-1]:
+        if is_good(row):
+            break
+        count += 1
+    return count
+
+
+def check_numbers(run: Run, step: int, metrics: dict[str, Any], bad_steps: int) -> None:
+    """Tell of a step that was not taken; a RunError if there were too many in a row."""
+    if not bad_steps:
+        return
+    allowed = run.config.training.skip_bad_steps
+    told = (
+        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} on samples "
+        f"{metrics['bad_samples']}"
+    )
+    if bad_steps <= allowed:
+        logger.warning("%s; left out (%d of at most %d in a row)", told, bad_steps, allowed)
+        return
+    raise RunError(
+        f"{told}; no update was made of it.\nThe samples are in the record as bad_samples, the "
+        f"latest checkpoint is of step {run.checkpoints.latest()}. Look at the samples, lower the "
+        "learning rate, or leave such steps out with training.skip_bad_steps=K, up to K in a row."
+    )
+
+
+def samples(config: Config, data: Data, batches: grain.DatasetIterator) -> list[int]:
+    """The samples of the batch that came last."""
+    return lm_dataset.samples_of_batch(
+        data.train,
+        batches.get_state()["next_index"] - 1,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.training.data_seed,
+    )
+
+
+def asked_to_stop(run: Run) -> bool:
+    """Whether any process was; all of them ask at the same point."""
+    return distributed.any_process(run.stop.signal_number is not None)[0]
+
+
+def stopped(run: Run, step: int) -> Stopped:
+    """The end of a run that was asked to stop after `step`, once that step is on disk."""
+    with run.spent("save"):
+        run.checkpoints.wait()
+    training = run.config.training
+    there = run.checkpoints.latest()
+    where = f"its checkpoint {run.checkpoints.find()}" if there is not None else "the start"
+    command = shlex.join([Path(sys.argv[0]).name, *masked_arguments(sys.argv[1:])])
+    return Stopped(
+        f"{training.exp_name} stopped after step {step} of {training.total_steps}, as "
+        f"{run.stop.name} asked. The same command goes on from {where}:\n  {command}",
+        run.stop.signal_number or 0,
+    )
 
 
 def due(step: int, every: int) -> bool:
@@ -337,73 +468,87 @@ def compile_step(config: Config, state: TrainState, batch: Batch) -> jax.stages.
     return compiled
 
 
-def save(
-    config: Config,
-    state: TrainState,
-    batches: grain.DatasetIterator,
-    data: Data,
-    checkpoints: Checkpoints,
-) -> None:
-    """A checkpoint from which the run goes on bit for bit."""
-    checkpoints.save(
-        int(state.step),
-        **as_items(state),
-        loader_state=batches.get_state(),
-        manifest={"config": to_dict(config), "data": data.fingerprints},
-    )
+def save(run: Run, state: TrainState, batches: grain.DatasetIterator) -> None:
+    """Start to write a checkpoint from which the run goes on bit for bit."""
+    with run.spent("save"):
+        run.lock.check()
+        run.record.sync()  # the steps up to a checkpoint are in the record, or it has a gap
+        run.checkpoints.save(
+            int(state.step),
+            **as_items(state),
+            loader_state=batches.get_state(),
+            manifest={"config": to_dict(run.config), "data": run.data.fingerprints},
+        )
 
 
 # ---- evaluation --------------------------------------------------------------------------
 
 
-def score(
-    config: Config, state: TrainState, data: Data, evaluator: Evaluator, *, learn: bool
-) -> PositionLoss:
-    """The evaluation split, or `eval_batches` of it, in order."""
-    training = config.training
+def evaluate_on_the_way(
+    run: Run, state: TrainState, batches: grain.DatasetIterator, step: int
+) -> None:
+    """Log the held-out loss if an evaluation is due after `step`."""
+    if not due(step, run.config.training.eval_every_steps):
+        return
+    try:
+        with run.spent("evaluation"):
+            loss = score(run, state, learn=True).loss
+    except Stopped:
+        if run.checkpoints.latest() != step:
+            save(run, state, batches)
+        raise stopped(run, step) from None
+    seconds = run.spent.take()["evaluation"]
+    run.tracker.log(step, {"eval_loss": loss, "evaluation_seconds": seconds})
+
+
+def score(run: Run, state: TrainState, *, learn: bool) -> PositionLoss:
+    """The evaluation split, or `eval_batches` of it, in order; raises Stopped if asked to."""
+    training = run.config.training
     batches = lm_dataset.eval_batches(
-        data.evaluation,
+        run.data.evaluation,
         batch_size=training.eval_batch_size,
         max_batches=training.eval_batches,
-        bos_token_id=config.model.bos_token_id,
+        bos_token_id=run.config.model.bos_token_id,
     )
-    available = -(-len(data.evaluation) // training.eval_batch_size)
+    available = -(-len(run.data.evaluation) // training.eval_batch_size)
     total = min(training.eval_batches or available, available)
+
+    def told(batch: int, loss: float) -> None:
+        progress.update(batch, loss=loss)
+        if asked_to_stop(run):
+            raise stopped(run, int(state.step))
+
     with Progress(total, f"evaluate{'' if learn else ' without learning'}") as progress:
         return PositionLoss.measure(
-            evaluator,
+            run.evaluator,
             state.model,
             batches,
             learn=learn,
-            told=lambda batch, loss: progress.update(batch, loss=loss),
+            told=told,
         )
 
 
-def evaluate(
-    config: Config,
-    state: TrainState,
-    data: Data,
-    evaluator: Evaluator,
-    record: RunRecord,
-    tracker: Tracker,
-) -> None:
+def evaluate(run: Run, state: TrainState) -> None:
     """Loss by position with and without learning: table, picture, record."""
-    training, step = config.training, int(state.step)
-    learning = score(config, state, data, evaluator, learn=True)
-    meta = training.train_mode == "meta"
-    still = score(config, state, data, evaluator, learn=False) if meta else None
+    config, training, step = run.config, run.config.training, int(state.step)
+    with run.spent("evaluation"):
+        learning = score(run, state, learn=True)
+        meta = training.train_mode == "meta"
+        still = score(run, state, learn=False) if meta else None
     sliding = config.model.seq_modeling_block == "SWA"
     window = config.model.sliding_window_size if sliding else training.seq_length
     comparison = Comparison(learning, still, window)
     summary = comparison.summary()
-    picture = record.folder / f"loss_by_position-{step}.png"
+    picture = run.record.folder / f"loss_by_position-{step}.png"
     comparison.draw(
         picture,
         title=f"{training.exp_name}, step {step}",
         points=min(32, training.seq_length),
     )
-    path = record.save_arrays("loss_by_position", step, comparison.arrays(), summary)
-    tracker.log(step, {"final_eval_loss": learning.loss})
+    if not run.record.logged(step, "final_eval_loss"):
+        run.tracker.log(step, {"final_eval_loss": learning.loss})
+    # The summary comes last: where it is, the run is finished.
+    path = run.record.save_arrays("loss_by_position", step, comparison.arrays(), summary)
     Console().print(comparison.table())
     if still is not None:
         logger.info(

@@ -49,7 +49,14 @@ class TokenSource:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has samples 0 to {len(self) - 1}, not {index}")
         start = index * self.seq_length
-        sample = np.asarray(self.tokens[start : start + self.seq_length + 1])
+        try:
+            sample = np.asarray(self.tokens[start : start + self.seq_length + 1])
+        except Exception as error:  # of the disk, of zarr, or of any of its codecs
+            raise StoreError(
+                f"{self.name}, sample {index}: tokens {start} to {start + self.seq_length} cannot "
+                f"be read ({type(error).__name__}: {error}): a file there is damaged or gone; "
+                "bring the store back from a good copy."
+            ) from error
         if outside := token_store.ids_outside(sample, self.vocab_size):
             raise StoreError(
                 f"{self.name}, sample {index}: token id {outside[0]} at position {outside[1]} is "
@@ -147,11 +154,22 @@ def train_batches(
             "lower either or add data."
         )
     share = global_batch_size // hosts
-    order = grain.MapDataset.range(len(source)).shuffle(seed=seed)
-    # Batches of indices are cut before the hosts part and before samples are read.
-    batches = order.batch(global_batch_size, drop_remainder=True).repeat()
+    batches = _order(source, global_batch_size, seed)
     mine = slice(host * share, (host + 1) * share)
     return _read(batches.map(lambda indices: indices[mine]), source, bos_token_id, threads)
+
+
+def samples_of_batch(
+    source: Source, number: int, *, global_batch_size: int, seed: int
+) -> list[int]:
+    """The samples in global batch `number` (from 0) of `train_batches`, without reading them."""
+    return np.asarray(_order(source, global_batch_size, seed)[number]).tolist()
+
+
+def _order(source: Source, global_batch_size: int, seed: int) -> grain.MapDataset:
+    """Batches of indices without end, cut before the hosts part and before samples are read."""
+    order = grain.MapDataset.range(len(source)).shuffle(seed=seed)
+    return order.batch(global_batch_size, drop_remainder=True).repeat()
 
 
 def eval_batches(

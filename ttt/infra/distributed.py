@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from ttt.config import BackendConfig
 from ttt.errors import UserError
@@ -37,6 +39,14 @@ def start(backend: BackendConfig) -> None:
         _join()
     if platform != "auto":
         _check(platform)
+
+
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """Each flag as true if it is in any process. Every process calls it, at the same steps."""
+    if jax.process_count() == 1:
+        return flags
+    gathered = multihost_utils.process_allgather(np.asarray(flags))
+    return tuple(bool(flag) for flag in gathered.any(axis=0))
 
 
 def _fake_devices(count: int) -> None:

@@ -1,8 +1,9 @@
-"""A line that tells how far a loop is: live in a terminal, now and then in a log file."""
+"""How far a loop is, as a line (live in a terminal, now and then in a log file), and its costs."""
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -91,3 +92,34 @@ class Progress:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+class Spent:
+    """Where time goes: seconds by name, in all and since they were last taken."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        """clock: seconds."""
+        self._clock = clock
+        self.total: dict[str, float] = defaultdict(float)
+        self._recent: dict[str, float] = defaultdict(float)
+
+    def __str__(self) -> str:
+        """The largest first."""
+        largest_first = sorted(self.total.items(), key=lambda item: -item[1])
+        return ", ".join(f"{what} {seconds:.1f}" for what, seconds in largest_first)
+
+    @contextmanager
+    def __call__(self, what: str) -> Generator[None]:
+        """Count the time inside as spent on `what`."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - began
+            self.total[what] += seconds
+            self._recent[what] += seconds
+
+    def take(self) -> dict[str, float]:
+        """What was spent since the last call of this; 0 for what is not there."""
+        taken, self._recent = self._recent, defaultdict(float)
+        return taken

@@ -6,12 +6,13 @@
                                           eval/<name>-<step>.npz   arrays of an evaluation
                                           eval/<name>-<step>.json  its summary
 
-Every line of `metrics.jsonl` has `step` (outer steps done) and the metrics of that step, usually
-`loss` (nats per token), `grad_norm` (before clipping), `lr` and `tokens_per_second`. JSON has no
+Every line of `metrics.jsonl` has `step` (outer steps done) and metrics of that step: one line of
+its training, with `loss` (nats per token), and another one of an evaluation after it. JSON has no
 number for a diverged loss: NaN and the infinities are written as the strings "NaN", "Infinity" and
 "-Infinity", and read back as floats.
 """
 
+import errno
 import json
 import math
 import os
@@ -36,6 +37,11 @@ _PACKAGES = ("ttt", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "gr
 _SECRET = re.compile(r".*(key|token|password)|.*secret.*", re.IGNORECASE)
 _SECRET_ARGUMENT = re.compile(r"((?:key|token|password|secret\w*)\s*[=:])[^}]+", re.IGNORECASE)
 _MASK = "***"
+# Full, beyond a quota or a limit, read-only, broken, or gone: with a mount, or under a run.
+_DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENXIO),
+    *(errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EACCES, errno.EPERM, errno.ENOENT),
+}
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 
@@ -65,7 +71,7 @@ class RunRecord:
 
         Writes `config.yaml` and `run.json`: `id` (stable over attempts), `status` (running,
         finished, failed or interrupted) and `attempts`, each with `started` and `finished` (UTC),
-        `status`, `command`, `versions`, `git`, `hardware`, `data` and `restored`.
+        `status`, `command`, `versions`, `git`, `hardware`, `data`, `restored` and `seconds`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = OmegaConf.to_yaml(OmegaConf.create(masked(config)))
@@ -90,6 +96,7 @@ class RunRecord:
             },
             "data": dict(data),
             "restored": None,
+            "seconds": None,
         }
         run["attempts"].append(attempt)
         self._write_run(run)
@@ -101,6 +108,10 @@ class RunRecord:
     def finish(self, status: str) -> None:
         """Close this attempt as finished, failed or interrupted."""
         self._amend({"finished": _now(), "status": status})
+
+    def spent(self, seconds: Mapping[str, float]) -> None:
+        """Note where this attempt's time went."""
+        self._amend({"seconds": {name: round(value, 3) for name, value in seconds.items()}})
 
     def run(self) -> dict[str, Any]:
         """The content of `run.json`."""
@@ -124,6 +135,15 @@ class RunRecord:
             for number, line in enumerate(whole, start=1)
         ]
         return [{name: _number(value) for name, value in row.items()} for row in rows]
+
+    def logged(self, step: int, name: str) -> bool:
+        """Whether a line of `step` has the metric `name`."""
+        return any(row["step"] == step and name in row for row in self.metrics())
+
+    def sync(self) -> None:
+        """Wait until all that was logged is on the disk, where no power failure takes it back."""
+        with self._metrics_jsonl.open("rb") as file:
+            os.fsync(file.fileno())
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps, and a last line that a crash cut off.
@@ -165,6 +185,13 @@ class RunRecord:
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
         _write_json(self._run_json, {**run, "status": run["attempts"][-1]["status"]})
+
+
+def disk_fault(error: OSError) -> str:
+    """What failed, if it is the disk that gave up; empty for any other error."""
+    if error.errno not in _DISK_FAULTS:
+        return ""
+    return f"{error.filename or 'a file of the run'}: {error.strerror}"
 
 
 def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,4 +282,6 @@ def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:
         write(file)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure may leave the new name with nothing in it
     beside.replace(path)

@@ -105,14 +105,21 @@ def make_train_step(
         (_, losses), gradient = mean_over(
             lambda batch: jax.value_and_grad(batch_loss, has_aux=True)(trained, batch), batch
         )
+        gradient_norm = jnp.sqrt(tree.squared_norm(gradient) + 1e-5)
         # optax mixes integer counts with floats, which our strict promotion (in tests) refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
-            learning_rate = schedule(state.step)
-        model = eqx.combine(optax.apply_updates(trained, updates), frozen)
+            learning_rate = schedule(optax.tree.get_all_with_path(state.opt_state, "count")[-1][1])
+        new = (optax.apply_updates(trained, updates), opt_state)
+        # A step whose numbers are not finite changes nothing, the optimizer's counts included.
+        good = jnp.isfinite(losses.loss) & jnp.isfinite(gradient_norm)
+        trained, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), new, (trained, state.opt_state)
+        )
+        model = eqx.combine(trained, frozen)
         metrics = StepMetrics(
             loss=losses.loss,
-            gradient_norm=jnp.sqrt(tree.squared_norm(gradient) + 1e-5),
+            gradient_norm=gradient_norm,
             learning_rate=jnp.asarray(learning_rate, jnp.float32),
             inner_rate=inner.lr * scale,
             inner_gradient_norm=jnp.mean(losses.gradient_norms),

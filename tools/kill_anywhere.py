@@ -1,0 +1,207 @@
+r"""Kill one tiny run again and again, start the same command each time, and compare what comes out.
+
+The run is killed (SIGKILL) at moments that are watched for in its files, plus a random delay: while
+it starts, in a step, in a save, in an evaluation, at its end. Then its parameters, optimizer state,
+loader position and every logged number must equal, bit for bit, those of a run left in peace.
+
+  uv run python tools/kill_anywhere.py --kills 25 --seed 0
+
+Exit codes: 0 all equal, 1 a difference or a kill that did not happen
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ttt.dataloader import token_store
+from ttt.infra.checkpoint import Checkpoints, read_flat
+from ttt.infra.record import RunRecord
+from ttt.model.loop import StepMetrics
+
+SAVE_EVERY, EVAL_EVERY = 5, 8
+MOMENTS = ("start", "step", "save", "evaluation", "end")
+MEASURED = {*StepMetrics._fields, "step", "eval_loss", "final_eval_loss", "bad_samples"}
+"""What must agree; the other metrics are times."""
+LIMIT_SECONDS = 600.0
+TINY = (
+    "+experiment=tiny/pretrain/pretrain-tiny-e2e",
+    *("size.intermediate_size=32", "size.window=24", "size.chunk=16"),
+    *("model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=2"),
+    *("model.suffix_len=1", "model.num_attention_heads=2"),
+    *("training.seq_length=64", "training.global_batch_size=4", "training.eval_batch_size=2"),
+    *("training.eval_batches=20", f"training.eval_every_steps={EVAL_EVERY}"),
+    f"training.save_every_steps={SAVE_EVERY}",
+    *("training.optimizer_outer.lr_decay_steps=100", "training.optimizer_outer.lr_warmup_steps=1"),
+    "training.dataset_name=text",
+)
+
+
+class Tiny:
+    """A run in a folder of its own, as a command and as what it leaves."""
+
+    def __init__(self, folder: Path, name: str, steps: int, extra: list[str]):
+        """Bind to `folder`, which holds the data as `text`; nothing is started."""
+        self.record = RunRecord(folder / "experiments" / "default" / name)
+        self.checkpoints = Checkpoints(folder / "checkpoints" / "default" / name)
+        self.log = folder / f"{name}.log"
+        self.steps = steps
+        self.command = [
+            *(sys.executable, "-m", "ttt.train", *TINY, f"training.exp_name={name}"),
+            f"training.total_steps={steps}",
+            f"deploy_paths.experiments={folder}/experiments",
+            f"deploy_paths.checkpoint={folder}/checkpoints",
+            f"+deploy_paths.data.text={folder}/text",
+            *extra,
+        ]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the command; what it says goes to the log."""
+        with self.log.open("ab") as log:
+            return subprocess.Popen(self.command, stdout=log, stderr=log)
+
+    def last(self) -> dict[str, float]:
+        """The last line of the record."""
+        rows = self.record.metrics()
+        return rows[-1] if rows else {"step": 0}
+
+    def finish(self) -> None:
+        """Run to the end; exits with the log's end if that fails."""
+        if (process := self.start()).wait(LIMIT_SECONDS) != 0:
+            tail = self.log.read_text(errors="replace")[-3000:]
+            sys.exit(f"{' '.join(self.command)}\nended with {process.returncode}:\n{tail}")
+
+    def numbers(self) -> list[dict[str, float]]:
+        """The logged lines without times."""
+        rows = self.record.metrics()
+        return [{name: row[name] for name in row if name in MEASURED} for row in rows]
+
+
+def moment(run: Tiny, kind: str, rng: random.Random) -> Callable[[], bool]:
+    """What tells that the moment has come; asked again and again from the start on."""
+    began, first = time.monotonic(), run.checkpoints.latest() or 0
+    if kind == "start":
+        delay = rng.uniform(0.0, 8.0)
+        return lambda: time.monotonic() - began > delay
+    if kind == "step":
+        target = min(first + rng.randint(1, 6), run.steps - 1)
+        return lambda: run.last()["step"] >= target > first
+    if kind == "save":
+        # Any state of a save: Orbax's folder, ours, the hashes, or the deletion of an old one.
+        marks = ("*.orbax-checkpoint-tmp*", "*.saving", "*.saving/hashes.json", "*.deleting")
+        mark = rng.choice(marks[:3])
+        there = set(run.checkpoints.folder.glob("*"))  # left by an earlier kill
+        new = run.checkpoints.folder.glob
+        return lambda: any(path not in there for path in new(mark))
+    if kind == "evaluation":
+        target = (first // EVAL_EVERY + 1) * EVAL_EVERY
+        if target >= run.steps:
+            return moment(run, "step", rng)
+        return lambda: run.last()["step"] >= target
+    return lambda: run.last()["step"] >= run.steps
+
+
+def kill(run: Tiny, kind: str, rng: random.Random) -> bool:
+    """Start the run and kill it at such a moment; false if it ended before."""
+    come, delay = moment(run, kind, rng), rng.choice((0.0, rng.uniform(0.0, 0.1)))
+    process, began = run.start(), time.monotonic()
+    while process.poll() is None and not come():
+        if time.monotonic() - began > LIMIT_SECONDS:
+            process.kill()
+            sys.exit(f"no moment for a kill ({kind}) in {LIMIT_SECONDS:.0f} s: see {run.log}")
+        time.sleep(0.001)
+    time.sleep(delay)
+    if process.poll() is not None:
+        return False
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
+
+
+def differences(run: Tiny, peaceful: Tiny) -> list[str]:
+    """Whatever differs between what the two runs left."""
+    found = []
+    ours, theirs = run.checkpoints, peaceful.checkpoints
+    if ours.latest() != run.steps or ours.find_good() != run.steps:
+        found.append(f"checkpoints {ours.steps()}, the last good one of step {ours.find_good()}")
+    for item in ("model_weights", "opt_state"):
+        got, wanted = (read_flat(c.find(), item) for c in (ours, theirs))
+        if got.keys() != wanted.keys():
+            found.append(f"{item}: other names")
+        found += [
+            f"{item}: {name}"
+            for name in got.keys() & wanted.keys()
+            if not np.array_equal(got[name], wanted[name], equal_nan=got[name].dtype.kind == "f")
+        ]
+    if ours.loader_state(run.steps) != theirs.loader_state(run.steps):
+        found.append("the loader's position")
+    got, wanted = run.numbers(), peaceful.numbers()
+    if [row["step"] for row in got] != [row["step"] for row in wanted]:
+        found.append(f"steps in the record: {[row['step'] for row in got]}")
+    elif got != wanted:
+        steps = [g["step"] for g, w in zip(got, wanted, strict=True) if g != w]
+        found.append(f"numbers in the record at steps {steps}")
+    if run.record.run()["status"] != "finished":
+        found.append(f"status {run.record.run()['status']}")
+    left = [path.name for path in ours.folder.iterdir() if not path.name.isdecimal()]
+    if left != [".lock"]:
+        found.append(f"left over: {left}")
+    return found
+
+
+def schedule(kills: int, kinds: list[str]) -> list[str]:
+    """A kind for each kill, taken in turn; those at the end come last."""
+    turns = [kinds[i % len(kinds)] for i in range(kills)]
+    return [kind for kind in turns if kind != "end"] + [kind for kind in turns if kind == "end"]
+
+
+def main() -> int:
+    """Run and return the exit code."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=100, help="of the run, 4 a kill or more")
+    parser.add_argument("--moments", default=",".join(MOMENTS), help="in turn; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="settings of the run, as for train")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        ids = np.random.default_rng(0).integers(0, 256, 20_000).astype(np.int32)
+        attributes = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257}
+        token_store.write(folder / "text", {"train": ids, "val": ids[:4000]}, attributes=attributes)
+        peaceful = Tiny(folder, "peaceful", options.steps, options.overrides)
+        killed = Tiny(folder, "killed", options.steps, options.overrides)
+        began = time.monotonic()
+        peaceful.finish()
+        print(f"the run in peace: {options.steps} steps in {time.monotonic() - began:.0f} s")
+        hits: Counter[str] = Counter()
+        for number, kind in enumerate(schedule(options.kills, options.moments.split(",")), 1):
+            hit = kill(killed, kind, rng)
+            hits[kind] += hit
+            print(
+                f"kill {number:2} ({kind}{'' if hit else ', too late'}): {killed.last()['step']:3} "
+                f"steps logged, checkpoint {killed.checkpoints.latest()}",
+                flush=True,
+            )
+        killed.finish()
+        wrong = differences(killed, peaceful)
+    for difference in wrong:
+        print(f"DIFFERENT: {difference}")
+    print(json.dumps({"kills": hits.total(), "by_moment": hits, "different": wrong}))
+    return 0 if not wrong and hits.total() == options.kills else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -90,21 +90,27 @@ class Tiny:
 def moment(run: Tiny, kind: str, rng: random.Random) -> Callable[[], bool]:
     """What tells that the moment has come; asked again and again from the start on."""
     began, first = time.monotonic(), run.checkpoints.latest() or 0
+    # Beyond the next checkpoint, mostly, so that the run gets on from kill to kill.
+    beyond = first + rng.choice((0, SAVE_EVERY, 4 * SAVE_EVERY))
     if kind == "start":
         delay = rng.uniform(0.0, 8.0)
         return lambda: time.monotonic() - began > delay
     if kind == "step":
-        target = min(first + rng.randint(1, 6), run.steps - 1)
+        target = min(beyond + rng.randint(1, SAVE_EVERY), run.steps - 1)
         return lambda: run.last()["step"] >= target > first
     if kind == "save":
-        # Any state of a save: Orbax's folder, ours, the hashes, or the deletion of an old one.
-        marks = ("*.orbax-checkpoint-tmp*", "*.saving", "*.saving/hashes.json", "*.deleting")
-        mark = rng.choice(marks[:3])
-        there = set(run.checkpoints.folder.glob("*"))  # left by an earlier kill
-        new = run.checkpoints.folder.glob
-        return lambda: any(path not in there for path in new(mark))
+        # Any state of a save: Orbax's folder, ours, or with its hashes.
+        mark = rng.choice(("*.orbax-checkpoint-tmp*", "*.saving", "*.saving/hashes.json"))
+        before = set(run.checkpoints.folder.glob(mark))  # left by an earlier kill
+        target = first + rng.choice((1, SAVE_EVERY + 1))
+
+        def saving() -> bool:
+            found = set(run.checkpoints.folder.glob(mark)) - before
+            return run.last()["step"] >= target and bool(found)
+
+        return saving
     if kind == "evaluation":
-        target = (first // EVAL_EVERY + 1) * EVAL_EVERY
+        target = (beyond // EVAL_EVERY + 1) * EVAL_EVERY
         if target >= run.steps:
             return moment(run, "step", rng)
         return lambda: run.last()["step"] >= target
@@ -114,6 +120,8 @@ def moment(run: Tiny, kind: str, rng: random.Random) -> Callable[[], bool]:
 def kill(run: Tiny, kind: str, rng: random.Random) -> bool:
     """Start the run and kill it at such a moment; false if it ended before."""
     come, delay = moment(run, kind, rng), rng.choice((0.0, rng.uniform(0.0, 0.1)))
+    if kind == "end":
+        delay = rng.uniform(0.0, 2.0)  # into the evaluation, the picture, the last writes
     process, began = run.start(), time.monotonic()
     while process.poll() is None and not come():
         if time.monotonic() - began > LIMIT_SECONDS:
@@ -160,9 +168,10 @@ def differences(run: Tiny, peaceful: Tiny) -> list[str]:
 
 
 def schedule(kills: int, kinds: list[str]) -> list[str]:
-    """A kind for each kill, taken in turn; those at the end come last."""
-    turns = [kinds[i % len(kinds)] for i in range(kills)]
-    return [kind for kind in turns if kind != "end"] + [kind for kind in turns if kind == "end"]
+    """A kind for each kill, in turn; those at the end come last, at most two: then it is over."""
+    last = min(2, kills // len(kinds)) * ["end"] if "end" in kinds else []
+    others = [kind for kind in kinds if kind != "end"]
+    return [others[i % len(others)] for i in range(kills - len(last))] + last
 
 
 def main() -> int:
@@ -170,7 +179,7 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=100, help="of the run, 4 a kill or more")
+    parser.add_argument("--steps", type=int, default=200, help="of the run, 6 a kill or more")
     parser.add_argument("--moments", default=",".join(MOMENTS), help="in turn; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="settings of the run, as for train")

@@ -132,13 +132,24 @@ def work(run: Run, start: Start) -> None:
         if not (fault := disk_fault(error)):
             raise
         raise RunError(
-            f"the run ended because of the disk: {fault}\nThe latest checkpoint, of step "
-            f"{run.checkpoints.latest()}, is whole. Make room or mend the disk, then start the "
-            "same command again: it goes on from there."
+            f"the run ended because of the disk: {fault}\n{what_is_safe(run)} Make room or mend "
+            "the disk, then start the same command again: it goes on from there."
         ) from error
     finally:
         close(run, status)
     logger.info("checkpoint: %s", run.checkpoints.find())
+
+
+def what_is_safe(run: Run) -> str:
+    """The latest checkpoint, in a sentence, after a save that is under way."""
+    try:
+        run.checkpoints.wait()
+    except RunError as error:
+        logger.error("%s", error)
+    step = run.checkpoints.latest()
+    if step is None:
+        return "There is no checkpoint yet."
+    return f"The latest checkpoint, of step {step}, is whole."
 
 
 def close(run: Run, status: str) -> None:
@@ -146,10 +157,7 @@ def close(run: Run, status: str) -> None:
 
     Raises nothing that would hide why it ended.
     """
-    try:
-        run.checkpoints.wait()
-    except RunError as error:
-        logger.error("%s", error)
+    what_is_safe(run)
     try:
         run.record.spent(run.spent.total)
         run.tracker.finish(status)
@@ -396,9 +404,9 @@ def check_numbers(run: Run, step: int, metrics: dict[str, Any], bad_steps: int) 
         logger.warning("%s; left out (%d of at most %d in a row)", told, bad_steps, allowed)
         return
     raise RunError(
-        f"{told}; no update was made of it.\nThe samples are in the record as bad_samples, the "
-        f"latest checkpoint is of step {run.checkpoints.latest()}. Look at the samples, lower the "
-        "learning rate, or leave such steps out with training.skip_bad_steps=K, up to K in a row."
+        f"{told}; no update was made of it.\n{what_is_safe(run)} The samples are in the record as "
+        "bad_samples: look at them, lower the learning rate, or leave such steps out with "
+        "training.skip_bad_steps=K, up to K in a row."
     )
 
 
@@ -497,7 +505,7 @@ def evaluate_on_the_way(
         if run.checkpoints.latest() != step:
             save(run, state, batches)
         raise stopped(run, step) from None
-    seconds = run.spent.take()["evaluation"]
+    seconds = run.spent.take("evaluation")["evaluation"]
     run.tracker.log(step, {"eval_loss": loss, "evaluation_seconds": seconds})
 
 

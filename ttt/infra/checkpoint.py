@@ -41,8 +41,6 @@ _logger = logging.getLogger(__name__)
 # What a save or a deletion that was cut off leaves behind (the first name is Orbax's).
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.saving", "*.deleting")
 _HASHES = "hashes.json"
-# Made in the background, folders that cannot be made would keep the writers waiting for minutes.
-_FOLDERS_FIRST = ocp.options.AsyncOptions(create_directories_asynchronously=False)
 _JSON_FILES = {"train_ds_iter": "global_batch_progress.json", "manifest": "manifest.json"}
 
 
@@ -177,7 +175,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._delete_leftovers()
             began = time.monotonic()
-            with ocp.Context(async_options=_FOLDERS_FIRST):
+            with _folders_first():
                 response = ocp.save_checkpointables_async(str(partial), items)
         except (OSError, ValueError) as error:
             raise self._failed(step, error) from error
@@ -271,6 +269,19 @@ class _Background:
     def result(self) -> Exception | None:
         self._thread.join()
         return self._error
+
+
+def _folders_first() -> ocp.Context:
+    """Orbax set to make a checkpoint's folders before it returns.
+
+    Made in the background, folders that cannot be made keep its writers waiting for minutes.
+    """
+    if not hasattr(ocp.Context, "asynchronous"):  # before Orbax 0.12.8
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        return ocp.Context(async_options=options)
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    return context
 
 
 def _write_hashes(step_dir: Path) -> None:

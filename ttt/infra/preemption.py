@@ -42,7 +42,7 @@ class StopRequest:
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end)
         for number in (*SIGNALS, *_submitit_signal()):
-            self._before[number] = signal.signal(number, lambda number, frame: None)
+            self._before[number] = signal.signal(number, lambda number, frame: self._ask(number))
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -74,19 +74,25 @@ class StopRequest:
 
     def _listen(self) -> None:
         taken = (*SIGNALS, *_submitit_signal())
+        told = False
         while got := os.read(self._read_end, 1):
             number = got[0]
             if number not in taken:
                 continue
-            if self.signal_number is None:
-                self.signal_number = number
+            if told and number == signal.SIGINT:
+                os._exit(INTERRUPTED)
+            self._ask(number)
+            if not told:
+                told = True
                 _logger.warning(
                     "asked to stop by %s: finishing the step and saving; a second Ctrl-C leaves at "
                     "once, back to the last checkpoint",
                     self.name,
                 )
-            elif number == signal.SIGINT:
-                os._exit(INTERRUPTED)
+
+    def _ask(self, number: int) -> None:
+        if self.signal_number is None:
+            self.signal_number = number
 
 
 def _submitit_signal() -> tuple[int, ...]:

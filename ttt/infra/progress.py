@@ -119,7 +119,9 @@ class Spent:
             self.total[what] += seconds
             self._recent[what] += seconds
 
-    def take(self) -> dict[str, float]:
-        """What was spent since the last call of this; 0 for what is not there."""
-        taken, self._recent = self._recent, defaultdict(float)
+    def take(self, *names: str) -> dict[str, float]:
+        """What was spent on `names` (none: on all) since it was last taken; 0 for all else."""
+        taken = defaultdict(float)
+        for name in names or tuple(self._recent):
+            taken[name] = self._recent.pop(name, 0.0)
         return taken

@@ -1,6 +1,12 @@
 """Checkpoints: whole or absent, exact, and every parameter accounted for."""
 
+import errno
 import json
+import os
+import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,6 +18,7 @@ import optax
 import pytest
 
 from ttt.core.tree import named_leaves
+from ttt.errors import RunError
 from ttt.infra.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -27,6 +34,7 @@ WEIGHTS = {
         "ln_f": {"weight": jnp.array([1.0, 2.0], jnp.float32)},
     }
 }
+JSON = {"loader_state": {}, "manifest": {}}
 OPT_STATE = optax.adamw(optax.linear_schedule(1.0, 0.0, 5)).init(WEIGHTS)
 
 
@@ -183,6 +191,117 @@ def test_a_save_killed_before_its_commit_is_no_checkpoint_and_is_cleaned_up(tmp_
     (tmp_path / "4.deleting").mkdir()  # and a deletion that was cut off
     save(checkpoints, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    weights = {str(i): jnp.full((512, 512), i, jnp.float32) for i in range(8)}
+    expected = jax.tree.map(np.array, weights)
+    checkpoints.save(1, model_weights=weights, opt_state={"m": np.ones(1)}, **JSON)
+    for _ in range(5):  # the buffers that are being written are given away
+        weights = step(weights)
+    checkpoints.wait()
+    jax.tree.map(
+        np.testing.assert_array_equal, read_flat(tmp_path / "1", "model_weights"), expected
+    )
+
+
+# ---- damage ------------------------------------------------------------------------------
+
+
+def largest_file(folder):
+    data = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+    return max(data, key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+    path = largest_file(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(folder):
+    path = largest_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "bytes, .* were saved": truncate,
+    "SHA-256 differs": flip_a_bit,
+    "train_ds_iter.* is missing": lambda folder: shutil.rmtree(folder / "train_ds_iter"),
+    "opt_state.* is missing": lambda folder: shutil.rmtree(folder / "opt_state"),
+    r"hashes\.json or what it names cannot be read": lambda folder: (
+        folder / "hashes.json"
+    ).unlink(),
+    r"hashes\.json .*cannot be read": lambda folder: (folder / "hashes.json").write_text('{"a": '),
+    "names no file": lambda folder: (folder / "hashes.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGES)
+def test_damage_is_found_and_the_newest_good_checkpoint_taken(tmp_path, caplog, fault):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (3, 6):
+        save(checkpoints, step)
+    assert checkpoints.find_good() == 6
+    DAMAGES[fault](tmp_path / "6")
+    with caplog.at_level("WARNING", "ttt"):
+        assert checkpoints.find_good() == 3
+    assert re.search(f"CHECKPOINT 6 IS BROKEN: .*{fault}", caplog.text)
+    with pytest.raises(CheckpointError, match=f"(?s)can be used.*{fault}.*Nothing was changed"):
+        checkpoints.find_good(6)
+    assert checkpoints.steps() == [3, 6]
+    checkpoints.put_aside_after(3)
+    assert checkpoints.steps() == [3]
+    assert (tmp_path / "6.broken").is_dir()
+    save(checkpoints, 6)
+    assert checkpoints.find_good() == 6
+
+
+def test_published_checkpoints_without_hashes_are_taken_as_they_are(golden, caplog):
+    assert Checkpoints(golden / "published_checkpoint").find_good() == 7
+    assert caplog.text == ""
+
+
+def test_a_disk_that_takes_no_more_is_told_and_the_last_checkpoint_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes of a file
+        with pytest.raises(RunError, match=r"step 6 could not be written(?s:.*)step 3 is intact"):
+            save(checkpoints, 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoints.steps() == [3]
+    assert checkpoints.find_good() == 3
+    save(checkpoints, 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]
+
+
+def check_until_it_fails(checkpoints):
+    """As a run does, after each of its steps."""
+    while True:
+        checkpoints.check()
+
+
+def test_what_the_last_steps_of_a_save_meet_is_told_too(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 3)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        checkpoints.save(6, model_weights=WEIGHTS, opt_state={"m": np.ones(1)}, **JSON)
+        with pytest.raises(RunError, match="No space left on device"):
+            check_until_it_fails(checkpoints)
+    assert checkpoints.steps() == [3]
 
 
 def test_restore_puts_arrays_on_the_sharding_asked_for(saved):

@@ -1,7 +1,11 @@
 """Batches: the published order, the same on any number of hosts, restored exactly."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +234,35 @@ def test_dummy_source_needs_no_store_and_is_a_function_of_split_and_index(tmp_pa
     batch = next(train_batches(source, global_batch_size=2, seed=0, bos_token_id=BOS))
     assert batch.inputs.shape == (2, 8)
     assert isinstance(source, RandomTokens)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_chunk_in_the_middle_names_split_sample_and_remedy(tmp_path, damage):
+    chunk = token_store.CHUNK_TOKENS
+    ids = np.random.default_rng(0).integers(0, 256, 3 * chunk, dtype=np.int32)
+    token_store.write(tmp_path / "store", {"train": ids}, attributes={})
+    source = open_source(
+        tmp_path / "store", "train", seq_length=64, vocab_size=256, bos_token_id=BOS
+    )
+    (file,) = (tmp_path / "store" / "train").rglob("c/1")
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.unlink()
+    last_good, first_bad = chunk // 64 - 2, chunk // 64 + 1
+    np.testing.assert_array_equal(source[last_good], ids[last_good * 64 :][:65])
+    with pytest.raises(StoreError, match=rf"store/train, sample {first_bad}: .* good copy"):
+        source[first_bad]
+    with pytest.raises(StoreError, match=r"store/train, sample \d+: .* good copy"):
+        take(train_batches(source, global_batch_size=512, seed=0, bos_token_id=BOS), 6)
+
+
+def test_the_loader_benchmark_measures_cold_and_warm():
+    tool = Path(__file__).parents[1] / "tools" / "loader_speed.py"
+    small = ["--tokens", "100000", "--lengths", "64", "--threads", "2", "--seconds", "0.05"]
+    for needs, code in (("1", 0), ("1e15", 1)):
+        command = [sys.executable, str(tool), *small, "--needs", needs]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == code, ran.stderr
+        assert "cold" in ran.stdout or not hasattr(os, "posix_fadvise")
+        assert "warm" in ran.stdout

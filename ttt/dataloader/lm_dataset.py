@@ -52,10 +52,11 @@ class TokenSource:
         try:
             sample = np.asarray(self.tokens[start : start + self.seq_length + 1])
         except Exception as error:  # of the disk, of zarr, or of any of its codecs
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
             raise StoreError(
                 f"{self.name}, sample {index}: tokens {start} to {start + self.seq_length} cannot "
-                f"be read ({type(error).__name__}: {error}): a file there is damaged or gone; "
-                "bring the store back from a good copy."
+                f"be read ({cause}): a file there is damaged or gone; bring the store back from a "
+                "good copy."
             ) from error
         if outside := token_store.ids_outside(sample, self.vocab_size):
             raise StoreError(

@@ -170,7 +170,9 @@ def open_split(root: Path | str, split: str, *, remedy: str = MAKE_REMEDY) -> za
     present = _split_names(root, remedy)
     if split not in present:
         raise StoreError(f"{root} has no split {split!r}; it has {', '.join(present) or 'none'}.")
-    array = zarr.open(root / split, mode="r")
+    # A chunk that vanishes later is an error too, where zarr knows the setting (3.2 or so on).
+    with zarr.config.set({"array.read_missing_chunks": False}):
+        array = zarr.open(root / split, mode="r")
     if not isinstance(array, zarr.Array):
         raise StoreError(f"{root / split} is a zarr group; a split is a 1-D array of token ids.")
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -37,6 +37,10 @@ JAX_FREE = (
 )
 
 
+DOCUMENTED = ("os._exit",)
+"""Public all the same: the name says that it is to be used with care."""
+
+
 def _module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -97,7 +101,8 @@ def private(tree: ast.AST) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] in bound
     ]
-    return [name for name in [*imports(tree), *used] if re.search(r"(^|\.)_(?!_)", name)]
+    names = [name for name in [*imports(tree), *used] if name not in DOCUMENTED]
+    return [name for name in names if re.search(r"(^|\.)_(?!_)", name)]
 
 
 def parsed(path: Path) -> ast.Module:

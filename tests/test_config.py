@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -28,7 +29,7 @@ from ttt.config import (
     to_dict,
 )
 from ttt.entry import Job, exit_codes, hydra_entry
-from ttt.errors import UserError
+from ttt.errors import RunError, Stopped, UserError
 from ttt.globs import is_glob, matches
 
 E2E = "tiny/pretrain/pretrain-tiny-e2e"
@@ -366,14 +367,16 @@ def test_the_command_hands_a_checked_config_to_run_and_leaves_nothing_behind(com
         (fail(UserError("the store is gone")), 2, "error: the store is gone\n"),
         (fail(RuntimeError("boom")), 1, "RuntimeError: boom"),
         (fail(KeyboardInterrupt()), 130, "interrupted"),
-        (lambda config: 75, 75, ""),
+        (fail(RunError("the disk is full")), 1, "error: the disk is full\n"),
+        (fail(Stopped("the same command goes on", signal.SIGTERM)), 75, "the same command goes on"),
+        (lambda config: 7, 7, ""),
     ],
 )
 def test_exit_code_tells_mistakes_failures_and_interrupts_apart(command, capsys, run, code, said):
     assert command(run, f"+experiment={E2E}") == code
     error = capsys.readouterr().err
     assert said in error
-    assert ("Traceback" in error) == (code == 1)
+    assert ("Traceback" in error) == ("RuntimeError" in said)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +394,18 @@ def test_a_wrong_command_line_exits_with_2_and_no_traceback(command, capsys, arg
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_sweep_that_is_asked_to_stop_starts_no_other_job(command, capsys):
+    seen = []
+
+    def run(config):
+        seen.append(config.training.total_steps)
+        raise Stopped("the same command goes on", signal.SIGTERM)
+
+    assert command(run, "-m", f"+experiment={E2E}", "training.total_steps=10,20") == 75
+    assert seen == [10]
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_sweep_runs_every_job_and_reports_a_failed_one(command, capsys):

@@ -11,9 +11,7 @@ Exit codes: 0 all equal, 1 a difference or a kill that did not happen
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from ttt.model.loop import StepMetrics
 
 SAVE_EVERY, EVAL_EVERY = 5, 8
 MOMENTS = ("start", "step", "save", "evaluation", "end")
+"""Of a kill; `stop` can be asked for too: SIGTERM in a step, which the run must obey."""
 MEASURED = {*StepMetrics._fields, "step", "eval_loss", "final_eval_loss", "bad_samples"}
 """What must agree; the other metrics are times."""
 LIMIT_SECONDS = 600.0
@@ -78,8 +78,11 @@ class Tiny:
     def finish(self) -> None:
         """Run to the end; exits with the log's end if that fails."""
         if (process := self.start()).wait(LIMIT_SECONDS) != 0:
-            tail = self.log.read_text(errors="replace")[-3000:]
-            sys.exit(f"{' '.join(self.command)}\nended with {process.returncode}:\n{tail}")
+            self.fail(f"{' '.join(self.command)}\nended with {process.returncode}")
+
+    def fail(self, why: str) -> NoReturn:
+        """Leave with the end of the log."""
+        sys.exit(f"{why}:\n{self.log.read_text(errors='replace')[-3000:]}")
 
     def numbers(self) -> list[dict[str, float]]:
         """The logged lines without times."""
@@ -95,7 +98,7 @@ def moment(run: Tiny, kind: str, rng: random.Random) -> Callable[[], bool]:
     if kind == "start":
         delay = rng.uniform(0.0, 8.0)
         return lambda: time.monotonic() - began > delay
-    if kind == "step":
+    if kind in ("step", "stop"):
         target = min(beyond + rng.randint(1, SAVE_EVERY), run.steps - 1)
         return lambda: run.last()["step"] >= target > first
     if kind == "save":
@@ -126,13 +129,21 @@ def kill(run: Tiny, kind: str, rng: random.Random) -> bool:
     while process.poll() is None and not come():
         if time.monotonic() - began > LIMIT_SECONDS:
             process.kill()
-            sys.exit(f"no moment for a kill ({kind}) in {LIMIT_SECONDS:.0f} s: see {run.log}")
+            run.fail(f"no moment for a kill ({kind}) in {LIMIT_SECONDS:.0f} s")
         time.sleep(0.001)
     time.sleep(delay)
     if process.poll() is not None:
         return False
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    if kind != "stop":
+        process.kill()
+        process.wait()
+        return True
+    asked = run.last()["step"]
+    process.terminate()
+    code, last = process.wait(LIMIT_SECONDS), run.last()["step"]
+    # Steps take milliseconds here, and some may pass between the look at the record and the signal.
+    if code != 75 or run.checkpoints.latest() != last or last > asked + 20:
+        run.fail(f"asked after step {asked}, left after {last} with {code}")
     return True
 
 

@@ -100,24 +100,32 @@ def moment(run: Tiny, kind: str, rng: random.Random) -> Callable[[], bool]:
         return lambda: time.monotonic() - began > delay
     if kind in ("step", "stop"):
         target = min(beyond + rng.randint(1, SAVE_EVERY), run.steps - 1)
-        return lambda: run.last()["step"] >= target > first
+        return logged(run, first, target)
     if kind == "save":
         # Any state of a save: Orbax's folder, ours, or with its hashes.
         mark = rng.choice(("*.orbax-checkpoint-tmp*", "*.saving", "*.saving/hashes.json"))
         before = set(run.checkpoints.folder.glob(mark))  # left by an earlier kill
-        target = first + rng.choice((1, SAVE_EVERY + 1))
-
-        def saving() -> bool:
-            found = set(run.checkpoints.folder.glob(mark)) - before
-            return run.last()["step"] >= target and bool(found)
-
-        return saving
+        come = logged(run, first, first + rng.choice((1, SAVE_EVERY + 1)))
+        return lambda: come() and bool(set(run.checkpoints.folder.glob(mark)) - before)
     if kind == "evaluation":
         target = (beyond // EVAL_EVERY + 1) * EVAL_EVERY
         if target >= run.steps:
             return moment(run, "step", rng)
-        return lambda: run.last()["step"] >= target
-    return lambda: run.last()["step"] >= run.steps
+        return logged(run, first, target)
+    return logged(run, first, run.steps)
+
+
+def logged(run: Tiny, first: int, target: int) -> Callable[[], bool]:
+    """Whether `target` was logged by this attempt, which starts after step `first`."""
+    seen = False
+
+    def come() -> bool:
+        nonlocal seen
+        step = run.last()["step"]
+        seen = seen or step <= first  # the lines of the attempt before are gone
+        return seen and step >= target
+
+    return come
 
 
 def kill(run: Tiny, kind: str, rng: random.Random) -> bool:

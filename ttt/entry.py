@@ -50,7 +50,8 @@ def _leave(code: int, message: str) -> None:
 def _hand_on(number: int) -> None:
     """Give the signal to submitit if it waits for it: it requeues the job, and ends the process."""
     handler = signal.getsignal(number)
-    if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
+    ours = number == signal.SIGINT  # Python's own handler, which would raise once more
+    if "SUBMITIT_EXECUTOR" in os.environ and callable(handler) and not ours:
         handler(number, None)
 
 

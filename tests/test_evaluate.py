@@ -160,7 +160,7 @@ def test_command_leaves_tables_notes_pictures_and_a_record_of_its_own(evaluated)
 def test_loss_of_every_method_at_other_lengths_is_that_of_reading_token_by_token(evaluated, root):
     """Two programs: the evaluation's over whole sequences, and the engine's over pieces."""
     rows = rows_of(evaluated[1], "loss_by_context")
-    machine = Machine(evaluate.data_mesh())
+    machine = Machine(evaluate.device_mesh())
     store = token_store.open_split(root / "text", "val")
     for method in ("e2e", "fa"):
         (run,) = runs.load(configure(root, method))

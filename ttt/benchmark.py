@@ -22,7 +22,7 @@ from ttt.config import Config, compose, resolve, to_dict
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
 from ttt.infra import distributed
-from ttt.infra.mesh import check_divides, data_mesh
+from ttt.infra.mesh import check_divides, device_mesh
 from ttt.infra.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
     asked = config.benchmark
     grid = {context: variants(config, overrides, context) for context in contexts(config)}
     distributed.start(config.backend)
-    mesh = data_mesh()
+    mesh = device_mesh(config.backend.state_parallel)
     if set(asked.calls) & timing.BATCH_CALLS:
         for configs in grid.values():
             check_batches(configs, mesh)

@@ -34,6 +34,7 @@ INNER_GRADIENTS = ("forward_over_reverse", "reverse_over_reverse")
 REMAT_POLICIES = ("none", "dots", "attention", "block", "chunk")
 REMAT_CHOICES = ("auto", *REMAT_POLICIES)
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
+SHARDINGS = ("replicated", "fsdp")
 OUTER_OPTIMIZERS = ("adamw",)
 INNER_OPTIMIZERS = ("sgd",)
 BENCHMARK_CALLS = (
@@ -81,6 +82,7 @@ NotNegative = Annotated[float, _NOT_NEGATIVE]
 Share = Annotated[float, Rule(lambda v: 0 < v <= 1, "must lie in (0, 1]; change it")]
 Fraction = Annotated[float, Rule(lambda v: 0 <= v < 1, "must lie in [0, 1); change it")]
 Step = Annotated[int, Rule(lambda v: v >= -1, "must be a step or -1 (the latest); set it to -1")]
+ProcessId = Annotated[int, Rule(lambda v: v >= -1, "must be 0 or more, or -1 for none; set it")]
 FolderName = Annotated[str, Rule(_is_folder_name, _ONE_FOLDER)]
 MaybeFolderName = Annotated[str, Rule(lambda v: v == "" or _is_folder_name(v), _ONE_FOLDER)]
 Globs = Annotated[
@@ -118,6 +120,7 @@ InnerGradient = Annotated[str, _one_of(INNER_GRADIENTS)]
 AttentionBackend = Annotated[str, _one_of(ATTENTION_BACKENDS)]
 RematPolicy = Annotated[str, _one_of(REMAT_CHOICES)]
 Platform = Annotated[str, _one_of(PLATFORMS)]
+Sharding = Annotated[str, _one_of(SHARDINGS)]
 EvaluationDType = Annotated[str, _one_of(("model", *DTYPES))]
 OuterOptimizer = Annotated[str, _one_of(OUTER_OPTIMIZERS)]
 InnerOptimizer = Annotated[str, _one_of(INNER_OPTIMIZERS)]
@@ -288,6 +291,18 @@ class BackendConfig:
     platform: Platform
     distributed: bool
     """Start jax.distributed (one process per host) before the first computation."""
+    coordinator_address: str
+    """HOST:PORT of process 0, where no cluster tells it (such as Slurm); empty: it does."""
+    num_processes: Natural
+    """Processes of the run, with `coordinator_address`; 0: none is given."""
+    process_id: ProcessId
+    """Of this process, from 0, with `coordinator_address`; -1: none is given."""
+    sharding: Sharding
+    """`replicated`: every device has all parameters and optimizer state; `fsdp`: the devices along
+    `data` share them, and gather a layer's weights when they use them."""
+    state_parallel: Count
+    """Devices that share each tensor of their sequences, fast weights included (the mesh axis
+    `state`); the others divide the batch."""
     fake_devices: Natural
     """CPU devices to pretend, for tests of sharding; 0: the real ones."""
     memory_gb: NotNegative
@@ -573,6 +588,24 @@ _RELATIONS = (
         ("backend.fake_devices", "backend.platform"),
         lambda count, platform: count == 0 or platform in ("auto", "cpu"),
         "only CPU devices can be pretended; set backend.platform=cpu or backend.fake_devices=0",
+    ),
+    Relation(
+        ("backend.coordinator_address", "backend.num_processes", "backend.process_id"),
+        lambda address, count, number: (
+            -1 < number < count if address else (count, number) == (0, -1)
+        ),
+        "a cluster by hand needs all three, process_id below num_processes; set all or none",
+    ),
+    Relation(
+        ("backend.coordinator_address", "backend.distributed"),
+        lambda address, distributed: not address or distributed,
+        "processes must join to share a run; set backend.distributed=true",
+    ),
+    Relation(
+        ("backend.state_parallel", "model.num_attention_heads", "model.intermediate_size"),
+        lambda state, heads, inner: heads % state == 0 and inner % state == 0,
+        "devices that share tensors must get whole heads and equal parts of the MLPs; "
+        "make state_parallel a divisor of both",
     ),
 )
 

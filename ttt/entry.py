@@ -29,7 +29,7 @@ def exit_codes() -> Generator[None]:
         yield
     except Stopped as stopped:
         _hand_on(stopped.signal_number)
-        _leave(ASKED_TO_STOP, str(stopped))
+        _leave(0 if _follows() else ASKED_TO_STOP, str(stopped))
     except RunError as error:
         _leave(1, f"error: {error}")
     except UserError as error:
@@ -48,11 +48,25 @@ def _leave(code: int, message: str) -> None:
 
 
 def _hand_on(number: int) -> None:
-    """Give the signal to submitit if it waits for it: it requeues the job, and ends the process."""
-    handler = signal.getsignal(number)
-    ours = number == signal.SIGINT  # Python's own handler, which would raise once more
-    if "SUBMITIT_EXECUTOR" in os.environ and callable(handler) and not ours:
+    """Give the signal to submitit if it waits for it: it requeues the job, and ends the process.
+
+    number: 0 for none. On other ranks than 0 submitit does nothing.
+    """
+    # Of Ctrl-C the handler is Python's own, which would raise once more.
+    waits = "SUBMITIT_EXECUTOR" in os.environ and number not in (0, signal.SIGINT)
+    handler = signal.getsignal(number) if waits else None
+    if callable(handler):
+        signal.signal(number, signal.SIG_IGN)  # the same once more would requeue a second time
         handler(number, None)
+
+
+def _follows() -> bool:
+    """Whether this process is one of a Slurm job's that leave the job's fate to rank 0.
+
+    They leave with 0: Slurm may take another code for a failure, and kill rank 0 before it has
+    queued the job again.
+    """
+    return "SUBMITIT_EXECUTOR" in os.environ and os.environ.get("SLURM_PROCID", "0") != "0"
 
 
 class Job:

@@ -23,7 +23,7 @@ from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, Told
 from ttt.evaluation.suites import SUITES
 from ttt.infra import distributed
-from ttt.infra.mesh import data_mesh
+from ttt.infra.mesh import device_mesh
 from ttt.infra.progress import Progress
 from ttt.infra.record import RunRecord
 
@@ -46,7 +46,7 @@ def run(config: Config) -> int | None:
     subjects = runs.load(config)
     for subject in subjects:
         logger.info("%s", _told(subject))
-    machine = Machine(data_mesh())
+    machine = Machine(device_mesh())
     suites = [SUITES[name](config, subjects, machine) for name in asked.suites]
     record = RunRecord(folder_of(config, subjects))
     devices = [device.device_kind for device in jax.devices()]

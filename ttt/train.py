@@ -9,6 +9,7 @@ import math
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from ttt.bench import costs, here, plan
@@ -34,12 +35,12 @@ from ttt.evaluation.runs import method_of
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.lock import RunLock
-from ttt.infra.mesh import check_divides, data_mesh, replicate, shard_batch
+from ttt.infra.mesh import Layout, check_divides, device_mesh, shard_batch
 from ttt.infra.preemption import StopRequest
 from ttt.infra.progress import Progress, Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
-from ttt.model import loop, published
+from ttt.model import loop, published, sharding
 from ttt.model.loop import Evaluator, TrainState
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Run:
 
     config: Config
     data: Data
-    mesh: Mesh
+    layout: Layout
     evaluator: Evaluator
     checkpoints: Checkpoints
     record: RunRecord
@@ -83,24 +84,29 @@ def run(config: Config) -> None:
     """Train as `config` says, from where the last call stopped; evaluate; say where things are."""
     distributed.start(config.backend)
     data = open_data(config)
-    mesh = data_mesh()
-    check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
+    layout = make_layout(config)
     config = fit_memory(config)
     training, paths = config.training, config.deploy_paths
-    evaluator = Evaluator(training, mesh)
+    evaluator = Evaluator(training, layout)
     checkpoints = Checkpoints(
         checkpoint.run_folder(paths.checkpoint, training.exp_folder, training.exp_name),
         keep=training.keep_checkpoints,
         milestone_freq=training.save_milestone_freq,
     )
-    record = RunRecord(Path(paths.experiments) / training.exp_folder / training.exp_name)
-    with RunLock(record.folder, checkpoints.folder, active=jax.process_index() == 0) as lock:
+    first = distributed.is_first()
+    record = RunRecord(
+        Path(paths.experiments) / training.exp_folder / training.exp_name, active=first
+    )
+    lock = RunLock(record.folder, checkpoints.folder, active=first)
+    with ExitStack() as held:
+        distributed.first_does(lambda: held.enter_context(lock))
         own = checkpoints.find_good() if checkpoints.steps() else None
         check_continues(config, data, checkpoints, record, own)
-        start = find_start(config, checkpoints, own, mesh)
+        start = find_start(config, checkpoints, own, layout)
         step = int(start.state.step)
-        if step >= training.total_steps and summary_path(record, step).exists():
-            if record.run()["status"] != "finished":  # killed between its last two writes
+        over = step >= training.total_steps and summary_path(record, step).exists()
+        if distributed.from_first(over):
+            if first and record.run()["status"] != "finished":  # killed between its last two writes
                 record.finish("finished")
             logger.info(
                 "%s is finished at step %d: evaluation in %s, checkpoint in %s. To go on, raise "
@@ -108,7 +114,7 @@ def run(config: Config) -> None:
                 *(training.exp_name, step, record.folder, checkpoints.find(step)),
             )
             return
-        lock.make()
+        distributed.first_does(lock.make)
         if own is not None:
             checkpoints.put_aside_after(own)
         record.start(
@@ -119,7 +125,7 @@ def run(config: Config) -> None:
             record.restored(start.account)
         tracker = make_tracker(config, record)
         with StopRequest() as stop:
-            parts = (data, mesh, evaluator, checkpoints, record, tracker, lock, stop, Spent())
+            parts = (data, layout, evaluator, checkpoints, record, tracker, lock, stop, Spent())
             work(Run(config, *parts), start)
 
 
@@ -129,6 +135,7 @@ def work(run: Run, start: Start) -> None:
     try:
         state = train(run, start)
         evaluate(run, state)
+        distributed.wait_for_all()  # who leaves early would take the others for dead
         status = "finished"
     except (KeyboardInterrupt, Stopped):
         status = "interrupted"
@@ -174,14 +181,29 @@ def close(run: Run, status: str) -> None:
 # ---- before the first compilation ------------------------------------------------------
 
 
+def make_layout(config: Config) -> Layout:
+    """Where state and batches lie; a UserError where devices cannot share them."""
+    mesh = device_mesh(config.backend.state_parallel)
+    rules = sharding.rules(config.backend.sharding, tied=config.model.tie_word_embeddings)
+    check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
+    layout = Layout(mesh, rules)
+    layout.check(jax.eval_shape(lambda: loop.init_state(config)))
+    return layout
+
+
 def open_data(config: Config) -> Data:
     """Both splits of the dataset, checked; the built-in corpus is made on first use."""
     training, model = config.training, config.model
     name = training.dataset_name
     root = config.deploy_paths.data.get(name, "")
-    if name == "builtin" and not training.dummy_dataset and not Path(root).exists():
-        logger.info("making the built-in corpus (the standard library's source) in %s", root)
-        text.ensure_builtin(root)
+
+    def make_builtin() -> None:
+        if not Path(root).exists():
+            logger.info("making the built-in corpus (the standard library's source) in %s", root)
+            text.ensure_builtin(root)
+
+    if name == "builtin" and not training.dummy_dataset:
+        distributed.first_does(make_builtin)
     train, evaluation = (
         lm_dataset.open_source(
             root,
@@ -210,7 +232,8 @@ def check_continues(
     name = config.training.exp_name
     ways_out = (
         "Choose another training.exp_name for a new run, undo the change, or set "
-        "training.allow_config_change=true to continue all the same."
+        "training.allow_config_change=true to continue all the same. In a sweep, put what varies "
+        "into the name, with the quotes: 'training.exp_name=NAME-${training.model_seed}'."
     )
     if step is None:
         if (record.folder / "run.json").exists() and record.run()["status"] == "finished":
@@ -248,14 +271,17 @@ def fit_memory(config: Config) -> Config:
     return fitted.config
 
 
-def find_start(config: Config, checkpoints: Checkpoints, own: int | None, mesh: Mesh) -> Start:
+def find_start(config: Config, checkpoints: Checkpoints, own: int | None, layout: Layout) -> Start:
     """The run's own checkpoint `own`, else what `load_part` says, else fresh weights."""
     training = config.training
     if own is not None:
         logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
-        return restore_all(config, checkpoints, own, mesh)
+        return restore_all(config, checkpoints, own, layout)
     if training.load_part == "none":
-        return Start(replicate(mesh, jax.jit(lambda: loop.init_state(config))()), None, None)
+        # Each device makes its own part. Random numbers do not depend on where they are drawn.
+        shardings = layout.shardings(jax.eval_shape(lambda: loop.init_state(config)))
+        fresh = jax.jit(lambda: loop.init_state(config), out_shardings=shardings)()
+        return Start(fresh, None, None)
     folder = checkpoint.run_folder(
         config.deploy_paths.checkpoint, training.resume_exp_folder, training.resume_exp_name
     )
@@ -263,28 +289,32 @@ def find_start(config: Config, checkpoints: Checkpoints, own: int | None, mesh: 
     step_folder = parent.find(parent.find_good(training.resume_step))
     logger.info("starting from %s (%s)", step_folder, training.load_part)
     if training.load_part == "all":
-        return restore_all(config, parent, int(step_folder.name), mesh)
-    return restore_parameters(config, step_folder, mesh)
+        return restore_all(config, parent, int(step_folder.name), layout)
+    return restore_parameters(config, step_folder, layout)
 
 
-def restore_all(config: Config, source: Checkpoints, step: int, mesh: Mesh) -> Start:
-    """Parameters, optimizer state, step and position exactly as they were saved."""
-    whole = NamedSharding(mesh, PartitionSpec())
+def restore_all(config: Config, source: Checkpoints, step: int, layout: Layout) -> Start:
+    """Parameters, optimizer state, step and position exactly as they were saved.
+
+    Where they lay then does not matter: every device reads what it is to hold now.
+    """
     like = jax.eval_shape(lambda: loop.init_state(config))
+    shapes = jax.eval_shape(as_items, like)
     stored = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(as_items, like),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        layout.shardings(shapes),
     )
     items = source.restore(step, stored)
     model = published.from_stored(like.model, items["model_weights"])
     opt_state = published.from_stored(like.opt_state, items["opt_state"])
-    state = TrainState(model, opt_state, replicate(mesh, jnp.asarray(step, jnp.int32)))
+    state = layout.place(TrainState(model, opt_state, jnp.asarray(step, jnp.int32)))
     names = list(tree.named_leaves(items["model_weights"]))
     account = {"from": str(source.find(step)), "part": "all", "restored": names, "initialised": []}
     return Start(state, source.loader_state(step), account)
 
 
-def restore_parameters(config: Config, step_folder: Path, mesh: Mesh) -> Start:
+def restore_parameters(config: Config, step_folder: Path, layout: Layout) -> Start:
     """Parameters by published name, the rest fresh; every parameter is accounted for."""
     fresh = loop.init_state(config).model
     model, account = published.load_parameters(
@@ -293,7 +323,7 @@ def restore_parameters(config: Config, step_folder: Path, mesh: Mesh) -> Start:
     logger.info("%s", account)
     state = loop.start_from(model, config.training)
     account = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
-    return Start(replicate(mesh, state), None, account)
+    return Start(layout.place(state), None, account)
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
@@ -307,7 +337,7 @@ def as_items(state: TrainState) -> dict[str, Any]:
 def make_tracker(config: Config, record: RunRecord) -> Tracker:
     """The run record, mirrored to W&B if asked for."""
     training = config.training
-    if not training.log_wandb:
+    if not training.log_wandb or not record.active:
         return RecordTracker(record)
     mirror = WandbTracker(
         entity=training.wandb_entity,
@@ -340,19 +370,21 @@ def train(run: Run, start: Start) -> TrainState:
     )
     if start.loader_state is not None:
         batches.set_state(start.loader_state)
-    if run.record.logged(first, "loss") and not run.record.logged(first, "eval_loss"):
+    left = run.record.logged(first, "loss") and not run.record.logged(first, "eval_loss")
+    if distributed.from_first(left):
         evaluate_on_the_way(run, state, batches, first)  # if due, the last attempt left before
     compiled = None
-    bad_steps = bad_steps_before(run.record)
+    bad_steps = distributed.from_first(bad_steps_before(run.record))
     saved = time.monotonic()
     tokens = training.global_batch_size * training.seq_length
-    with Progress(training.total_steps, "train", start=first) as progress:
+    quiet = not distributed.is_first()
+    with Progress(training.total_steps, "train", start=first, quiet=quiet) as progress:
         for step in range(first + 1, training.total_steps + 1):
             with spent("data_wait"):
-                batch = place(next(batches), training.accum_steps, run.mesh)
+                batch = place(next(batches), training.accum_steps, run.layout)
             if compiled is None:
                 with spent("compile"):
-                    compiled = compile_step(config, state, batch)
+                    compiled = compile_step(config, state, batch, run.layout)
                 if asked_to_stop(run):
                     raise stopped(run, step - 1)
             with spent("step"):
@@ -447,6 +479,11 @@ def stopped(run: Run, step: int) -> Stopped:
     """The end of a run that was asked to stop after `step`, once that step is on disk."""
     with run.spent("save"):
         run.checkpoints.wait()
+    # One process may have been asked a moment before the others, and all must leave alike.
+    run.stop.signal_number = distributed.largest(run.stop.signal_number or 0)
+    if not distributed.is_first():
+        number = run.stop.signal_number
+        return Stopped(f"process {jax.process_index()} stopped with the run", number)
     training = run.config.training
     there = run.checkpoints.latest()
     where = f"its checkpoint {run.checkpoints.find()}" if there is not None else "the start"
@@ -454,7 +491,7 @@ def stopped(run: Run, step: int) -> Stopped:
     return Stopped(
         f"{training.exp_name} stopped after step {step} of {training.total_steps}, as "
         f"{run.stop.name} asked. The same command goes on from {where}:\n  {command}",
-        run.stop.signal_number or 0,
+        run.stop.signal_number,
     )
 
 
@@ -463,13 +500,15 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def place(batch: Batch, accum_steps: int, mesh: Mesh) -> Batch:
+def place(batch: Batch, accum_steps: int, layout: Layout) -> Batch:
     """A host's [B, T] as microbatches [accum, B/accum, T], divided over the devices."""
     parts = jax.tree.map(lambda x: x.reshape(accum_steps, -1, x.shape[-1]), batch)
-    return shard_batch(mesh, parts, batch_axis=1)
+    return shard_batch(layout.mesh, parts, batch_axis=1)
 
 
-def compile_step(config: Config, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+def compile_step(
+    config: Config, state: TrainState, batch: Batch, layout: Layout
+) -> jax.stages.Compiled:
     """The training step for these shapes, with a word on what it takes."""
     parameters = tree.count(state.model)
     logger.info(
@@ -479,8 +518,9 @@ def compile_step(config: Config, state: TrainState, batch: Batch) -> jax.stages.
     )
     began = time.monotonic()
     step = jax.jit(
-        loop.make_train_step(config.training),
+        loop.make_train_step(config.training, layout),
         donate_argnums=0,
+        out_shardings=(layout.shardings(state), NamedSharding(layout.mesh, PartitionSpec())),
         compiler_options=compiling.options(),
     )
     compiled = step.lower(state, batch).compile()
@@ -525,7 +565,7 @@ def evaluate_on_the_way(
         with run.spent("evaluation"):
             loss = score(run, state, learn=True).loss
     except Stopped:
-        if run.checkpoints.latest() != step:
+        if distributed.from_first(run.checkpoints.latest() != step):
             save(run, state, batches)
         raise stopped(run, step) from None
     seconds = run.spent.take("evaluation")["evaluation"]
@@ -549,7 +589,8 @@ def score(run: Run, state: TrainState, *, learn: bool) -> PositionLoss:
         if asked_to_stop(run):
             raise stopped(run, int(state.step))
 
-    with Progress(total, f"evaluate{'' if learn else ' without learning'}") as progress:
+    what = "evaluate" if learn else "evaluate without learning"
+    with Progress(total, what, quiet=not distributed.is_first()) as progress:
         return PositionLoss.measure(
             run.evaluator,
             state.model,
@@ -566,6 +607,8 @@ def evaluate(run: Run, state: TrainState) -> None:
         learning = score(run, state, learn=True)
         meta = training.train_mode == "meta"
         still = score(run, state, learn=False) if meta else None
+    if not distributed.is_first():  # one process draws and writes
+        return
     sliding = config.model.seq_modeling_block == "SWA"
     window = config.model.sliding_window_size if sliding else training.seq_length
     comparison = Comparison(learning, still, window)

@@ -5,7 +5,7 @@ be set as `hydra.launcher.FIELD=VALUE`. Logs go to `.submitit` in the sweep's fo
 `deploy_paths.experiments`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
@@ -18,16 +18,20 @@ class SlurmTTT(SlurmQueueConf):
     At its time limit, or preempted, it saves and goes back into the queue.
     """
 
+    _target_: str = "hydra_plugins.submitit_ttt.launcher.SlurmTTTLauncher"
     timeout_min: int = 24 * 60
     max_num_timeout: int = 1000  # submitit's own 0 would end the run at its first time limit
     tasks_per_node: int = 1
     stderr_to_stdout: bool = True
+    # A process that fails would leave the others waiting for it until the time limit.
+    srun_args: list[str] = field(default_factory=lambda: ["--kill-on-bad-exit=1"])
 
 
 @dataclass
 class LocalTTT(LocalQueueConf):
     """A background process on this machine."""
 
+    _target_: str = "hydra_plugins.submitit_ttt.launcher.LocalTTTLauncher"
     timeout_min: int = 24 * 60
     stderr_to_stdout: bool = True
 

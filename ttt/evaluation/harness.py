@@ -20,7 +20,7 @@ from ttt.errors import UserError
 from ttt.evaluation import held_out, runs
 from ttt.evaluation.machine import Machine, in_batches
 from ttt.inference.sampling import Sampling
-from ttt.infra.mesh import data_mesh
+from ttt.infra.mesh import device_mesh
 from ttt.infra.progress import Progress
 
 try:
@@ -78,7 +78,7 @@ class HarnessModel(LM):
         self._tokenizer = held_out.tokenizer(config, self._run)
         self.max_length = max_length or self._run.training.seq_length
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 4
-        self._engine = Machine(data_mesh()).engine(self._run, self.max_length, learn=learn)
+        self._engine = Machine(device_mesh()).engine(self._run, self.max_length, learn=learn)
 
     # ---- the harness's requests ----
 

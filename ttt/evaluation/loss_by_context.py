@@ -17,7 +17,7 @@ from ttt.evaluation.machine import Machine
 from ttt.evaluation.result import Row
 from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, Told
-from ttt.infra.mesh import check_divides
+from ttt.infra.mesh import Layout, check_divides
 from ttt.model.loop import Evaluator
 
 Curve = tuple[str, bool]
@@ -119,7 +119,7 @@ class LossByContext(AbstractSuite):
         """One program serves both modes; those of other runs and lengths are let go."""
         if (run.name, context) not in self._compiled:
             training = replace(run.training, eval_batch_size=size)
-            evaluator = Evaluator(training, self._machine.mesh)
+            evaluator = Evaluator(training, Layout(self._machine.mesh))
             self._compiled = {(run.name, context): evaluator}
         return self._compiled[run.name, context]
 

@@ -41,6 +41,7 @@ _logger = logging.getLogger(__name__)
 # What a save or a deletion that was cut off leaves behind (the first name is Orbax's).
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.saving", "*.deleting")
 _HASHES = "hashes.json"
+_POLL_SECONDS = 0.1
 _JSON_FILES = {"train_ds_iter": "global_batch_progress.json", "manifest": "manifest.json"}
 
 
@@ -187,6 +188,8 @@ class Checkpoints:
                 partial.rename(self.folder / str(step))
                 _sync(self.folder)
                 self._delete_old()
+            else:
+                _await(self.folder / str(step))
             _logger.info("checkpoint %d is on disk after %.1f s", step, time.monotonic() - began)
 
         self._saving = _Background(step, commit)
@@ -245,6 +248,12 @@ class Checkpoints:
             if not self.milestone_freq or step % self.milestone_freq:
                 doomed = (self.folder / str(step)).rename(self.folder / f"{step}.deleting")
                 shutil.rmtree(doomed)
+
+
+def _await(path: Path) -> None:
+    """Return when another process has made `path`; if that fails, it ends this process too."""
+    while not path.exists():
+        time.sleep(_POLL_SECONDS)
 
 
 class _Background:

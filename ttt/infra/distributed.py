@@ -1,5 +1,8 @@
 """What must happen before JAX wakes its backend: platform, devices, compile cache, processes."""
 
+import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,6 +21,10 @@ _REMEDIES = {
 }
 # Seconds of compilation below which a program is not worth a file in the cache.
 _MIN_COMPILE_SECONDS = 1.0
+# Seconds without a sign of life after which a process counts as dead and all others end, and those
+# that a process which ends waits for the others.
+_HEARTBEAT_SECONDS = 20
+_SHUTDOWN_SECONDS = 20
 
 
 def start(backend: BackendConfig) -> None:
@@ -36,9 +43,42 @@ def start(backend: BackendConfig) -> None:
     if backend.fake_devices:
         _fake_devices(backend.fake_devices)
     if backend.distributed and not jax.distributed.is_initialized():
-        _join()
+        _join(backend)
     if platform != "auto":
         _check(platform)
+    if not is_first():  # what all have to say, one says
+        logging.getLogger("ttt").setLevel(logging.WARNING)
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return jax.process_index() == 0
+
+
+def from_first(number: int) -> int:
+    """The number that the first process passes. Every process calls it, at the same point."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    from_first(0)
+
+
+def first_does[R](action: Callable[[], R]) -> R | None:
+    """Let the first process alone act; a UserError there ends them all with its message."""
+    fault: UserError | None = None
+    result = None
+    if is_first():
+        try:
+            result = action()
+        except UserError as error:
+            fault = error
+    if from_first(fault is not None):
+        raise fault or UserError("the first process refuses: see its message")
+    return result
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:
@@ -47,6 +87,13 @@ def any_process(*flags: bool) -> tuple[bool, ...]:
         return flags
     gathered = multihost_utils.process_allgather(np.asarray(flags))
     return tuple(bool(flag) for flag in gathered.any(axis=0))
+
+
+def largest(number: int) -> int:
+    """The largest number that a process has. Every process calls it, at the same steps."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.asarray(number)).max())
 
 
 def _fake_devices(count: int) -> None:
@@ -61,14 +108,32 @@ def _fake_devices(count: int) -> None:
         ) from error
 
 
-def _join() -> None:
+def _join(backend: BackendConfig) -> None:
+    address = backend.coordinator_address
     try:
-        jax.distributed.initialize()
-    except ValueError as error:
+        jax.distributed.initialize(  # None: as the cluster says
+            address or None,
+            backend.num_processes if address else None,
+            backend.process_id if address else None,
+            # Under Slurm JAX gives each process the one device of its number, unless told.
+            [] if _has_the_node() else None,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        where = f"at {address}" if address else "and finds none here"
         raise UserError(
-            f"backend.distributed=true, but JAX finds no cluster to join ({error}): start one "
-            "process per host under Slurm (+deploy=submitit), or set backend.distributed=false"
+            f"backend.distributed=true, but JAX cannot join a cluster {where} ({error}): start "
+            "one process per host under Slurm (+deploy=submitit), or give every process "
+            "backend.coordinator_address=HOST:PORT, num_processes and process_id, or set "
+            "backend.distributed=false"
         ) from error
+
+
+def _has_the_node() -> bool:
+    """Whether Slurm started one process on each node: all devices of the node are its own."""
+    tasks = os.environ.get("SLURM_NTASKS")
+    return tasks is not None and tasks == os.environ.get("SLURM_STEP_NUM_NODES")
 
 
 def _check(platform: str) -> None:

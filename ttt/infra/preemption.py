@@ -68,7 +68,7 @@ class StopRequest:
     def name(self) -> str:
         """The signal that asked, as a user knows it."""
         if self.signal_number is None:
-            return "nobody"
+            return "another process"
         number = signal.Signals(self.signal_number)
         return "Ctrl-C" if number == signal.SIGINT else number.name
 

@@ -26,10 +26,11 @@ class Progress:
         what: str,
         *,
         start: int = 0,
+        quiet: bool = False,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Nothing is shown before the first `update`.
+        """Nothing is shown before the first `update`, and nothing at all if `quiet`.
 
         what: the first word of the line.
         start: steps done before this loop (a resumed run).
@@ -39,8 +40,8 @@ class Progress:
         self._what = what
         self._start = start
         self._clock = clock
-        self._console = console or Console()
-        live = self._console.is_terminal
+        self._console = console or Console(quiet=quiet)
+        live = self._console.is_terminal and not quiet
         self._live = Live(console=self._console, auto_refresh=False) if live else None
         self._interval = _LIVE_SECONDS if live else _LOG_SECONDS
         self._shown = -float("inf")

@@ -52,9 +52,13 @@ class RecordError(UserError):
 class RunRecord:
     """The record of one run. One process of the run writes it; anyone may read it."""
 
-    def __init__(self, folder: str | Path):
-        """Bind to `folder`; nothing is read or made."""
+    def __init__(self, folder: str | Path, *, active: bool = True):
+        """Bind to `folder`; nothing is read or made.
+
+        active: false in all processes of a run but one: what would write does nothing.
+        """
         self.folder = Path(folder).expanduser().absolute()
+        self.active = active
 
     def start(
         self,
@@ -73,6 +77,8 @@ class RunRecord:
         finished, failed or interrupted) and `attempts`, each with `started` and `finished` (UTC),
         `status`, `command`, `versions`, `git`, `hardware`, `data`, `restored` and `seconds`.
         """
+        if not self.active:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = OmegaConf.to_yaml(OmegaConf.create(masked(config)))
         _write(self.folder / "config.yaml", lambda file: file.write(settings.encode()))
@@ -119,6 +125,8 @@ class RunRecord:
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append a step's metrics: numbers, strings or lists of them, NumPy and JAX included."""
+        if not self.active:
+            return
         line = json.dumps(_plain({"step": step, **metrics}), allow_nan=False)
         # Opened each time, so that what is logged is in the file when the call returns.
         with self._metrics_jsonl.open("a", encoding="utf-8") as file:
@@ -142,6 +150,8 @@ class RunRecord:
 
     def sync(self) -> None:
         """Wait until all that was logged is on the disk, where no power failure takes it back."""
+        if not self.active:
+            return
         with self._metrics_jsonl.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -151,6 +161,8 @@ class RunRecord:
         Call it whenever training starts, with the restored step (0: from scratch), so that steps
         which are trained again are not logged twice.
         """
+        if not self.active:
+            return
         kept = [row for row in self.metrics() if row["step"] <= step]
         lines = [json.dumps(_plain(row), allow_nan=False) + "\n" for row in kept]
         _write(self._metrics_jsonl, lambda file: file.write("".join(lines).encode()))
@@ -164,8 +176,10 @@ class RunRecord:
     ) -> Path:
         """Write an evaluation's arrays and summary; returns the path of the arrays."""
         folder = self.folder / "eval"
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}-{step}.npz"
+        if not self.active:
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
         _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
         _write_json(path.with_suffix(".json"), summary)
         return path
@@ -179,6 +193,8 @@ class RunRecord:
         return self.folder / "metrics.jsonl"
 
     def _amend(self, changes: Mapping[str, Any]) -> None:
+        if not self.active:
+            return
         run = self.run()
         run["attempts"][-1].update(changes)
         self._write_run(run)

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from ttt.config import Config, TrainingConfig
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.core.scan import mean_over
-from ttt.infra.mesh import check_divides, shard_batch
+from ttt.infra.mesh import DATA_AXIS, Layout, check_divides, divide_batch
 from ttt.model.inner_loop import InnerRule, warmup_scale
-from ttt.model.transformer import Learning, MetaModel, SequenceLoss
+from ttt.model.transformer import Gather, Learning, MetaModel, SequenceLoss, as_it_is
 from ttt.optimizers import make_optimizer, make_schedule
 
 
@@ -57,11 +57,15 @@ def inner_scale(training: TrainingConfig, step: Int[Array, ""] | int) -> Float[A
 
 
 def batch_losses(
-    model: MetaModel, batch: Batch, training: TrainingConfig, scale: Float[Array, ""] | float
+    model: MetaModel,
+    batch: Batch,
+    training: TrainingConfig,
+    scale: Float[Array, ""] | float,
+    gather: Gather = as_it_is,
 ) -> SequenceLoss:
     """The losses of B sequences [B, T], as `train_mode` says; `scale` is that of the inner rate."""
     if training.train_mode == "pretrain":
-        return model.loss(batch)
+        return model.loss(batch, gather)
     inner = training.optimizer_inner
     learning = Learning(
         training.spec_inner,
@@ -69,7 +73,7 @@ def batch_losses(
         training.inner_remat_freq,
         training.inner_gradient,
     )
-    return model.loss_while_learning(batch, learning)
+    return model.loss_while_learning(batch, learning, gather)
 
 
 def init_state(config: Config) -> TrainState:
@@ -85,26 +89,72 @@ def start_from(model: MetaModel, training: TrainingConfig) -> TrainState:
     return TrainState(model, opt_state, jnp.zeros((), jnp.int32))
 
 
-def make_train_step(
-    training: TrainingConfig,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """One outer step over a batch [accum, B, T], to be jitted with its state donated."""
-    optimizer = make_optimizer(training.optimizer_outer)
-    schedule = make_schedule(training.optimizer_outer)
-    inner = training.optimizer_inner
+def make_gradient(
+    training: TrainingConfig, layout: Layout | None = None
+) -> Callable[[MetaModel, Batch, Float[Array, ""]], tuple[SequenceLoss, MetaModel]]:
+    """(model, batch [accum, B, T], scale) -> mean losses, and the gradient of what is trained.
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        scale = inner_scale(training, state.step)
-        trained, frozen = eqx.partition(state.model, tree.select(state.model, training.spec_outer))
+    With a layout whose `data` axis has several devices, each differentiates the loss of its own
+    sequences on its own, and the gradients are averaged once in the end: nothing that belongs to a
+    sequence, its fast weights above all, ever leaves its device.
+    """
+
+    def local(
+        model: MetaModel, batch: Batch, scale: Float[Array, ""], gather: Gather
+    ) -> tuple[SequenceLoss, MetaModel]:
+        trained, frozen = eqx.partition(model, tree.select(model, training.spec_outer))
 
         def batch_loss(trained: MetaModel, batch: Batch) -> tuple[Float[Array, ""], SequenceLoss]:
             model = eqx.combine(trained, frozen)
-            losses = batch_losses(model, batch, training, scale)
+            losses = batch_losses(model, batch, training, scale, gather)
             return jnp.mean(losses.loss), jax.tree.map(lambda x: jnp.mean(x, axis=0), losses)
 
         (_, losses), gradient = mean_over(
             lambda batch: jax.value_and_grad(batch_loss, has_aux=True)(trained, batch), batch
         )
+        return losses, gradient
+
+    if layout is None or layout.data == 1:
+        return lambda model, batch, scale: local(model, batch, scale, as_it_is)
+
+    def shared(
+        model: MetaModel, batch: Batch, scale: Float[Array, ""]
+    ) -> tuple[SequenceLoss, MetaModel]:
+        losses, gradient = local(model, batch, scale, layout.whole)
+        return jax.lax.pmean(losses, DATA_AXIS), layout.mean_gradient(gradient)
+
+    def gradient(
+        model: MetaModel, batch: Batch, scale: Float[Array, ""]
+    ) -> tuple[SequenceLoss, MetaModel]:
+        trained = eqx.filter(model, tree.select(model, training.spec_outer))
+        return jax.shard_map(
+            shared,
+            mesh=layout.mesh,
+            in_specs=(layout.data_specs(model), PartitionSpec(None, DATA_AXIS), PartitionSpec()),
+            out_specs=(PartitionSpec(), layout.data_specs(trained)),
+            axis_names={DATA_AXIS},
+            check_vma=False,  # it would sum gradients wherever they meet, inside of every loop
+        )(model, batch, scale)
+
+    return gradient
+
+
+def make_train_step(
+    training: TrainingConfig, layout: Layout | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """One outer step over a batch [accum, B, T], to be jitted with its state donated.
+
+    layout: where state and batch lie; None: on one device.
+    """
+    optimizer = make_optimizer(training.optimizer_outer)
+    schedule = make_schedule(training.optimizer_outer)
+    inner = training.optimizer_inner
+    mean_gradient = make_gradient(training, layout)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        scale = inner_scale(training, state.step)
+        trained, frozen = eqx.partition(state.model, tree.select(state.model, training.spec_outer))
+        losses, gradient = mean_gradient(state.model, batch, scale)
         gradient_norm = jnp.sqrt(tree.squared_norm(gradient) + 1e-5)
         # optax mixes integer counts with floats, which our strict promotion (in tests) refuses.
         with jax.numpy_dtype_promotion("standard"):
@@ -145,28 +195,40 @@ class Scores(NamedTuple):
 class Evaluator:
     """Scores batches, learning or not. Every process passes the same batch."""
 
-    def __init__(self, training: TrainingConfig, mesh: Mesh):
+    def __init__(self, training: TrainingConfig, layout: Layout):
+        """layout: where models and batches lie."""
         self._batch_size = training.eval_batch_size
-        self._mesh = mesh
-        check_divides(mesh, training.eval_batch_size)
+        self._mesh = layout.mesh
+        check_divides(layout.mesh, training.eval_batch_size)
 
         # The inner rate is an argument, so that learning on and off are one compiled program.
-        def score(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
-            losses = batch_losses(model, batch, training, scale)
+        def local(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
+            gather = as_it_is if layout.data == 1 else layout.whole
+            losses = batch_losses(model, batch, training, scale, gather)
             return losses.loss, losses.token_nll
 
-        whole = NamedSharding(mesh, PartitionSpec())
+        def score(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
+            if layout.data == 1:
+                return local(model, batch, scale)
+            return jax.shard_map(
+                local,
+                mesh=layout.mesh,
+                in_specs=(layout.data_specs(model), PartitionSpec(DATA_AXIS), PartitionSpec()),
+                out_specs=PartitionSpec(DATA_AXIS),
+                axis_names={DATA_AXIS},
+                check_vma=False,
+            )(model, batch, scale)
+
+        whole = NamedSharding(layout.mesh, PartitionSpec())
         self._score = jax.jit(score, out_shardings=whole, compiler_options=compiling.options())
 
     def __call__(self, model: MetaModel, batch: Batch, *, learn: bool = True) -> Scores:
         """Scores of a batch [b, T] of at most `eval_batch_size` sequences."""
         sequences = len(batch.inputs)
         missing = self._batch_size - sequences
-        share = self._batch_size // jax.process_count()
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-        part = jax.tree.map(
-            lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])[mine], batch
+        batch = jax.tree.map(
+            lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]), batch
         )
-        loss, nll = self._score(model, shard_batch(self._mesh, part), jnp.float32(learn))
+        loss, nll = self._score(model, divide_batch(self._mesh, batch), jnp.float32(learn))
         loss, nll = np.asarray(loss)[:sequences], np.asarray(nll)[:sequences]
-        return Scores(loss, nll, np.asarray(batch.loss_mask, np.float32))
+        return Scores(loss, nll, np.asarray(batch.loss_mask, np.float32)[:sequences])

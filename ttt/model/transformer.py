@@ -1,6 +1,6 @@
 """The network: blocks, two stacks, the language model, and its loss, plain or while learning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -108,17 +108,32 @@ class Stacks(eqx.Module):
         self.suffix_blocks = stack(keys[first_suffix:], prime=config.prime)
 
 
+type Gather = Callable[[PyTree], PyTree]
+"""Makes a part of the model whole where devices share its weights, when it is used."""
+
+
+def as_it_is(part: PyTree) -> PyTree:
+    """The `Gather` of a model that is whole."""
+    return part
+
+
 def run_blocks(
-    blocks: Block | None, x: Float[Array, "T D"], policy: str, chunk: int
+    blocks: Block | None,
+    x: Float[Array, "T D"],
+    policy: str,
+    chunk: int,
+    gather: Gather = as_it_is,
 ) -> Float[Array, "T D"]:
-    """The whole sequence through a stack of blocks."""
+    """The whole sequence through a stack of blocks, one after the other made whole."""
     if blocks is None:
         return x
 
     def whole(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
+        block = gather(block)
         return block.mlps(block.mix(x)), None
 
     def halves(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
+        block = gather(block)
         pieces = block.mix(x).reshape(-1, chunk, x.shape[-1])
         return jax.lax.map(partial(remat(Block.mlps, policy), block), pieces).reshape(x.shape), None
 
@@ -242,11 +257,10 @@ class MetaModel(eqx.Module):
         """Token rows in the compute dtype."""
         return self.language_model.model.wte(ids, Precision.of(self.config).compute)
 
-    def prefix(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def prefix(self, x: Float[Array, "T D"], gather: Gather = as_it_is) -> Float[Array, "T D"]:
         """The first L − S blocks."""
-        stacks = self.language_model.model.h
-        config = self.config
-        return run_blocks(stacks.prefix_blocks, x, config.remat_prefix, config.mini_batch_size)
+        blocks, config = self.language_model.model.h.prefix_blocks, self.config
+        return run_blocks(blocks, x, config.remat_prefix, config.mini_batch_size, gather)
 
     def fast_weights(self, spec_inner: Sequence[str]) -> tuple["MetaModel", "MetaModel"]:
         """(fast, slow): the model parted by `spec_inner`, the fast weights in the state dtype.
@@ -267,15 +281,15 @@ class MetaModel(eqx.Module):
         fast, slow = eqx.partition(self, mask)
         return tree.cast(fast, Precision.of(self.config).state), slow
 
-    def loss(self, batch: Batch) -> SequenceLoss:
+    def loss(self, batch: Batch, gather: Gather = as_it_is) -> SequenceLoss:
         """B sequences [B, T], plain (METHOD.md section 2)."""
-        config, stacks = self.config, self.language_model.model.h
-        chunk = config.mini_batch_size
+        config, model = self.config, _gathered(self, gather, suffix=False)
+        chunk, suffix = config.mini_batch_size, model.language_model.model.h.suffix_blocks
 
         def hidden(ids: Int[AnyArray, " T"]) -> Float[Array, "T D"]:
-            x = self.prefix(self.embed(ids))
-            x = run_blocks(stacks.suffix_blocks, x, config.remat_prefix, chunk)
-            return self.language_model.model.ln_f(x)
+            x = model.prefix(model.embed(ids), gather)
+            x = run_blocks(suffix, x, config.remat_prefix, chunk, gather)
+            return model.language_model.model.ln_f(x)
 
         def windows(x: AnyArray) -> AnyArray:
             return x.reshape(len(x), -1, chunk)
@@ -284,16 +298,20 @@ class MetaModel(eqx.Module):
         if config.seq_modeling_block == "self_attention":  # each window on its own
             inputs = inputs.reshape(-1, chunk)
         x = jax.vmap(hidden)(inputs).reshape(*batch.inputs.shape, -1)
-        table = self.language_model.table
+        table = model.language_model.table
         nll = whole_nll(x, table, batch.targets, block=config.loss_block)
         losses = jax.vmap(jax.vmap(masked_mean))(windows(nll), windows(batch.loss_mask))
         return SequenceLoss(jnp.mean(losses, axis=1), losses, nll, jnp.zeros_like(losses))
 
-    def loss_while_learning(self, batch: Batch, learning: Learning) -> SequenceLoss:
+    def loss_while_learning(
+        self, batch: Batch, learning: Learning, gather: Gather = as_it_is
+    ) -> SequenceLoss:
         """B sequences [B, T], each learning chunk by chunk on its own (METHOD.md section 3)."""
-        fast, slow = self.fast_weights(learning.spec_inner)
+        # The suffix is made whole once: every chunk needs it, and no chunk shall wait for others.
+        model = _gathered(self, gather, suffix=True)
+        fast, slow = model.fast_weights(learning.spec_inner)
         sequences, length = batch.inputs.shape
-        x = jax.vmap(lambda ids: self.prefix(self.embed(ids)))(batch.inputs)
+        x = jax.vmap(lambda ids: model.prefix(model.embed(ids), gather))(batch.inputs)
         pieces = jax.tree.map(self._chunks, (x, batch.targets, batch.loss_mask))
 
         def copies(x: Array) -> Array:
@@ -346,6 +364,21 @@ class MetaModel(eqx.Module):
         stacks = self.language_model.model.h
         states, x = step_blocks(stacks.suffix_blocks, states, x, self.config.remat_suffix)
         return states, self.language_model.model.ln_f(x)
+
+
+def _gathered(model: MetaModel, gather: Gather, *, suffix: bool) -> MetaModel:
+    """The model whole, except for the stacks that are gathered block by block."""
+
+    def stacks(model: MetaModel) -> list[Block | None]:
+        h = model.language_model.model.h
+        return [h.prefix_blocks] if suffix else [h.prefix_blocks, h.suffix_blocks]
+
+    def is_none(leaf: PyTree) -> bool:
+        return leaf is None
+
+    parts = stacks(model)
+    rest = gather(eqx.tree_at(stacks, model, [None] * len(parts), is_leaf=is_none))
+    return eqx.tree_at(stacks, rest, parts, is_leaf=is_none)
 
 
 def _without_prefix(model: MetaModel) -> MetaModel:

@@ -22,7 +22,7 @@ _REMEDIES = {
 _MIN_COMPILE_SECONDS = 1.0
 # Seconds without a sign of life after which a process counts as dead and all others end, and those
 # that a process which ends waits for the others.
-_HEARTBEAT_SECONDS = 20
+_HEARTBEAT_SECONDS = 40
 _SHUTDOWN_SECONDS = 20
 
 

@@ -141,6 +141,13 @@ def work(run: Run, start: Start) -> None:
     except (KeyboardInterrupt, Stopped):
         status = "interrupted"
         raise
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        if not distributed.is_loss_of_peer(error):
+            raise
+        raise RunError(
+            f"another process of the run ended or cannot be reached ({str(error)[:200]}): its own "
+            "log says why. Start the same commands again; they go on from the last checkpoint."
+        ) from error
     except OSError as error:
         if not (fault := disk_fault(error)):
             raise

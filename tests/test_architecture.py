@@ -33,6 +33,7 @@ JAX_FREE = (
     "ttt.infra.record",
     "ttt.dataloader.token_store",
     "ttt.dataloader.text",
+    "ttt.model.sharding",
     "ttt.bench.costs",
     "ttt.bench.plan",
     "ttt.evaluation.result",

@@ -170,10 +170,10 @@ def test_a_variant_with_wrong_numbers_gets_no_timings_and_exit_code_1(measure, c
 def test_a_variant_that_finds_no_memory_fails_and_the_others_are_timed(measure, sound, monkeypatch):
     program = timing.BatchProgram
 
-    def full(config, call, mesh):
+    def full(config, call):
         if config.model.remat_prefix == "attention":
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return program(config, call, mesh)
+        return program(config, call)
 
     monkeypatch.setattr(timing, "BatchProgram", full)
     code, record = measure(*TWO)

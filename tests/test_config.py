@@ -108,6 +108,26 @@ def faults(changes, name=E2E):
         ({"training.spec_outer": "**"}, ["spec_outer=**", "[a,b]"]),
         ({"training.log_wandb": True, "training.wandb_project": ""}, ["wandb_project=NAME"]),
         ({"backend.fake_devices": 8, "backend.platform": "cuda"}, ["fake_devices=8", "=cuda"]),
+        ({"backend.sharding": "fspd"}, ["=fspd", "did you mean fsdp?"]),
+        ({"backend.state_parallel": 3}, ["state_parallel=3", "num_attention_heads=", "divisor"]),
+        ({"backend.num_processes": 2}, ["num_processes=2", "process_id=-1", "set all or none"]),
+        (
+            {
+                "backend.distributed": True,
+                "backend.coordinator_address": "host:1",
+                "backend.num_processes": 2,
+                "backend.process_id": 2,
+            },
+            ["process_id=2", "process_id below num_processes"],
+        ),
+        (
+            {
+                "backend.coordinator_address": "host:1",
+                "backend.num_processes": 2,
+                "backend.process_id": 0,
+            },
+            ["coordinator_address=host:1", "set backend.distributed=true"],
+        ),
         ({"training.seq_length": "???"}, ["training.seq_length=???", "add training.seq_length="]),
         ({"training.seq_length": "long"}, ["seq_length=long", "whole number"]),
         ({"training.seq_length": True}, ["seq_length=True", "whole number"]),

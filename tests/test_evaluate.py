@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,13 +94,15 @@ def keep_checkpoint(config, *, step: int, change=lambda weights: weights) -> Non
     folder = checkpoint.run_folder(
         config.deploy_paths.checkpoint, training.exp_folder, training.exp_name
     )
-    Checkpoints(folder, keep=9).save(
+    checkpoints = Checkpoints(folder, keep=9)
+    checkpoints.save(
         step,
         model_weights=jax.tree.map(change, items["model_weights"]),
         opt_state=items["opt_state"],
         loader_state={},
         manifest={"config": to_dict(config), "data": {}},
     )
+    checkpoints.wait()
     record = RunRecord(Path(config.deploy_paths.experiments) / "default" / training.exp_name)
     record.start(to_dict(config), devices=["cpu"], data={})
     record.finish("finished")
@@ -405,6 +409,22 @@ def test_a_run_has_the_settings_of_its_own_manifest(root):
     jax.tree.map(np.testing.assert_array_equal, full.model, full.model)
     wide = runs.load(configure(root, "fa", "evaluation.compute_dtype=bf16"))[0]
     assert (full.config.compute_dtype, wide.config.compute_dtype) == ("fp32", "bf16")
+
+
+def test_a_published_checkpoint_without_manifest_can_be_used_where_settings_are_auto(
+    root, tmp_path
+):
+    names = checkpoint.run_folder(f"{root}/checkpoints", "default", "pretrain-tiny-e2e")
+    bare = checkpoint.run_folder(f"{tmp_path}/checkpoints", "default", "bare")
+    shutil.copytree(names, bare)
+    shutil.rmtree(bare / "3" / "manifest")
+    (bare / "3" / "hashes.json").unlink()
+    auto = ["model.remat_prefix=auto", "model.remat_suffix=auto", "training.inner_remat_freq=0"]
+    config = configure(root, "e2e", *auto, "evaluation.runs=[bare]")
+    paths = replace(config.deploy_paths, checkpoint=f"{tmp_path}/checkpoints")
+    (found,) = runs.load(replace(config, deploy_paths=paths))
+    assert (found.config.remat_prefix, found.config.remat_suffix) == ("none", "none")
+    assert found.training.inner_remat_freq == 1
 
 
 # ---- a foreign evaluator ---------------------------------------------------------------

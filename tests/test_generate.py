@@ -39,13 +39,15 @@ def write_checkpoint(root: Path, overrides, change=lambda model: model) -> None:
     config = resolve(compose(overrides))
     model = change(MetaModel(config.model, key=jax.random.key(0)))
     folder = run_folder(root, config.training.exp_folder, config.training.exp_name)
-    Checkpoints(folder).save(
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(
         3,
         model_weights=published.to_stored(model),
         opt_state={"count": np.zeros(1)},
         loader_state={},
         manifest={"config": to_dict(config), "data": {}},
     )
+    checkpoints.wait()
 
 
 @pytest.fixture(scope="module")

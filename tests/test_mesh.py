@@ -23,13 +23,17 @@ from ttt.core.batch import Batch
 from ttt.errors import UserError
 from ttt.infra import distributed, mesh
 
-backend = BackendConfig("auto", distributed=False, fake_devices=8, compilation_cache_dir="")
-distributed.start(backend)
-distributed.start(backend)
+def backend(platform, count):
+    return BackendConfig(platform, False, "", 0, -1, "replicated", 1, count, 0.0, "")
+
+
+distributed.start(backend("auto", 8))
+distributed.start(backend("auto", 8))
 assert [device.platform for device in jax.devices()] == ["cpu"] * 8
 
-devices = mesh.data_mesh()
-assert devices.shape == {"data": 8}
+devices = mesh.device_mesh()
+assert devices.shape == {"data": 8, "state": 1}
+assert mesh.device_mesh(2).shape == {"data": 4, "state": 2}
 tokens = np.arange(16 * 5, dtype=np.int32).reshape(16, 5)
 batch = mesh.shard_batch(devices, Batch(tokens, tokens + 1, tokens > 3))
 assert isinstance(batch, Batch)
@@ -52,7 +56,7 @@ assert "all-reduce" in program.compile().as_text()
 
 for late in (4, 16):
     try:
-        distributed.start(BackendConfig("cpu", False, late, ""))
+        distributed.start(backend("cpu", late))
     except UserError as error:
         assert f"fake_devices={late} comes too late" in str(error)
     else:
@@ -63,6 +67,50 @@ except UserError as error:
     assert "12 sequences cannot be divided evenly among 8 devices" in str(error)
 else:
     raise AssertionError("12 sequences went onto 8 devices")
+
+# On four places, each with two devices, a batch is there twice.
+pairs = mesh.device_mesh(2)
+batch = mesh.shard_batch(pairs, tokens)
+assert [shard.index[0] for shard in batch.addressable_shards] == [
+    slice(4 * i, 4 * i + 4, None) for i in range(4) for _ in range(2)
+]
+whole = mesh.divide_batch(pairs, tokens)
+np.testing.assert_array_equal(whole, tokens)
+assert whole.sharding.is_equivalent_to(batch.sharding, 2)
+try:
+    mesh.device_mesh(3)
+except UserError as error:
+    assert "state_parallel=3 does not divide the 8 devices" in str(error)
+else:
+    raise AssertionError("three devices share eight")
+
+# Rules name the last axes, so that a stack and its moments follow the rule of a weight.
+rules = (("**.w.weight", ("data", "state")), ("**.wte.weight", (None, "data")))
+layout = mesh.Layout(pairs, rules)
+tree = {
+    "w": {"weight": np.zeros((3, 8, 4), np.float32)},
+    "mu": {"w": {"weight": np.zeros((8, 4), np.float32)}},
+    "wte": {"weight": np.zeros((5, 8), np.float32)},
+    "norm": np.zeros(4, np.float32),
+}
+layout.check(tree, large=4)
+placed = layout.place(tree)
+assert placed["w"]["weight"].sharding.spec == P(None, "data", "state")
+assert {s.data.shape for s in placed["w"]["weight"].addressable_shards} == {(3, 2, 2)}
+assert {s.data.shape for s in placed["mu"]["w"]["weight"].addressable_shards} == {(2, 2)}
+assert {s.data.shape for s in placed["wte"]["weight"].addressable_shards} == {(5, 2)}
+assert placed["norm"].is_fully_replicated
+for wrong, large, fault in [
+    ({"w": tree["w"]}, 4, "the rule **.wte.weight matches nothing"),
+    (tree, 3, "norm [4] has no rule"),
+    (tree | {"wte": {"weight": np.zeros((5, 6))}}, 4, "wte.weight: axis 1 of [5, 6] among 4"),
+]:
+    try:
+        layout.check(wrong, large=large)
+    except (ValueError, UserError) as error:
+        assert fault in str(error), error
+    else:
+        raise AssertionError(fault)
 """
 
 
@@ -79,7 +127,7 @@ def test_eight_devices_share_a_batch_and_replicate_weights():
 
 
 def test_one_device_is_a_mesh_too():
-    devices = mesh.data_mesh()
+    devices = mesh.device_mesh()
     tokens = np.zeros((jax.device_count(), 2), np.int32)
     batch = mesh.shard_batch(devices, Batch(tokens, tokens, tokens == 0))
     assert batch.targets.shape == tokens.shape
@@ -89,7 +137,13 @@ def backend(**changes) -> BackendConfig:
     settings = {
         "platform": "auto",
         "distributed": False,
+        "coordinator_address": "",
+        "num_processes": 0,
+        "process_id": -1,
+        "sharding": "replicated",
+        "state_parallel": 1,
         "fake_devices": 0,
+        "memory_gb": 0.0,
         "compilation_cache_dir": "",
     }
     return BackendConfig(**(settings | changes))
@@ -133,7 +187,7 @@ def test_the_compilation_cache_goes_where_the_config_says(tmp_path):
 
 @pytest.mark.usefixtures("jax_settings")
 def test_a_cluster_that_is_not_there_is_a_user_error(monkeypatch):
-    def initialize():
+    def initialize(*arguments, **options):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -100,7 +100,7 @@ def test_a_run_learns_and_leaves_a_whole_record(configure):
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert rows[0]["loss"] == pytest.approx(np.log(258), rel=0.05)
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
-    assert [row["step"] for row in rows if "eval_loss" in row] == [20]
+    assert [row["step"] for row in record.metrics() if "eval_loss" in row] == [20]
     flops = costs.model_flops(config.model, config.training).total  # per token
     for row in rows:
         speed = flops * row["tokens_per_second"] / jax.device_count() / 1e12

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 from hydra.core.hydra_config import HydraConfig
-from jax.sharding import Mesh
 from rich.console import Console
 
 from ttt.bench import here, numerics, report, timing
@@ -42,10 +41,9 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
     asked = config.benchmark
     grid = {context: variants(config, overrides, context) for context in contexts(config)}
     distributed.start(config.backend)
-    mesh = device_mesh(config.backend.state_parallel)
     if set(asked.calls) & timing.BATCH_CALLS:
         for configs in grid.values():
-            check_batches(configs, mesh)
+            check_batches(configs)
     plans = [fit_memory(configs) for configs in grid.values()]
     folder = Path(config.deploy_paths.experiments) / config.training.exp_folder / asked.exp_name
     record = RunRecord(folder)
@@ -57,7 +55,7 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
         for call in asked.calls:
             for fitted in plans:
                 configs = {name: plan.config for name, plan in fitted.items()}
-                results += measure(config, configs, call, mesh)
+                results += measure(config, configs, call)
                 save(record, config, plans, results)
         status = "finished"
     except KeyboardInterrupt:
@@ -92,9 +90,10 @@ def variants(config: Config, overrides: Sequence[str], context: int) -> dict[str
     return found
 
 
-def check_batches(configs: Mapping[str, Config], mesh: Mesh) -> None:
+def check_batches(configs: Mapping[str, Config]) -> None:
     """Raise a UserError unless the devices can share every batch."""
     for config in configs.values():
+        mesh = device_mesh(config.backend.state_parallel)
         check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
 
 
@@ -115,7 +114,7 @@ def fit_memory(configs: Mapping[str, Config]) -> dict[str, Plan]:
 # ---- measuring ---------------------------------------------------------------------------
 
 
-def measure(config: Config, configs: Mapping[str, Config], call: str, mesh: Mesh) -> list[Result]:
+def measure(config: Config, configs: Mapping[str, Config], call: str) -> list[Result]:
     """One call of all variants at one context; those with wrong numbers are refused."""
     asked = config.benchmark
     refused: dict[str, Result] = {}
@@ -126,7 +125,6 @@ def measure(config: Config, configs: Mapping[str, Config], call: str, mesh: Mesh
     timed = timing.measure(
         {name: variant for name, variant in configs.items() if name not in refused},
         call,
-        mesh,
         warmup=asked.warmup,
         repetitions=asked.repetitions,
         told=logger.info,

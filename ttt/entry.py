@@ -52,8 +52,10 @@ def _hand_on(number: int) -> None:
 
     number: 0 for none. On other ranks than 0 submitit does nothing.
     """
-    handler = signal.getsignal(number) if number else None
-    if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
+    # Of Ctrl-C the handler is Python's own, which would raise once more.
+    waits = "SUBMITIT_EXECUTOR" in os.environ and number not in (0, signal.SIGINT)
+    handler = signal.getsignal(number) if waits else None
+    if callable(handler):
         signal.signal(number, signal.SIG_IGN)  # the same once more would requeue a second time
         handler(number, None)
 

@@ -35,12 +35,12 @@ from ttt.evaluation.runs import method_of
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.lock import RunLock
-from ttt.infra.mesh import Layout, check_divides, device_mesh, shard_batch
+from ttt.infra.mesh import Layout, check_divides, shard_batch
 from ttt.infra.preemption import StopRequest
 from ttt.infra.progress import Progress, Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
-from ttt.model import loop, published, sharding
+from ttt.model import loop, published
 from ttt.model.loop import Evaluator, TrainState
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def run(config: Config) -> None:
     """Train as `config` says, from where the last call stopped; evaluate; say where things are."""
     distributed.start(config.backend)
     data = open_data(config)
-    layout = make_layout(config)
+    layout = loop.lay_out(config)
+    check_divides(layout.mesh, config.training.global_batch_size // config.training.accum_steps)
     config = fit_memory(config)
     training, paths = config.training, config.deploy_paths
     evaluator = Evaluator(training, layout)
@@ -140,6 +141,13 @@ def work(run: Run, start: Start) -> None:
     except (KeyboardInterrupt, Stopped):
         status = "interrupted"
         raise
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        if not distributed.is_loss_of_peer(error):
+            raise
+        raise RunError(
+            f"another process of the run ended or cannot be reached ({str(error)[:200]}): its own "
+            "log says why. Start the same commands again; they go on from the last checkpoint."
+        ) from error
     except OSError as error:
         if not (fault := disk_fault(error)):
             raise
@@ -179,16 +187,6 @@ def close(run: Run, status: str) -> None:
 
 
 # ---- before the first compilation ------------------------------------------------------
-
-
-def make_layout(config: Config) -> Layout:
-    """Where state and batches lie; a UserError where devices cannot share them."""
-    mesh = device_mesh(config.backend.state_parallel)
-    rules = sharding.rules(config.backend.sharding, tied=config.model.tie_word_embeddings)
-    check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
-    layout = Layout(mesh, rules)
-    layout.check(jax.eval_shape(lambda: loop.init_state(config)))
-    return layout
 
 
 def open_data(config: Config) -> Data:

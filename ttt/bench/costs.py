@@ -13,7 +13,7 @@ The letters are those of the method: T tokens, C chunk, W window, N = T/C chunks
 them suffix, D width, F MLP width, H heads, V vocabulary; B sequences at a time on one device.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from ttt.config import Config, ModelConfig, TrainingConfig
 from ttt.errors import UserError
 from ttt.globs import matches
+from ttt.model.sharding import shares
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -343,6 +344,8 @@ class Memory:
     """Both moments."""
     gradients: int
     """Of the outer loop: sum and latest part."""
+    gathered: int
+    """Weights made whole for use where devices share them, and the gradients of those."""
     kept_blocks: int
     """What the blocks that see the whole sequence keep for their backward pass."""
     block: int
@@ -400,8 +403,41 @@ def state_memory(model: ModelConfig, spec_inner: Iterable[str]) -> tuple[int, in
     return fast, model.suffix_len * positions * BYTES[model.compute_dtype]
 
 
-def memory(model: ModelConfig, training: TrainingConfig, devices: int = 1) -> Memory:
-    """The predicted peak of a training step, data-parallel over `devices`: each holds all state.
+@dataclass(frozen=True)
+class Devices:
+    """Devices that share a training step, and how: `backend.sharding` and `state_parallel`."""
+
+    count: int = 1
+    sharding: str = "replicated"
+    state_parallel: int = 1
+
+    @property
+    def data(self) -> int:
+        """Those among which sequences are divided; UserError unless `state_parallel` divides."""
+        if self.count % self.state_parallel:
+            raise UserError(
+                f"backend.state_parallel={self.state_parallel} does not divide {self.count} "
+                "devices: choose a divisor"
+            )
+        return self.count // self.state_parallel
+
+    def held(self, sizes: Mapping[str, int], *, whole: bool = False) -> int:
+        """Numbers of parameters that each holds; `whole`: while it uses them."""
+        data, how = (1, "replicated") if whole else (self.data, self.sharding)
+        return sum(
+            size // shares(name, how, data=data, state=self.state_parallel)
+            for name, size in sizes.items()
+        )
+
+
+ONE = Devices()
+
+
+def memory(model: ModelConfig, training: TrainingConfig, devices: Devices = ONE) -> Memory:
+    """The predicted peak of a training step on each of `devices`.
+
+    Parameters, moments and gradients are divided as the sharding says. Of the rest,
+    `state_parallel` divides fast weights and caches here, and no more: the prediction is high.
 
     Intermediates are as XLA's CPU compiler lays them out: on small shapes the peak is within a
     quarter of its own figure (tests/test_costs.py). A GPU's compiler fuses more of them; the
@@ -414,7 +450,7 @@ def memory(model: ModelConfig, training: TrainingConfig, devices: int = 1) -> Me
     meta = training.train_mode == "meta"
     prefix = model.num_hidden_layers - model.suffix_len
     sizes = parameter_sizes(model)
-    trained = _count(sizes, training.spec_outer)
+    trained = devices.held(_selected(sizes, training.spec_outer))
     # Under `chunk` a block that sees the whole sequence keeps its input alone.
     policy = "block" if model.remat_prefix == "chunk" else model.remat_prefix
     kept = prefix * _kept(model, policy, prime=False)
@@ -423,20 +459,46 @@ def memory(model: ModelConfig, training: TrainingConfig, devices: int = 1) -> Me
     whole = prefix if meta else model.num_hidden_layers
     prime = model.prime and model.suffix_len > 0 and not meta
     return Memory(
-        parameters=sum(sizes.values()) * BYTES[model.param_dtype],
+        parameters=devices.held(sizes) * BYTES[model.param_dtype],
         optimizer=trained
         * (
             BYTES["bf16" if training.optimizer_outer.bf16_momentum else "fp32"]
             + BYTES[model.param_dtype]
         ),
         gradients=trained * BYTES[model.param_dtype] * (1 + (training.accum_steps > 1 or meta)),
+        gathered=_gathered(model, training, sizes, devices),
         kept_blocks=tokens * kept,
         block=_block_work(model, model.remat_prefix, tokens, sequences, prime=prime)
         if whole
         else 0,
         loss=0 if meta else _loss_work(model, training, sequences),
-        learning=learning_memory(model, training, sequences).total if meta else 0,
+        learning=learning_memory(model, training, sequences, devices.state_parallel).total
+        if meta
+        else 0,
     )
+
+
+def _gathered(
+    model: ModelConfig, training: TrainingConfig, sizes: dict[str, int], devices: Devices
+) -> int:
+    """Bytes of weights that are whole while they are used, and of their gradients.
+
+    For all of a microbatch: embedding and head, and the suffix where it runs chunk by chunk. For
+    its turn: one block of the others.
+    """
+    if devices.sharding != "fsdp" or devices.data == 1:
+        return 0
+    meta = training.train_mode == "meta"
+    by_turns = ("prefix_blocks",) if meta else ("prefix_blocks", "suffix_blocks")
+    stacks = {stack: _selected(sizes, [f"**.{stack}.**"]) for stack in by_turns}
+    layers = {
+        "prefix_blocks": model.num_hidden_layers - model.suffix_len,
+        "suffix_blocks": model.suffix_len,
+    }
+    all_along = {n: s for n, s in sizes.items() if not any(n in stack for stack in stacks.values())}
+    one = (devices.held(s, whole=True) // max(1, layers[k]) for k, s in stacks.items())
+    numbers = devices.held(all_along, whole=True) + max(one)
+    return 2 * numbers * BYTES[model.param_dtype]
 
 
 # In the backward pass of a chunk: copies of fast weights (before and after the step, their
@@ -448,10 +510,13 @@ _LOGIT_COPIES = 3
 _INTERMEDIATES = {"forward_over_reverse": 2, "reverse_over_reverse": 4}
 
 
-def learning_memory(model: ModelConfig, training: TrainingConfig, sequences: int) -> Learning:
+def learning_memory(
+    model: ModelConfig, training: TrainingConfig, sequences: int, state_parallel: int = 1
+) -> Learning:
     """What `meta` adds for `sequences` sequences at a time."""
     chunks, group = training.seq_length // model.mini_batch_size, training.inner_remat_freq
-    fast, caches = (sequences * size for size in state_memory(model, training.spec_inner))
+    state = state_memory(model, training.spec_inner)
+    fast, caches = (sequences * size // state_parallel for size in state)
     tokens = sequences * model.mini_batch_size
     stream = sequences * training.seq_length * model.hidden_size * BYTES[model.compute_dtype]
     policy = model.remat_suffix
@@ -468,15 +533,16 @@ def learning_memory(model: ModelConfig, training: TrainingConfig, sequences: int
     )
 
 
-def _sequences(training: TrainingConfig, devices: int) -> int:
+def _sequences(training: TrainingConfig, devices: Devices) -> int:
     """Sequences of a microbatch on one device."""
     microbatch = training.global_batch_size // training.accum_steps
-    if devices < 1 or microbatch % devices:
+    if devices.count < 1 or microbatch % devices.data:
         raise UserError(
-            f"devices={devices}: they share {microbatch} sequences at a time (global_batch_size / "
-            f"accum_steps); take a number of devices that divides it, or change the batch"
+            f"devices={devices.count}: they share {microbatch} sequences at a time "
+            "(global_batch_size / accum_steps); take a number of devices that divides it, or "
+            "change the batch"
         )
-    return microbatch // devices
+    return microbatch // devices.data
 
 
 # Numbers per token that lie within a block, by half, as the slopes by depth of what XLA's CPU
@@ -557,10 +623,15 @@ def _logits(model: ModelConfig, tokens: int) -> int:
 # ---- a run -------------------------------------------------------------------------------
 
 
+def devices_of(config: Config, count: int) -> Devices:
+    """So many devices, shared as the configuration says."""
+    return Devices(count, config.backend.sharding, config.backend.state_parallel)
+
+
 def summary(
-    config: Config, devices: int = 1, *, beside: Config | None = None
+    config: Config, count: int = 1, *, beside: Config | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Section -> name -> value of a run: FLOPs in operations, memory in bytes on one device.
+    """Section -> name -> value of a run on `count` devices: FLOPs, memory in bytes on each.
 
     `beside` is a run with full attention whose training FLOPs are shown for comparison. Raises
     UserError as `memory` does.
@@ -577,6 +648,7 @@ def summary(
     if beside is not None and model.seq_modeling_block != "self_attention":
         other = model_flops(beside.model, beside.training).total
         flops |= {"training, full attention": other, "of full attention": step.total / other}
+    devices = devices_of(config, count)
     used = memory(model, training, devices)
     sections = {
         "run": {
@@ -602,7 +674,9 @@ def summary(
         "memory per device": asdict(used) | {"peak": used.total},
     }
     if training.train_mode == "meta":
-        learning = learning_memory(model, training, _sequences(training, devices))
+        learning = learning_memory(
+            model, training, _sequences(training, devices), devices.state_parallel
+        )
         sections["parameters"]["fast"] = fast_parameters(model, training.spec_inner)
         sections["memory per device, learning by part"] = asdict(learning)
     return sections

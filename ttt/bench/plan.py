@@ -32,7 +32,7 @@ class Machine:
     """What there is to run on."""
 
     devices: int
-    """That share a batch."""
+    """All that take part."""
     budget: int
     """Bytes that a step may take on each of them."""
     source: str
@@ -107,7 +107,7 @@ def predict(config: Config, machine: Machine) -> costs.Memory:
     model = config.model
     if model.attention == "auto":
         model = replace(model, attention=machine.attention)
-    return costs.memory(model, config.training, machine.devices)
+    return costs.memory(model, config.training, costs.devices_of(config, machine.devices))
 
 
 def gigabytes(size: float) -> str:
@@ -216,6 +216,7 @@ def remedies(config: Config, plan: Plan) -> list[tuple[str, Plan]]:
 _WORDS = {
     "kept_blocks": "kept by blocks",
     "block": "backward pass of a block",
+    "gathered": "weights made whole for use",
     "learning": "learning while reading",
 }
 
@@ -225,6 +226,7 @@ type _Way = list[tuple[dict[str, Any], Machine]]
 def _ways(config: Config, plan: Plan) -> list[_Way]:
     """Series of changes that save more and more memory."""
     model, training, machine = config.model, config.training, plan.machine
+    data = costs.devices_of(config, machine.devices).data
     ways: list[_Way] = []
     freed = {
         key: auto
@@ -244,9 +246,12 @@ def _ways(config: Config, plan: Plan) -> list[_Way]:
     more = [
         ({"training.accum_steps": training.accum_steps * n}, machine)
         for n in parts
-        if microbatch // n % machine.devices == 0
+        if microbatch // n % data == 0
     ]
-    devices = [({}, replace(machine, devices=n)) for n in parts if n > machine.devices]
+    state = config.backend.state_parallel
+    devices = [({}, replace(machine, devices=n * state)) for n in parts if n > data]
+    if data > 1 and config.backend.sharding == "replicated":
+        ways.append([({"backend.sharding": "fsdp"}, machine)])
     return [*ways, *(way for way in (more, devices) if way)]
 
 

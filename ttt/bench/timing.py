@@ -14,21 +14,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ttt.bench import costs
 from ttt.config import Config, ModelConfig, TrainingConfig
-from ttt.core import compiling, tree
+from ttt.core import compiling
 from ttt.core.batch import Batch, from_tokens
 from ttt.inference.engine import CHUNK_OF_FULL_ATTENTION, TOKENS_PER_CALL, Engine
 from ttt.inference.sampling import Sampling
-from ttt.infra.mesh import replicate, shard_batch
+from ttt.infra.mesh import Layout, shard_batch
 from ttt.model import loop
 from ttt.model.transformer import MetaModel
 
@@ -101,31 +100,22 @@ class Result:
 # ---- the calls -------------------------------------------------------------------------
 
 
-def _gradient(config: Config) -> Callable[[MetaModel, Batch], tuple[Array, PyTree]]:
-    training = config.training
+def _gradient(config: Config, layout: Layout) -> Callable[[MetaModel, Batch], PyTree]:
+    mean_gradient = loop.make_gradient(config.training, layout)
 
-    def gradient(model: MetaModel, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
-        trained, frozen = eqx.partition(model, tree.select(model, training.spec_outer))
-
-        def loss(trained: MetaModel) -> Float[Array, ""]:
-            losses = loop.batch_losses(eqx.combine(trained, frozen), batch, training, 1.0)
-            return jnp.mean(losses.loss)
-
-        return jax.value_and_grad(loss)(trained)
+    def gradient(model: MetaModel, batch: Batch) -> PyTree:
+        return mean_gradient(model, jax.tree.map(lambda x: x[None], batch), jnp.ones(()))
 
     return gradient
 
 
-def _evaluate(config: Config) -> Callable[[MetaModel, Batch], tuple[Array, Array]]:
-    def evaluate(model: MetaModel, batch: Batch) -> tuple[Array, Array]:
-        losses = loop.batch_losses(model, batch, config.training, 1.0)
-        return losses.loss, losses.token_nll
-
-    return evaluate
+def _evaluate(config: Config, layout: Layout) -> Callable[[MetaModel, Batch], tuple[Array, Array]]:
+    scores = loop.make_scores(config.training, layout)
+    return lambda model, batch: scores(model, batch, jnp.ones(()))
 
 
 _CALLS = {
-    "train_step": lambda config: loop.make_train_step(config.training),
+    "train_step": lambda config, layout: loop.make_train_step(config.training, layout),
     "gradient": _gradient,
     "evaluate": _evaluate,
 }
@@ -138,14 +128,17 @@ BATCH_CALLS = frozenset(_CALLS)
 class BatchProgram:
     """One call, compiled for one configuration, with its arguments on the devices."""
 
-    def __init__(self, config: Config, call: str, mesh: Mesh):
+    def __init__(self, config: Config, call: str):
         """Compile. Raises jax.errors.JaxRuntimeError where memory does not suffice."""
         self.tokens: int | None = None
         self._trains = call == "train_step"
-        self._state = replicate(mesh, jax.jit(lambda: _initial(config, call))())
-        self._batch = _random_batch(config, call, mesh)
+        layout = loop.lay_out(config)
+        shardings = layout.shardings(jax.eval_shape(lambda: _initial(config, call)))
+        self._state = jax.jit(lambda: _initial(config, call), out_shardings=shardings)()
+        self._batch = _random_batch(config, call, layout.mesh)
         jitted = jax.jit(
-            _CALLS[call](config),
+            _CALLS[call](config, layout),
+            out_shardings=(shardings, None) if self._trains else None,
             donate_argnums=0 if self._trains else (),
             compiler_options=compiling.options(),
         )
@@ -223,8 +216,8 @@ class EngineProgram:
 type Program = BatchProgram | EngineProgram
 
 
-def _program(config: Config, call: str, mesh: Mesh) -> Program:
-    return BatchProgram(config, call, mesh) if call in _CALLS else EngineProgram(config, call)
+def _program(config: Config, call: str) -> Program:
+    return BatchProgram(config, call) if call in _CALLS else EngineProgram(config, call)
 
 
 def _initial(config: Config, call: str) -> PyTree:
@@ -265,7 +258,6 @@ def from_scratch() -> Generator[None]:
 def measure(
     configs: Mapping[str, Config],
     call: str,
-    mesh: Mesh,
     *,
     warmup: int,
     repetitions: int,
@@ -279,7 +271,7 @@ def measure(
     programs: dict[str, Program] = {}
     for name, config in configs.items():
         told(f"{name}: {call} of {_shape(config)}, compiling …")
-        if program := _unless_full(lambda config=config: _program(config, call, mesh)):
+        if program := _unless_full(lambda config=config: _program(config, call)):
             programs[name] = program
             told(f"{name}: compiled in {program.compile_s:.1f} s")
     # A variant must fit beside the others, so all are there before the first one runs.

@@ -130,7 +130,9 @@ def load_one(config: Config, name: str, step: int = -1) -> Run:
             "Choose the experiment that trained it"
         )
     weights = jax.tree.map(np.asarray, weights)
-    training = replace(own.training, eval_batch_size=config.evaluation.batch_size)
+    training = replace(
+        own.training, eval_batch_size=config.evaluation.batch_size, inner_remat_freq=1
+    )
     return Run(name, int(step_folder.name), training, weights)
 
 

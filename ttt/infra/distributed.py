@@ -23,8 +23,10 @@ _REMEDIES = {
 _MIN_COMPILE_SECONDS = 1.0
 # Seconds without a sign of life after which a process counts as dead and all others end, and those
 # that a process which ends waits for the others.
-_HEARTBEAT_SECONDS = 20
-_SHUTDOWN_SECONDS = 20
+_HEARTBEAT_SECONDS = 40
+_SHUTDOWN_SECONDS = 10
+# What collectives say when the other end is gone: gloo's and NCCL's words, and the coordinator's.
+_LOST = ("Gloo", "Connection closed", "Connection reset", "NCCL", "UNAVAILABLE", "coordination")
 
 
 def start(backend: BackendConfig) -> None:
@@ -65,6 +67,11 @@ def from_first(number: int) -> int:
 def wait_for_all() -> None:
     """Return when every process has come here."""
     from_first(0)
+
+
+def is_loss_of_peer(error: Exception) -> bool:
+    """Whether an error of a computation tells that another process is gone."""
+    return jax.process_count() > 1 and any(word in str(error) for word in _LOST)
 
 
 def first_does[R](action: Callable[[], R]) -> R | None:

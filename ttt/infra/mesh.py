@@ -6,7 +6,7 @@ arrays so named. So one rule serves a weight, a stack of them, and its moments.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -220,5 +220,5 @@ class Layout:
         return with_leaves(tree, {name: function(spec) for name, spec in specs.items()})
 
 
-def _only_data(spec: Sequence[str | None]) -> PartitionSpec:
+def _only_data(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(axis if axis == DATA_AXIS else None for axis in spec))

@@ -76,6 +76,7 @@ def descend(fast: PyTree, gradient: PyTree, rule: InnerRule) -> tuple[PyTree, Fl
     return fast, jax.lax.stop_gradient(norm)
 
 
+@jax.named_scope("inner_loop")
 def learn(
     loss: Loss, fast: PyTree, slow: PyTree, carry: PyTree, chunk: PyTree, rule: InnerRule
 ) -> tuple[PyTree, PyTree, Outcome]:
@@ -222,6 +223,7 @@ def _fold_backward(loss: Loss, group: int, residuals: tuple, cotangents: tuple) 
 _fold.defvjp(_fold_forward, _fold_backward)
 
 
+@jax.named_scope("inner_loop")
 def _second_order(
     loss: Loss,
     fast: PyTree,

@@ -1,6 +1,7 @@
 """The outer loop: one training step over a batch, and the evaluation of a batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -15,10 +16,19 @@ from ttt.config import Config, TrainingConfig
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.core.scan import mean_over
-from ttt.infra.mesh import DATA_AXIS, Layout, check_divides, divide_batch
+from ttt.infra.mesh import DATA_AXIS, Layout, check_divides, device_mesh, divide_batch
+from ttt.model import sharding
 from ttt.model.inner_loop import InnerRule, warmup_scale
 from ttt.model.transformer import Gather, Learning, MetaModel, SequenceLoss, as_it_is
 from ttt.optimizers import make_optimizer, make_schedule
+
+
+def lay_out(config: Config) -> Layout:
+    """Where a run's state and batches lie on all devices; a UserError where they cannot."""
+    rules = sharding.rules(config.backend.sharding, tied=config.model.tie_word_embeddings)
+    layout = Layout(device_mesh(config.backend.state_parallel), rules)
+    layout.check(jax.eval_shape(lambda: init_state(config)))
+    return layout
 
 
 class TrainState(NamedTuple):
@@ -192,6 +202,36 @@ class Scores(NamedTuple):
     """1 where a target counts."""
 
 
+def make_scores(
+    training: TrainingConfig, layout: Layout
+) -> Callable[[MetaModel, Batch, Float[Array, ""]], tuple[Float[Array, " B"], Float[Array, "B T"]]]:
+    """(model, batch [B, T], scale) -> the sequences' losses and the NLLs of their tokens.
+
+    Each device along `data` scores its own sequences.
+    """
+
+    def local(
+        model: MetaModel, batch: Batch, scale: Float[Array, ""], gather: Gather
+    ) -> tuple[Array, Array]:
+        losses = batch_losses(model, batch, training, scale, gather)
+        return losses.loss, losses.token_nll
+
+    if layout.data == 1:
+        return lambda model, batch, scale: local(model, batch, scale, as_it_is)
+
+    def scores(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
+        return jax.shard_map(
+            partial(local, gather=layout.whole),
+            mesh=layout.mesh,
+            in_specs=(layout.data_specs(model), PartitionSpec(DATA_AXIS), PartitionSpec()),
+            out_specs=PartitionSpec(DATA_AXIS),
+            axis_names={DATA_AXIS},
+            check_vma=False,
+        )(model, batch, scale)
+
+    return scores
+
+
 class Evaluator:
     """Scores batches, learning or not. Every process passes the same batch."""
 
@@ -202,25 +242,11 @@ class Evaluator:
         check_divides(layout.mesh, training.eval_batch_size)
 
         # The inner rate is an argument, so that learning on and off are one compiled program.
-        def local(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
-            gather = as_it_is if layout.data == 1 else layout.whole
-            losses = batch_losses(model, batch, training, scale, gather)
-            return losses.loss, losses.token_nll
-
-        def score(model: MetaModel, batch: Batch, scale: Float[Array, ""]) -> tuple[Array, Array]:
-            if layout.data == 1:
-                return local(model, batch, scale)
-            return jax.shard_map(
-                local,
-                mesh=layout.mesh,
-                in_specs=(layout.data_specs(model), PartitionSpec(DATA_AXIS), PartitionSpec()),
-                out_specs=PartitionSpec(DATA_AXIS),
-                axis_names={DATA_AXIS},
-                check_vma=False,
-            )(model, batch, scale)
-
-        whole = NamedSharding(layout.mesh, PartitionSpec())
-        self._score = jax.jit(score, out_shardings=whole, compiler_options=compiling.options())
+        self._score = jax.jit(
+            make_scores(training, layout),
+            out_shardings=NamedSharding(layout.mesh, PartitionSpec()),
+            compiler_options=compiling.options(),
+        )
 
     def __call__(self, model: MetaModel, batch: Batch, *, learn: bool = True) -> Scores:
         """Scores of a batch [b, T] of at most `eval_batch_size` sequences."""

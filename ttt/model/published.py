@@ -5,6 +5,7 @@ the suffix alone has (prime MLPs and their norms) stands in `prime_storage`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -75,8 +76,10 @@ def from_stored(like: PyTree, stored: PyTree) -> PyTree:
 def load_model(config: ModelConfig, step_folder: Path) -> tuple[MetaModel, RestoreAccount]:
     """The model of a checkpoint's parameters, for use: all of them, or a CheckpointError.
 
-    Raises UserError too where a parameter is not finite.
+    No gradient will pass through it but that of a chunk, so nothing is rematerialised. Raises
+    UserError too where a parameter is not finite.
     """
+    config = replace(config, remat_prefix="none", remat_suffix="none")
     shapes = jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
     return load_parameters(shapes, step_folder)
 

@@ -369,7 +369,7 @@ class MetaModel(eqx.Module):
 def _gathered(model: MetaModel, gather: Gather, *, suffix: bool) -> MetaModel:
     """The model whole, except for the stacks that are gathered block by block."""
 
-    def stacks(model: MetaModel) -> list[Block | None]:
+    def stacks(model: MetaModel) -> PyTree:
         h = model.language_model.model.h
         return [h.prefix_blocks] if suffix else [h.prefix_blocks, h.suffix_blocks]
 

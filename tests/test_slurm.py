@@ -28,7 +28,7 @@ TINY = [
     *("model.suffix_len=1", "model.num_attention_heads=2", "training.dummy_dataset=true"),
     *("training.seq_length=64", "training.global_batch_size=4", "training.eval_batch_size=2"),
     *("training.eval_batches=2", "training.optimizer_outer.lr_decay_steps=100"),
-    "training.optimizer_outer.lr_warmup_steps=1",
+    *("training.optimizer_outer.lr_warmup_steps=1", "training.ilr_warmup_steps=1"),
 ]
 PLAIN = ["method=swa", "model.suffix_len=0"]  # compiles in half the time
 

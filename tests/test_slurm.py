@@ -121,7 +121,7 @@ def test_two_nodes_train_and_a_time_limit_only_interrupts_them(tmp_path, slurm):
     assert len(short.run()["attempts"][0]["hardware"]["devices"]) == 2
 
     # Long enough to meet its limit: Slurm looks every 30 s for jobs whose signal is due.
-    steps = int(40 / min(row["step_seconds"] for row in short.metrics() if "loss" in row))
+    steps = int(32 / min(row["step_seconds"] for row in short.metrics() if "loss" in row))
     run = (*two, "training.exp_name=long", f"training.total_steps={steps}")
     with start(tmp_path, *run, environment=slurm) as process:
         try:

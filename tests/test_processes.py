@@ -27,6 +27,7 @@ FEW = [
     "training.save_every_steps=2",
 ]
 SWA = ["+experiment=tiny/pretrain/pretrain-tiny-swa", "model.suffix_len=0"]
+pytestmark = pytest.mark.slow
 
 
 def overrides(folder: Path, *more: str) -> list[str]:

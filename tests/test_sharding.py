@@ -43,6 +43,7 @@ def reports():
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", WAYS)
 def test_eight_devices_train_and_evaluate_as_one_does(reports, method):
     report = reports(method)
@@ -53,6 +54,7 @@ def test_eight_devices_train_and_evaluate_as_one_does(reports, method):
     assert report[WAYS[method][-1]]["scores"] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fa", "e2e"])
 def test_whole_copies_average_their_gradients_once_and_do_nothing_else(reports, method):
     report = reports(method)["replicated"]
@@ -60,6 +62,7 @@ def test_whole_copies_average_their_gradients_once_and_do_nothing_else(reports, 
     assert report["in loops"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["swa", "e2e"])
 def test_shared_weights_are_gathered_and_their_gradients_scattered(reports, method):
     kinds = [c["kind"] for c in reports(method)["fsdp"]["collectives"]]
@@ -67,6 +70,7 @@ def test_shared_weights_are_gathered_and_their_gradients_scattered(reports, meth
     assert kinds.count("all-gather") == kinds.count("reduce-scatter")  # none is gathered twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "way"), CASES)
 def test_no_message_leaves_the_inner_loop_of_a_sequence_but_to_those_who_share_it(
     reports, method, way
@@ -80,6 +84,7 @@ def test_no_message_leaves_the_inner_loop_of_a_sequence_but_to_those_who_share_i
     assert not report["all fast weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "way"), [case for case in CASES if case[1] != "replicated"])
 def test_tensors_are_not_gathered_along_state(reports, method, way):
     for collective in reports(method)[way]["collectives"]:
@@ -87,6 +92,7 @@ def test_tensors_are_not_gathered_along_state(reports, method, way):
             assert collective["kind"] == "all-reduce"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "way"), CASES)
 def test_a_device_holds_what_the_plan_says(reports, method, way):
     report = reports(method)[way]

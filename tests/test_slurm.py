@@ -109,6 +109,7 @@ def training_steps(record) -> list[int]:
     return [row["step"] for row in record.metrics() if "loss" in row]
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_two_nodes_train_and_a_time_limit_only_interrupts_them(tmp_path, slurm):
     short, long = (record_of(tmp_path, name) for name in ("short", "long"))
@@ -145,6 +146,7 @@ def test_two_nodes_train_and_a_time_limit_only_interrupts_them(tmp_path, slurm):
     assert [row["loss"] for row in long.metrics() if "loss" in row][:20] == begin
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_sweep_is_a_job_array_and_every_job_has_its_folder(tmp_path, slurm):
     seeds = ("training.model_seed=0,1,2", "training.total_steps=3", *PLAIN)
@@ -161,6 +163,7 @@ def test_a_sweep_is_a_job_array_and_every_job_has_its_folder(tmp_path, slurm):
     assert len({record.metrics()[0]["loss"] for record in records}) == 3
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_failing_job_is_reported_here_and_failed_to_slurm(tmp_path, slurm):
     parent = ("training.load_part=params", "training.resume_exp_name=nobody")
@@ -179,6 +182,7 @@ def test_a_failing_job_is_reported_here_and_failed_to_slurm(tmp_path, slurm):
     assert told == "FAILED"
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_what_slurm_refuses_is_the_users_to_change(tmp_path, slurm):
     code, said = train(

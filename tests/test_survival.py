@@ -134,6 +134,7 @@ def assert_equal_runs(config, straight):
 # ---- killed ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_step_in_a_save_and_in_an_evaluation_ends_with_the_same_numbers():
     tool = ROOT / "tools" / "kill_anywhere.py"
     kills = ["--kills", "3", "--moments", "step,save,evaluation", "--steps", "40", "--seed", "1"]
@@ -254,6 +255,7 @@ def test_a_job_submitted_as_it_is_queues_itself_once_more():
     assert again.args == ({"some": "config"},)
 
 
+@pytest.mark.slow
 def test_a_submitted_job_asked_to_stop_is_queued_again_and_goes_on_by_itself(tmp_path, store):  # noqa: F811
     folder = tmp_path / "experiments"
     command = [

@@ -458,8 +458,8 @@ def poison(monkeypatch, *bad_steps):
     """Make the loss of some steps NaN: their targets are no tokens."""
     compile_step = train.compile_step
 
-    def compile_and_poison(config, state, batch):
-        compiled = compile_step(config, state, batch)
+    def compile_and_poison(config, state, batch, layout):
+        compiled = compile_step(config, state, batch, layout)
 
         def step(state, batch):
             if int(state.step) + 1 in bad_steps:

@@ -30,6 +30,9 @@ FEED_FORWARDS = ("swiglu",)
 DTYPES = ("fp32", "bf16")
 TRAIN_MODES = ("pretrain", "meta")
 LOAD_PARTS = ("none", "params", "all")
+WIDTH_POLICIES = ("narrow", "full")
+PRIME_INITS = ("random", "zero_down", "zero_gain", "small_gain", "copy", "inherit")
+RUNTIME_MODES = ("jax", "token_stats", "simulate")
 INNER_GRADIENTS = ("forward_over_reverse", "reverse_over_reverse")
 REMAT_POLICIES = ("none", "dots", "attention", "block", "chunk")
 REMAT_CHOICES = ("auto", *REMAT_POLICIES)
@@ -116,6 +119,9 @@ FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
 DType = Annotated[str, _one_of(DTYPES)]
 TrainMode = Annotated[str, _one_of(TRAIN_MODES)]
 LoadPart = Annotated[str, _one_of(LOAD_PARTS)]
+WidthPolicy = Annotated[str, _one_of(WIDTH_POLICIES)]
+PrimeInit = Annotated[str, _one_of(PRIME_INITS)]
+RuntimeMode = Annotated[str, _one_of(RUNTIME_MODES)]
 InnerGradient = Annotated[str, _one_of(INNER_GRADIENTS)]
 AttentionBackend = Annotated[str, _one_of(ATTENTION_BACKENDS)]
 RematPolicy = Annotated[str, _one_of(REMAT_CHOICES)]
@@ -141,6 +147,10 @@ class ModelConfig:
     hidden_size: Count
     intermediate_size: Count
     """Width of every MLP, prime MLPs included."""
+    width_policy: WidthPolicy
+    """How an E2E model comes by that width (docs/warm_start.md). `narrow`: as many parameters as
+    without prime MLPs, as published; `full`: the width of a model without them, so that such a
+    parent's function is kept."""
     num_hidden_layers: Count
     num_attention_heads: Count
     mini_batch_size: Count
@@ -217,6 +227,9 @@ class TrainingConfig:
 
     exp_folder: FolderName
     exp_name: FolderName
+    runtime_mode: RuntimeMode
+    """`jax`: train the model; `token_stats`: a count model in its place, on the same data;
+    `simulate`: compute nothing, and leave a record and a checkpoint that say so."""
     train_mode: TrainMode
     """`meta`: test-time training inside the loss; `pretrain`: plain next-token prediction."""
     dataset_name: str
@@ -249,6 +262,8 @@ class TrainingConfig:
     """0: only at the end."""
     eval_batches: Natural
     """Batches of the evaluation split to score; 0: all of it."""
+    eval_start_batches: Count
+    """Batches of the evaluation split to score before the first step, by the parent too."""
     save_every_steps: Natural
     """0: only at the end."""
     save_every_minutes: NotNegative
@@ -261,6 +276,8 @@ class TrainingConfig:
     """Steps in a row to leave out if their loss or gradient is not finite; one more ends it."""
     load_part: LoadPart
     """What to take from `resume_exp_name` at step 0: nothing, the parameters, or all the state."""
+    prime_init: PrimeInit
+    """How prime MLPs begin that a parent has not (ttt/model/warm_start.py)."""
     resume_exp_folder: FolderName
     resume_exp_name: MaybeFolderName
     resume_step: Step
@@ -952,6 +969,11 @@ def narrowed_width(width: int, layers: int, suffix: int) -> int:
     return math.ceil(width * layers / (layers + suffix) / 128) * 128
 
 
+def mlp_width(policy: str, width: int, layers: int, suffix: int) -> int:
+    """The MLP width of a model with prime MLPs, by its `width_policy`."""
+    return width if policy == "full" else narrowed_width(width, layers, suffix)
+
+
 def full_attention_rope_theta(base: float, seq_length: int) -> float:
     """The paper's rotary base for full attention: `base` up to 8K tokens, growing beyond."""
     growth = {8192: 1, 16384: 2, 32768: 4, 65536: 10}
@@ -969,7 +991,7 @@ def _cache_dir(name: str) -> str:
     return os.path.join(root, "ttt", name)
 
 
-for _resolver in (narrowed_width, full_attention_rope_theta, extension_batch_size):
+for _resolver in (mlp_width, full_attention_rope_theta, extension_batch_size):
     OmegaConf.register_new_resolver(f"ttt.{_resolver.__name__}", _resolver, replace=True)
 OmegaConf.register_new_resolver("ttt.floordiv", lambda number, by: number // by, replace=True)
 OmegaConf.register_new_resolver("ttt.times", lambda number, by: number * by, replace=True)

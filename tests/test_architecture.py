@@ -40,6 +40,9 @@ JAX_FREE = (
     "ttt.evaluation.intervals",
     "ttt.evaluation.repetition",
     "ttt.evaluation.ruler",
+    "ttt.runs.registry",
+    "ttt.runs.matrix",
+    "ttt.runs.pilot",
 )
 
 

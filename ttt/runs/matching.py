@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from ttt.errors import UserError
+from ttt.errors import RunError, UserError
 
 WARM_UP_ROWS = 2
 """First logged steps of a run that are not measured: the first waits for the compiler's caches."""
@@ -67,19 +67,28 @@ def step_seconds_per_token(rows: Iterable[Mapping[str, Any]], tokens_per_step: i
     return [value / tokens_per_step for value in seconds[WARM_UP_ROWS:]]
 
 
+def check_measurable(steps_of_runs: Mapping[str, int]) -> None:
+    """Raise UserError for runs that end before they could be timed, so before they are run.
+
+    steps_of_runs: name -> steps.
+    """
+    for name, steps in steps_of_runs.items():
+        if steps <= WARM_UP_ROWS:
+            raise UserError(
+                f"{name} has {steps} steps: wall-clock matching times the steps after the first "
+                f"{WARM_UP_ROWS} of each stage; give it more, or leave wall_clock out of --matching"
+            )
+
+
 def pooled(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, Any]]:
     """Kind -> the median seconds per token over all steps of all its runs, and which runs.
 
-    measured: kind -> run -> seconds per token of its steps. Raises UserError for a kind without.
+    measured: kind -> run -> seconds per token of its steps. Raises RunError for a kind without.
     """
     frozen = {}
     for kind, runs in measured.items():
         steps = [value for values in runs.values() for value in values]
         if not steps:
-            raise UserError(
-                f"{kind}: no step of {', '.join(runs)} can be timed, and the first "
-                f"{WARM_UP_ROWS} of a run do not count; give its stage more steps, or leave "
-                "wall_clock out of --matching"
-            )
+            raise RunError(f"{kind}: the records of {', '.join(runs)} hold no timed step")
         frozen[kind] = {"seconds": median(steps), "from": sorted(runs), "steps": len(steps)}
     return frozen

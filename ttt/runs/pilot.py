@@ -10,8 +10,7 @@ from rich.table import Table
 
 from ttt.config import Config
 from ttt.dataloader import text, token_store
-from ttt.errors import UserError
-from ttt.runs import compose, registry, request
+from ttt.runs import compose, matching, registry, request
 from ttt.runs.execute import TRAIN, Execution
 from ttt.runs.plan import Order, Plan, Run, build
 
@@ -94,6 +93,8 @@ def prepare(flags: Flags) -> Prepared:
     plan = build(order, known, compose.facts)
     for run in plan.runs:
         compose.config_of(run)
+    if "wall_clock" in matchings:
+        matching.check_measurable({run.name: run.steps for run in plan.runs})
     asked = {
         **{key: list(value) for key, value in asdict(pilot).items() if key != "budget"},
         **asdict(pilot.budget),
@@ -134,7 +135,9 @@ def run(flags: Flags, console: Console, train: Sequence[str] = TRAIN) -> tuple[s
 def show(prepared: Prepared, console: Console) -> None:
     """The plan: runs in order, their cost, and their commands."""
     plan = prepared.plan
-    table = Table("run", "starts from", "steps", "tokens", "context", title="nothing is run")
+    table = Table(title="nothing is run")
+    for column in ("run", "starts from", "steps", "tokens", "context"):
+        table.add_column(column, overflow="fold")
     for run in plan.runs:
         numbers = (f"{run.steps:,}", f"{run.tokens:,}", f"{run.seq_length:,}")
         table.add_row(run.name, run.parent or "", *numbers)

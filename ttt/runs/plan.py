@@ -30,6 +30,10 @@ class Facts(NamedTuple):
         return self.seq_length * self.global_batch_size
 
 
+_OTHER_ORDER = 1000
+"""Between the data seeds of pretraining and adaptation, which read one corpus at one length: with
+the same seed the adaptation would read pretraining's first batches once more."""
+
 Ask = Callable[[str, tuple[str, ...]], Facts]
 """(experiment, overrides) -> facts."""
 
@@ -192,7 +196,8 @@ def _run(
         name += f"-{'steps' if parent is None else 'after'}{pretrain_steps}"
     if seed is not None:
         name += f"-seed{seed}"
-        overrides += (f"training.model_seed={seed}", f"training.data_seed={seed}")
+        data_seed = seed + _OTHER_ORDER if stage.stage == "adapt" else seed
+        overrides += (f"training.model_seed={seed}", f"training.data_seed={data_seed}")
     if name != experiment.rpartition("/")[2]:
         overrides += (f"training.exp_name={name}",)
     if parent is not None and parent.name != _parent_name(order, stage):

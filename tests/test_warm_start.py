@@ -8,9 +8,9 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-
 from builders import MODEL, TRAINING, full_attention, random_tokens
 from test_train import configure, record_of, store, weights_of  # noqa: F401 (fixtures)
+
 from ttt import train
 from ttt.config import PRIME_INITS
 from ttt.core.batch import from_tokens
@@ -149,10 +149,7 @@ def start_of(config) -> dict:
     return record_of(config).run()["attempts"][0]["start"]
 
 
-def test_full_attention_then_a_window_then_learning_starts_at_the_parents_loss(
-    configure,
-    fa_parent,  # noqa: F811
-):
+def test_a_window_and_then_learning_start_at_the_parents_loss(configure, fa_parent):  # noqa: F811
     swa = configure("training.exp_name=swa", "model.suffix_len=0", *fa_parent, **SWA)
     train.run(swa)
     name = "training.resume_exp_name"
@@ -166,7 +163,9 @@ def test_full_attention_then_a_window_then_learning_starts_at_the_parents_loss(
         assert start["context"] == context
         assert start["warm_loss"] == pytest.approx(start["parent_loss"], abs=1e-5)
         account = record_of(config).run()["attempts"][0]["restored"]
-        assert not account["narrowed"] and not account["unused"] and not account["changed"]
+        assert not account["narrowed"]
+        assert not account["unused"]
+        assert not account["changed"]
         assert bool(account["initialised"]) == (config is not swa)
         rows = record_of(config).metrics()
         assert rows[0] == pytest.approx(
@@ -189,7 +188,8 @@ def test_a_narrowed_start_says_what_it_is(configure, fa_parent):  # noqa: F811
     stack = "language_model.model.h.blocks.feed_forward"
     assert sorted(account["narrowed"]) == [f"{stack}.{w}.weight" for w in ("w1", "w2", "w3")]
     assert set(account["narrowed"]) < set(account["restored"])
-    assert not start["preserving"] and "narrowed" in start["why"]
+    assert not start["preserving"]
+    assert "narrowed" in start["why"]
     assert start["warm_loss"] != start["parent_loss"]
     assert weights_of(child)[f"{stack}.w1.weight"].shape == (2, 16, 24)
 
@@ -201,7 +201,7 @@ def test_without_a_policy_that_fits_another_width_is_refused(configure, fa_paren
 
 
 def test_other_heads_are_refused_though_every_shape_fits(configure, fa_parent):  # noqa: F811
-    with pytest.raises(UserError, match="num_attention_heads=1: .* was trained with 2"):
+    with pytest.raises(UserError, match=r"num_attention_heads=1: .* was trained with 2"):
         train.run(configure(*fa_parent, "training.exp_name=x", "model.num_attention_heads=1"))
 
 
@@ -210,4 +210,5 @@ def test_a_changed_function_is_told(configure, fa_parent):  # noqa: F811
     train.run(child)
     account, start = record_of(child).run()["attempts"][0]["restored"], start_of(child)
     assert account["changed"] == {"model.rope_theta": [10000.0, 500.0]}
-    assert not start["preserving"] and "rope_theta: 10000.0 -> 500.0" in start["why"]
+    assert not start["preserving"]
+    assert "rope_theta: 10000.0 -> 500.0" in start["why"]

@@ -14,6 +14,8 @@ Exit codes: 0 all done; 1 a run failed or a gate does not hold; 2 a mistake in t
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib import import_module
+from importlib.util import find_spec
 
 from rich.console import Console
 
@@ -50,7 +52,9 @@ def main() -> None:
     add("--dry-run", action="store_true", help="show runs, tokens and commands; do nothing")
     args = parser.parse_args()
     with exit_codes():
-        pilot.run(pilot.Flags(**vars(args)), Console())
+        records, folder = pilot.run(pilot.Flags(**vars(args)), Console())
+        if not args.dry_run and find_spec("ttt.report"):
+            import_module("ttt.report.phase1").write(records, folder)
 
 
 if __name__ == "__main__":

@@ -164,8 +164,7 @@ def check_data(plan: Plan) -> None:
     """Raise UserError for a token store that a run will not find; `train` makes the built-in."""
     for name, (root, run) in _stores(plan).items():
         training = compose.config_of(run).training
-        made_on_first_use = name == "builtin" and not Path(root).exists()
-        if training.runtime_mode != "simulate" and not made_on_first_use:
+        if name != "builtin" or Path(root).exists():
             for split in (training.data_split, training.eval_split):
                 token_store.open_split(root, split, remedy=token_store.remedy(name, root))
 

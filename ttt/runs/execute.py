@@ -60,7 +60,7 @@ class Execution:
         are none of this one's, RunError at the first run that fails or does not pass a gate, and
         Stopped or KeyboardInterrupt where a signal asked for an end.
         """
-        with RunLock(self.folder) as lock:
+        with RunLock(self.folder, named_by="--exp-folder") as lock:
             manifest = Manifest(self.folder, self.flags, self.head)
             plan = self._plan(manifest)
             manifest.adopt(plan)
@@ -87,7 +87,7 @@ class Execution:
         """Refuse records that are none of this plan's, or no longer what the manifest says."""
         faults = []
         for run in plan.runs:
-            found = records.find(self.folder / run.name, compose.config_of(run))
+            found = records.find(self.folder, run)
             status = manifest.status(run.name)
             if found.status == "absent":
                 if status == "finished":
@@ -124,7 +124,7 @@ class Execution:
 
     def _done(self, run: Run, manifest: Manifest) -> bool:
         """Whether a run's record is finished; then its gates are looked at, if they were not."""
-        if records.find(self.folder / run.name, compose.config_of(run)).status != "finished":
+        if records.find(self.folder, run).status != "finished":
             return False
         self._judge(run, manifest)
         return True
@@ -152,7 +152,7 @@ class Execution:
         if self._asked is not None or code == 75:
             manifest.note(run.name, "interrupted")
             self._stop(run)
-        found = records.find(self.folder / run.name, compose.config_of(run)).status
+        found = records.find(self.folder, run).status
         if code != 0 or found != "finished":
             manifest.note(run.name, "failed")
             end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])

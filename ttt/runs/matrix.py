@@ -9,8 +9,6 @@ from ttt.runs.plan import Order, Plan, build
 def commands(order: Order, matchings: Sequence[str]) -> Iterator[str]:
     """Lines in order of dependency; what is not a command is a comment."""
     plan = build(order, matchings, compose.facts)
-    for run in plan.runs:
-        compose.config_of(run)  # a fault is told before the first line
     yield f"# {order.size.name}: {len(plan.runs)} runs, each after the one that it starts from"
     for path in plan.paths:
         says = order.registry.paths[path.path].says

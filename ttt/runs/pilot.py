@@ -91,8 +91,6 @@ def prepare(flags: Flags) -> Prepared:
     order = Order(book, size, pilot.paths, pilot.seeds, pilot.budget, (*common, *data))
     known = [how for how in matchings if how != "wall_clock"]
     plan = build(order, known, compose.facts)
-    for run in plan.runs:
-        compose.config_of(run)
     if "wall_clock" in matchings:
         matching.check_measurable({run.name: run.steps for run in plan.runs})
     asked = {
@@ -194,7 +192,7 @@ def bootstrap(plan: Plan, console: Console) -> None:
 def _stores(plan: Plan) -> Mapping[str, tuple[str, Run]]:
     """Dataset -> its root, and a run that reads it."""
     stores = {}
-    for run in plan.runs:
+    for run in {run.experiment: run for run in plan.runs}.values():  # seeds read the same
         config = compose.config_of(run)
         name = config.training.dataset_name
         if not config.training.dummy_dataset:

@@ -1,17 +1,22 @@
 """What planned runs have left on disk: whether they are done, and what they say of themselves."""
 
+import json
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from ttt.config import Config, differences, to_dict
+from ttt.config import differences, to_dict
 from ttt.errors import UserError
 from ttt.infra.record import RunRecord
-from ttt.runs import matching
+from ttt.runs import compose, matching
 from ttt.runs.gates import Evidence
 from ttt.runs.plan import Run
+
+_TAIL_BYTES = 1 << 16
 
 
 class Found(NamedTuple):
@@ -23,14 +28,15 @@ class Found(NamedTuple):
     """Settings that differ, as (on disk, planned)."""
 
 
-def find(folder: Path, config: Config) -> Found:
-    """What is in the folder of a run with these settings.
+def find(root: Path, run: Run) -> Found:
+    """What is in the folder of a planned run, below `root`.
 
     Its number of steps counts as a setting here: a finished run of another length is another run.
     """
+    folder = root / run.name
     if not (folder / "run.json").exists():
         return Found("absent", {})
-    stored, planned = settings(folder), to_dict(config)
+    stored, planned = settings(folder), to_dict(compose.config_of(run))
     changed = differences(stored, planned)
     steps = (stored["training"]["total_steps"], planned["training"]["total_steps"])
     if steps[0] != steps[1]:
@@ -55,9 +61,22 @@ def evidence(folder: Path) -> Evidence:
 
 
 def progress(folder: Path) -> tuple[int, float | None]:
-    """(last logged step, its loss) of a run that may not have begun."""
-    rows = [row for row in RunRecord(folder).metrics() if "loss" in row]
-    return (rows[-1]["step"], rows[-1]["loss"]) if rows else (0, None)
+    """(last logged step, its loss if it has one) of a run that may not have begun.
+
+    Asked for twice a second, so it reads the end of `metrics.jsonl` alone.
+    """
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0, None
+    for line in reversed(lines):
+        with suppress(ValueError):  # cut off, at either end
+            row = json.loads(line)
+            if "loss" in row or "tokens" in row:
+                return row["step"], float(row["loss"]) if "loss" in row else None
+    return 0, None
 
 
 def measure(runs: Iterable[Run], root: Path) -> dict[str, dict[str, Any]]:

@@ -81,18 +81,20 @@ def restore_account(run: Run, evidence: Evidence) -> Gate:
     account = evidence.first("restored")
     if account is None:
         return Gate(name, False, f"the record has no account of what was taken from {run.parent}")
-    kinds = ("restored", "initialised", "narrowed", "unused")
-    restored, initialised, narrowed, unused = (account.get(kind, ()) for kind in kinds)
+    kinds = ("restored", "initialised", "moved", "narrowed", "unused")
+    restored, initialised, moved, narrowed, unused = (account.get(kind, ()) for kind in kinds)
+    vacated = {entry.split(" -> ")[0] for entry in moved}  # its old weights serve elsewhere
     faults = []
     if f"/{run.parent}/" not in str(account.get("from", "")):
         faults.append(f"taken from {account.get('from')}, not from {run.parent}")
     if account.get("part") != "params" or not restored:
         faults.append(f"part {account.get('part')} with {len(restored)} restored parameters")
-    if random := [leaf for leaf in initialised if not matches(_NEW_ON_PURPOSE, leaf)]:
-        faults.append(f"random: {', '.join(random)}")
+    random = {leaf for leaf in initialised if not matches(_NEW_ON_PURPOSE, leaf)} - vacated
+    if random:
+        faults.append(f"random: {', '.join(sorted(random))}")
     if initialised and run.parent_method == "e2e":
         faults.append(f"random though the parent has them: {', '.join(initialised)}")
-    if run.method == "e2e" and run.parent_method != "e2e" and not initialised:
+    if run.method == "e2e" and run.parent_method != "e2e" and not (initialised or moved):
         faults.append("no prime MLP is new, though the parent has none")
     if unused:
         faults.append(f"unused: {', '.join(unused)}")

@@ -149,9 +149,10 @@ def restore_parameters(
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_width_remedy(parent, config.model)}") from error
     account = replace(account, narrowed=tuple(narrowed))
-    logger.info("%s", account)
     if account.initialised:
-        model = warm_start.initialise_prime(model, config.training.prime_init)
+        model, new, moved = warm_start.begin(model, config.training.prime_init)
+        account = replace(account, initialised=new, moved=moved)
+    logger.info("%s", account)
     measured = measure_parent(config, parent, account, evaluation, layout)
     told = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
     if parent is not None:

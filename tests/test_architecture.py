@@ -20,7 +20,8 @@ FLOORS = (
     ("ttt.model",),
     ("ttt.interop", "ttt.inference"),
     ("ttt.evaluation", "ttt.bench"),
-    ("ttt.runs", "ttt.report", "ttt.light"),
+    ("ttt.runs", "ttt.report", "ttt.start"),
+    ("ttt.light",),
     ("ttt.train", "ttt.evaluate", "ttt.generate", "ttt.benchmark"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -27,6 +27,7 @@ from ttt.light import CountLearner
 from ttt.model.count_model import CountModel
 
 COUNTS = "training.runtime_mode=token_stats"
+WHOLE = "training.load_part=all"
 SIMULATE = "training.runtime_mode=simulate"
 
 
@@ -224,11 +225,22 @@ def test_a_child_takes_the_counts_of_its_parent_and_counts_on(configure):  # noq
     first = training_batches(child, 1)[0]
     assert losses_of(child)[0] == pytest.approx(CountLearner(child).score(model, first).loss.mean())
     assert len(losses_of(child)) == 6
-    account = record_of(child).run()["attempts"][0]["restored"]
+    attempt = record_of(child).run()["attempts"][0]
+    account, start = attempt["restored"], attempt["start"]
+    assert start["preserving"]
+    assert start["loss"] == start["warm_loss"] == pytest.approx(start["parent_loss"])
+    summary = record_of(parent).folder / "eval/loss_by_position-6.json"
+    every = configure(
+        "training.eval_start_batches=2", "training.exp_name=every", WHOLE, *from_parent
+    )
+    train.run(every)  # as many batches as the parent's evaluation in the end
+    parents_own = json.loads(summary.read_text())["token_loss"]
+    start = record_of(every).run()["attempts"][0]["start"]
+    assert start["parent_loss"] == pytest.approx(parents_own)
     assert sorted(account["restored"]) == sorted(weights_of(parent))
     assert account["from"].endswith("parent/6")
     later = configure(
-        *("training.exp_name=later", "training.load_part=all", "training.total_steps=8"),
+        *("training.exp_name=later", "training.total_steps=8", WHOLE),
         *from_parent,
     )
     train.run(later)
@@ -258,6 +270,7 @@ def test_a_simulated_run_leaves_steps_and_tokens_and_no_number_it_did_not_measur
     record = record_of(config)
     assert record.run()["status"] == "finished"
     assert record.metrics() == [{"step": 6, "tokens": 6 * 4 * 64}]
+    assert record.run()["attempts"][0]["start"] is None
     assert not (record.folder / "eval").exists()
     assert not list(record.folder.glob("*.png"))
     checkpoints = checkpoints_of(config)

@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_bit_for_bit(configure, monkeypatch):
     assert record_of(killed).run()["status"] == "interrupted"
     train.run(killed)
     assert losses_of(killed) == losses_of(straight)
-    assert [row["step"] for row in record_of(killed).metrics()] == [1, 2, 3, 4, 5, 6, 6]
+    assert [row["step"] for row in record_of(killed).metrics()] == [0, 1, 2, 3, 4, 5, 6, 6]
     jax.tree.map(np.testing.assert_array_equal, weights_of(killed), weights_of(straight))
 
 

@@ -5,8 +5,8 @@ that never counts from one checkpoint to the next. Either is a learner in the lo
 """
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +17,12 @@ from ttt.core.tree import nested
 from ttt.dataloader import lm_dataset
 from ttt.dataloader.lm_dataset import Source
 from ttt.errors import UserError
-from ttt.evaluation.loss_by_position import PositionLoss
 from ttt.infra import checkpoint
-from ttt.infra.checkpoint import Checkpoints
+from ttt.infra.checkpoint import Checkpoints, RestoreAccount
 from ttt.infra.progress import Progress
 from ttt.model.count_model import CountModel
 from ttt.model.loop import Scores
+from ttt.start import Parent, Start, start_batches, token_loss
 
 logger = logging.getLogger(__name__)
 
@@ -66,29 +66,37 @@ class CountLearner:
         return self.config.training.seq_length
 
     def find_start(
-        self, checkpoints: Checkpoints, own: int | None
-    ) -> tuple[CountState, dict[str, Any] | None, dict[str, Any] | None]:
+        self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
+    ) -> Start:
         """The run's own step `own`, else what `load_part` says, else nothing counted."""
-        training = self.config.training
+        training, paths = self.config.training, self.config.deploy_paths
         if own is not None:
             logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
-            return self._restore(checkpoints, own, "all")
+            return self._restore(checkpoints, own, "all")._replace(continues=True)
         if training.load_part == "none":
-            return CountState(CountModel.empty(self.config.model.vocab_size), 0), None, None
-        parent = Checkpoints(
-            checkpoint.run_folder(
-                self.config.deploy_paths.checkpoint,
-                training.resume_exp_folder,
-                training.resume_exp_name,
-            )
+            nothing = CountModel.empty(self.config.model.vocab_size)
+            return Start(CountState(nothing, 0), None, None)
+        folder = checkpoint.run_folder(
+            paths.checkpoint, training.resume_exp_folder, training.resume_exp_name
         )
+        parent = Checkpoints(folder)
         step = parent.find_good(training.resume_step)
         logger.info("starting from %s (%s)", parent.find(step), training.load_part)
-        return self._restore(parent, step, training.load_part)
+        start = self._restore(parent, step, training.load_part)
+        if training.runtime_mode == "simulate":
+            return start
+        loss = self._start_loss(start.state.model, evaluation)
+        return start._replace(parent=Parent(loss, training.seq_length, False, True, ""))
 
-    def _restore(
-        self, source: Checkpoints, step: int, part: str
-    ) -> tuple[CountState, dict[str, Any] | None, dict[str, Any]]:
+    def warm_loss(self, start: Start, evaluation: Source) -> float | None:
+        """The parent's counts are the child's, so it must be the parent's loss."""
+        return self._start_loss(start.state.model, evaluation) if start.parent else None
+
+    def _start_loss(self, model: CountModel, evaluation: Source) -> float:
+        batches = start_batches(self.config, evaluation, self.config.training.seq_length)
+        return token_loss(self.score, model, batches, learn=False)
+
+    def _restore(self, source: Checkpoints, step: int, part: str) -> Start:
         folder, vocab_size = source.find(step), self.config.model.vocab_size
         arrays = checkpoint.read_flat(folder, "model_weights")
         model = CountModel.from_arrays(nested(arrays)["count_model"])
@@ -98,11 +106,11 @@ class CountLearner:
                 f"model.vocab_size={vocab_size}: counts of other tokens are of no use; set it to "
                 f"{model.vocab_size}, or start from another run"
             )
-        account: dict[str, Any] = {"from": str(folder), "part": part, "restored": list(arrays)}
-        account["initialised"] = []
+        account = RestoreAccount(tuple(arrays), initialised=(), cast=(), unused=())
+        told = {"from": str(folder), "part": part, **asdict(account)}
         if part == "all":
-            return CountState(model, step), source.loader_state(step), account
-        return CountState(model, 0), None, account
+            return Start(CountState(model, step), source.loader_state(step), told)
+        return Start(CountState(model, 0), None, told)
 
     def place(self, batch: Batch) -> Batch:
         """As it is."""
@@ -170,12 +178,6 @@ def count(config: Config, source: Source, steps: int) -> CountModel:
             progress.update(done)
     inputs, targets, mask = map(np.concatenate, zip(*parts, strict=True))
     return CountModel.empty(config.model.vocab_size).plus(inputs, targets, mask)
-
-
-def loss_of(config: Config, model: CountModel, batches: Iterable[Batch]) -> float:
-    """Its mean over all tokens of these batches that count, in nats."""
-    score = CountLearner(config).score
-    return PositionLoss.measure(score, model, batches, learn=False).token_loss
 
 
 def tell(loss: float, count_loss: float, tokens: int) -> None:

@@ -3,7 +3,6 @@
 The order matters: everything that a user can have got wrong is found before the first compilation.
 """
 
-import dataclasses
 import logging
 import math
 import shlex
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from rich.console import Console
@@ -44,9 +42,10 @@ from ttt.infra.progress import Progress, Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
 from ttt.light import CountLearner, CountState
-from ttt.model import loop, published
+from ttt.model import loop
 from ttt.model.loop import Evaluator, Scores, TrainState
 from ttt.model.transformer import MetaModel
+from ttt.start import Parent, Start, as_items, find_start, token_loss, warm_loss
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +59,6 @@ class Data(NamedTuple):
 
 
 State = TrainState | CountState
-
-
-class Start(NamedTuple):
-    """Where training starts."""
-
-    state: State
-    loader_state: dict[str, Any] | None
-    """None: the first batch."""
-    account: dict[str, Any] | None
-    """What was taken from a checkpoint."""
 
 
 class Learner(Protocol):
@@ -89,9 +78,13 @@ class Learner(Protocol):
         ...
 
     def find_start(
-        self, checkpoints: Checkpoints, own: int | None
-    ) -> tuple[Any, dict[str, Any] | None, dict[str, Any] | None]:
-        """The fields of `Start`: the run's own step `own`, else what `load_part` says, or anew."""
+        self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
+    ) -> Start:
+        """The run's own step `own`, else what `load_part` says, else anew."""
+        ...
+
+    def warm_loss(self, start: Start, evaluation: Source) -> float | None:
+        """The loss before the first step on the tokens of `start.parent`; None: there are none."""
         ...
 
     def place(self, batch: Batch) -> Any:
@@ -134,9 +127,15 @@ class Network:
         sliding = self.config.model.seq_modeling_block == "SWA"
         return self.config.model.sliding_window_size if sliding else self.config.training.seq_length
 
-    def find_start(self, checkpoints: Checkpoints, own: int | None) -> Start:
+    def find_start(
+        self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
+    ) -> Start:
         """From disk, or fresh weights."""
-        return find_start(self.config, checkpoints, own, self.layout)
+        return find_start(self.config, train, evaluation, checkpoints, own, self.layout)
+
+    def warm_loss(self, start: Start, evaluation: Source) -> float | None:
+        """Learning only if the parent does."""
+        return warm_loss(self.config, start, evaluation, self.layout)
 
     def place(self, batch: Batch) -> Batch:
         """As microbatches, on the devices."""
@@ -198,7 +197,7 @@ def run(config: Config) -> None:
         check_continues(config, data, checkpoints, record, own)
         if own is None and training.load_part != "none":
             check_parent(config)
-        start = Start(*learner.find_start(checkpoints, own))
+        start = learner.find_start(data.train, data.evaluation, checkpoints, own)
         step = int(start.state.step)
         simulated = training.runtime_mode == "simulate"
         done = simulated or summary_path(record, step).exists()
@@ -234,6 +233,8 @@ def work(run: Run, start: Start) -> None:
         if run.config.training.runtime_mode == "simulate":
             simulate(run, start)
         else:
+            if not start.continues:
+                evaluate_start(run, start)
             evaluate(run, train(run, start))
         distributed.wait_for_all()  # who leaves early would take the others for dead
         status = "finished"
@@ -387,69 +388,6 @@ def fit_memory(config: Config) -> Config:
     if not fitted.fits:
         logger.warning("it may not fit. %s", plan.advice(config, fitted))
     return fitted.config
-
-
-def find_start(config: Config, checkpoints: Checkpoints, own: int | None, layout: Layout) -> Start:
-    """The run's own checkpoint `own`, else what `load_part` says, else fresh weights."""
-    training = config.training
-    if own is not None:
-        logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
-        return restore_all(config, checkpoints, own, layout)
-    if training.load_part == "none":
-        # Each device makes its own part. Random numbers do not depend on where they are drawn.
-        shardings = layout.shardings(jax.eval_shape(lambda: loop.init_state(config)))
-        fresh = jax.jit(lambda: loop.init_state(config), out_shardings=shardings)()
-        return Start(fresh, None, None)
-    folder = checkpoint.run_folder(
-        config.deploy_paths.checkpoint, training.resume_exp_folder, training.resume_exp_name
-    )
-    parent = Checkpoints(folder)
-    step_folder = parent.find(parent.find_good(training.resume_step))
-    logger.info("starting from %s (%s)", step_folder, training.load_part)
-    if training.load_part == "all":
-        return restore_all(config, parent, int(step_folder.name), layout)
-    return restore_parameters(config, step_folder, layout)
-
-
-def restore_all(config: Config, source: Checkpoints, step: int, layout: Layout) -> Start:
-    """Parameters, optimizer state, step and position exactly as they were saved.
-
-    Where they lay then does not matter: every device reads what it is to hold now.
-    """
-    like = jax.eval_shape(lambda: loop.init_state(config))
-    shapes = jax.eval_shape(as_items, like)
-    stored = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        layout.shardings(shapes),
-    )
-    items = source.restore(step, stored)
-    model = published.from_stored(like.model, items["model_weights"])
-    opt_state = published.from_stored(like.opt_state, items["opt_state"])
-    state = layout.place(TrainState(model, opt_state, jnp.asarray(step, jnp.int32)))
-    names = list(tree.named_leaves(items["model_weights"]))
-    account = {"from": str(source.find(step)), "part": "all", "restored": names, "initialised": []}
-    return Start(state, source.loader_state(step), account)
-
-
-def restore_parameters(config: Config, step_folder: Path, layout: Layout) -> Start:
-    """Parameters by published name, the rest fresh; every parameter is accounted for."""
-    fresh = loop.init_state(config).model
-    model, account = published.load_parameters(
-        fresh, step_folder, may_initialise=published.NEW_IN_META
-    )
-    logger.info("%s", account)
-    state = loop.start_from(model, config.training)
-    account = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
-    return Start(layout.place(state), None, account)
-
-
-def as_items(state: TrainState) -> dict[str, Any]:
-    """The array items of a checkpoint, in the published layout."""
-    return {
-        "model_weights": published.to_stored(state.model),
-        "opt_state": published.to_stored(state.opt_state),
-    }
 
 
 def make_tracker(config: Config, record: RunRecord) -> Tracker:
@@ -709,11 +647,50 @@ def evaluate_on_the_way(run: Run, state: State, batches: grain.DatasetIterator, 
     run.tracker.log(step, {"eval_loss": loss, "evaluation_seconds": seconds})
 
 
-def score(run: Run, state: State, *, learn: bool) -> PositionLoss:
-    """The evaluation split, or `eval_batches` of it, in order; raises Stopped if asked to."""
+def evaluate_start(run: Run, start: Start) -> None:
+    """What the model can do before its first step, and whether that is what its parent could."""
+    learner, parent, step = run.learner, start.parent, int(start.state.step)
+    first = run.config.training.eval_start_batches
+    with run.spent("evaluation"):
+        loss = score(run, start.state, learn=True, batches=first).token_loss
+        still = None
+        if learner.learns:
+            still = score(run, start.state, learn=False, batches=first).token_loss
+        warm = learner.warm_loss(start, run.data.evaluation)
+    run.spent.take("evaluation")
+    figures: dict[str, Any] = {"loss": loss, "loss_without_learning": still, "warm_loss": warm}
+    told = parent or Parent(None, 0, False, False, "it has no parent to be compared with")
+    figures |= {"parent_loss": told.loss, "context": told.context or None}
+    figures |= {"preserving": told.preserving, "why": told.why}
+    if parent is not None:
+        tell_start(parent, warm)
+    run.record.started(figures)
+    if not run.record.logged(step, "start_loss"):  # an attempt before this one may have
+        still_too = {} if still is None else {"start_loss_without_learning": still}
+        run.tracker.log(step, {"start_loss": loss, **still_too})
+
+
+def tell_start(parent: Parent, warm: float | None) -> None:
+    """The child's loss beside its parent's, in a sentence."""
+    if parent.loss is None or warm is None:
+        logger.warning("the start could not be compared with the parent: %s", parent.why)
+        return
+    same = "as it must" if parent.preserving else f"not the same function ({parent.why})"
+    logger.info(
+        "before the first step: loss %.5f, the parent's %.5f on the same %d-token sequences (%s)",
+        *(warm, parent.loss, parent.context, same),
+    )
+
+
+def score(run: Run, state: State, *, learn: bool, batches: int | None = None) -> PositionLoss:
+    """The evaluation split, or its first `eval_batches`, in order; raises Stopped if asked to.
+
+    batches: in place of `eval_batches`.
+    """
     training = run.config.training
     available = -(-len(run.data.evaluation) // training.eval_batch_size)
-    total = min(training.eval_batches or available, available)
+    most = training.eval_batches if batches is None else batches
+    total = min(most or available, available)
 
     def told(batch: int, loss: float) -> None:
         progress.update(batch, loss=loss)
@@ -725,18 +702,18 @@ def score(run: Run, state: State, *, learn: bool) -> PositionLoss:
         return PositionLoss.measure(
             run.learner.score,
             state.model,
-            eval_batches(run),
+            eval_batches(run, most),
             learn=learn,
             told=told,
         )
 
 
-def eval_batches(run: Run) -> grain.DatasetIterator:
-    """The batches of the evaluation split that are scored, in order."""
+def eval_batches(run: Run, most: int) -> grain.DatasetIterator:
+    """The first batches of the evaluation split, at most `most` (0: all)."""
     return lm_dataset.eval_batches(
         run.data.evaluation,
         batch_size=run.config.training.eval_batch_size,
-        max_batches=run.config.training.eval_batches,
+        max_batches=most,
         bos_token_id=run.config.model.bos_token_id,
     )
 
@@ -754,7 +731,8 @@ def evaluate(run: Run, state: State) -> None:
     if training.runtime_mode == "jax" and training.count_model_tokens:
         with run.spent("evaluation"):
             counts = light.count(config, run.data.train, step)
-            loss = light.loss_of(config, counts, eval_batches(run))
+            batches = eval_batches(run, training.eval_batches)
+            loss = token_loss(CountLearner(config).score, counts, batches, learn=False)
         light.tell(learning.token_loss, loss, counts.tokens)
         summary |= {"count_model_loss": loss, "count_model_tokens": counts.tokens}
     picture = run.record.folder / f"loss_by_position-{step}.png"

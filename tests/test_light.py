@@ -27,7 +27,6 @@ from ttt.light import CountLearner
 from ttt.model.count_model import CountModel
 
 COUNTS = "training.runtime_mode=token_stats"
-WHOLE = "training.load_part=all"
 SIMULATE = "training.runtime_mode=simulate"
 
 
@@ -229,22 +228,16 @@ def test_a_child_takes_the_counts_of_its_parent_and_counts_on(configure):  # noq
     account, start = attempt["restored"], attempt["start"]
     assert start["preserving"]
     assert start["loss"] == start["warm_loss"] == pytest.approx(start["parent_loss"])
-    summary = record_of(parent).folder / "eval/loss_by_position-6.json"
-    every = configure(
-        "training.eval_start_batches=2", "training.exp_name=every", WHOLE, *from_parent
-    )
-    train.run(every)  # as many batches as the parent's evaluation in the end
-    parents_own = json.loads(summary.read_text())["token_loss"]
-    start = record_of(every).run()["attempts"][0]["start"]
-    assert start["parent_loss"] == pytest.approx(parents_own)
     assert sorted(account["restored"]) == sorted(weights_of(parent))
     assert account["from"].endswith("parent/6")
-    later = configure(
-        *("training.exp_name=later", "training.total_steps=8", WHOLE),
-        *from_parent,
-    )
+    whole = ["training.load_part=all", "training.total_steps=8", "training.eval_start_batches=2"]
+    later = configure("training.exp_name=later", *whole, *from_parent)
     train.run(later)
     assert [row["step"] for row in record_of(later).metrics() if "loss" in row] == [7, 8]
+    # Before its first step it is measured on as much as the parent was in the end.
+    summary = json.loads((record_of(parent).folder / "eval/loss_by_position-6.json").read_text())
+    start = record_of(later).run()["attempts"][0]["start"]
+    assert start["parent_loss"] == pytest.approx(summary["token_loss"])
 
 
 def test_counts_of_another_vocabulary_are_refused(configure):  # noqa: F811

@@ -20,7 +20,8 @@ FLOORS = (
     ("ttt.model",),
     ("ttt.interop", "ttt.inference"),
     ("ttt.evaluation", "ttt.bench"),
-    ("ttt.runs", "ttt.report"),
+    ("ttt.runs", "ttt.report", "ttt.start"),
+    ("ttt.light",),
     ("ttt.train", "ttt.evaluate", "ttt.generate", "ttt.benchmark"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -34,6 +35,7 @@ JAX_FREE = (
     "ttt.dataloader.token_store",
     "ttt.dataloader.text",
     "ttt.model.sharding",
+    "ttt.model.count_model",
     "ttt.bench.costs",
     "ttt.bench.plan",
     "ttt.evaluation.result",

@@ -33,6 +33,7 @@ SMALL = [
     "training.global_batch_size=4",
     "training.eval_batch_size=2",
     "training.eval_batches=2",
+    "training.count_model_tokens=0",
     "training.total_steps=6",
     "training.save_every_steps=3",
     "training.optimizer_outer.lr_decay_steps=6",

@@ -88,7 +88,9 @@ class Run:
 
 
 def method_of(model: ModelConfig, training: TrainingConfig) -> str:
-    """`fa`, `swa` or `e2e`."""
+    """`fa`, `swa` or `e2e`; or `token_stats`, the count model in place of any of them."""
+    if training.runtime_mode == "token_stats":
+        return "token_stats"
     if training.train_mode == "meta":
         return "e2e"
     return "swa" if model.seq_modeling_block == "SWA" else "fa"
@@ -114,6 +116,7 @@ def load_one(config: Config, name: str, step: int = -1) -> Run:
             "first, or name one of these (training.exp_name=NAME or evaluation.runs=[NAME,…])"
         )
     step_folder = checkpoints.find(step)
+    checkpoint.check_mode(step_folder, "jax")
     try:
         stored = checkpoint.read_json(step_folder, "manifest").get("config", {})
     except CheckpointError:  # published checkpoints have none

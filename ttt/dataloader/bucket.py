@@ -183,7 +183,9 @@ class Bucket:
             credentials, _ = google.auth.default(scopes=[SCOPE])
             credentials.refresh(Request())  # tells now, and once, that a login has expired
         except exceptions.TransportError as error:
-            raise UnreachableError(f"Google's login cannot be reached: {_first_line(error)}") from error
+            raise UnreachableError(
+                f"Google's login cannot be reached: {_first_line(error)}"
+            ) from error
         except exceptions.RefreshError as error:
             raise UserError(
                 f"The Google credentials are refused or expired ({_first_line(error)}): {LOGIN}."

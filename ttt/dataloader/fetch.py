@@ -536,7 +536,7 @@ def _in_threads(
     try:
         while not failures and any(worker.is_alive() for worker in workers):
             for worker in workers:
-                worker.join(0.1)
+                worker.join(0.02)
     finally:
         stop.set()
     if failures:

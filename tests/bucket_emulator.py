@@ -115,7 +115,7 @@ def serving(emulator: Emulator) -> Generator[Emulator]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802 - the library's name
+        def do_GET(self) -> None:
             with lock:
                 status, body, fault = emulator.answer(self.path, dict(self.headers))
             if fault == "spoil":

@@ -161,14 +161,17 @@ class Bar:
         sys.stdout.flush()
 
     def _line(self, done: int, total: int | None, unit: str) -> str:
-        def amount(count: float) -> str:
-            return f"{count / 1e6:,.1f} MB" if unit == "bytes" else f"{count:,.0f} {unit}"
+        divisor, digits, unit = (1e6, 1, "MB") if unit == "bytes" else (1, 0, unit)
 
-        parts = [self._what, amount(done) + (f" of {amount(total)}" if total else "")]
+        def amount(count: float) -> str:
+            return f"{count / divisor:,.{digits}f}"
+
+        of = f" of {amount(total)}" if total else ""
+        parts = [self._what, f"{amount(done)}{of} {unit}"]
         (then, before), (now, last) = self._marks[0], self._marks[-1]
         if now > then and last > before:
             speed = (last - before) / (now - then)
-            parts.append(f"{amount(speed)}/s")
+            parts.append(f"{amount(speed)} {unit}/s")
             if total:
                 parts.append(f"{timedelta(seconds=round((total - done) / speed))} left")
         return "  ".join(parts)

@@ -470,15 +470,16 @@ class _Sums:
 
     @property
     def crc32c(self) -> str:
-        return base64.b64encode(self._crc.to_bytes(4, "big")).decode()
+        crc = self._crc
+        return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
     @property
     def right(self) -> bool:
         """Whether size and checksum are those of the listing."""
         if self.size != self._stored.size:
             return False
-        if self._md5:
-            return base64.b64encode(self._md5.digest()).decode() == self._stored.md5
+        if md5 := self._md5:
+            return base64.b64encode(md5.digest()).decode() == self._stored.md5
         return not self._stored.crc32c or self.crc32c == self._stored.crc32c
 
 

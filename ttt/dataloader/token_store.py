@@ -7,6 +7,7 @@ attributes.
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -99,7 +100,10 @@ def create(
     """
     root = Path(root)
     refuse_existing(root)
-    root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(root, str(error)) from error
     partial = root.with_name(f".{root.name}.{uuid.uuid4().hex}.partial")
     try:
         writer = Writer(partial, attributes)
@@ -117,13 +121,20 @@ def create(
 
 
 def refuse_existing(root: Path | str) -> None:
-    """Raise `StoreError` if anything stands at `root`: a store is never overwritten."""
+    """Raise `StoreError` if a store cannot be made at `root`; it is never overwritten."""
     root = Path(root)
     if root.exists():
         raise StoreError(
             f"{root} exists, and a token store is never overwritten: "
             "remove it or choose another destination."
         )
+    place = next(parent for parent in root.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise _unusable(root, f"{place} is no folder that you may write to")
+
+
+def _unusable(root: Path, why: str) -> StoreError:
+    return StoreError(f"{root} cannot be made ({why}): choose another destination.")
 
 
 def write(

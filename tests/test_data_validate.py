@@ -62,7 +62,12 @@ def test_sound_store_has_nothing_to_find(look, samples):
     assert numbers["fingerprint"].startswith("sha256:")
 
 
-def test_numbers_are_those_of_the_tokens(look, sound):
+@pytest.fixture
+def in_many_blocks(monkeypatch):
+    monkeypatch.setattr(validate, "_BLOCK_TOKENS", 1000)
+
+
+def test_numbers_are_those_of_the_tokens(look, sound, in_many_blocks):
     numbers = look().numbers["train"]
     seen = sound["train"][: numbers["samples"] * LENGTH]
     shares = np.unique(seen, return_counts=True)[1] / seen.size
@@ -92,7 +97,7 @@ def test_too_short_a_split_is_a_fault(look, sound):
 
 
 @pytest.mark.parametrize("value", [VOCABULARY, -1])
-def test_id_outside_the_vocabulary_is_a_fault_with_its_place(look, sound, value):
+def test_id_outside_the_vocabulary_is_a_fault_with_its_place(look, sound, value, in_many_blocks):
     tokens = sound["train"].copy()
     tokens[1234] = value
     report = look({"train": tokens})
@@ -165,6 +170,13 @@ def test_text_repeated_at_another_offset_is_found(look, sound):
     assert report.numbers["train"]["repeated_stretches"] == pytest.approx(2 / 3, abs=0.02)
 
 
+def test_lines_of_one_token_are_no_repeats(look, sound):
+    tokens = sound["train"].copy()
+    for start in range(0, TRAIN, 400):
+        tokens[start + 1 : start + 200] = 9
+    assert look({"train": tokens}).numbers["train"]["repeated_stretches"] < 0.01
+
+
 def test_validation_text_that_stands_in_train_is_found(look, sound):
     report = look({"val": sound["train"][50 * LENGTH : 50 * LENGTH + VAL]})
     assert told(report, "fault") == {("val", "held out")}
@@ -205,11 +217,12 @@ def test_damaged_chunk_is_a_fault(look, tmp_path, sound):
     assert ("train", "opens") in told(report, "fault")
 
 
-def test_damaged_chunk_outside_the_fingerprint_is_a_fault_too(look, tmp_path, monkeypatch):
+def test_damaged_chunk_outside_the_fingerprint_is_a_fault_too(
+    look, tmp_path, monkeypatch, in_many_blocks
+):
     monkeypatch.setattr(token_store, "_FINGERPRINT_SPAN_TOKENS", 10)
     look()
     (tmp_path / "store" / "train" / "c" / "20").write_bytes(b"damage")
-    monkeypatch.setattr(validate, "_BLOCK_TOKENS", 1000)
     report = validate.validate(tmp_path / "store", seq_length=LENGTH, samples=0)
     assert told(report, "fault") == {("train", "samples")}
     assert "cannot be read, the first: tokens 19," in report.having("fault")[0].said

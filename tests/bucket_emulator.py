@@ -12,7 +12,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -32,7 +32,7 @@ class Emulator:
         self.buckets: dict[str, dict[str, bytes]] = defaultdict(dict)
         self.faults: dict[str, list[str | int]] = defaultdict(list)
         """Object, or "" for the listing -> what goes wrong at the next requests: a status, "cut"
-        (half the body, then a broken connection), "spoil" (a changed byte), "hang"."""
+        (half the body, then a broken connection), "spoil" (a changed byte)."""
         self.reads: list[str] = []
         """The objects that were read, in order, one for each request that was answered."""
         self.queries: list[dict[str, str]] = []
@@ -124,9 +124,9 @@ def serving(emulator: Emulator) -> Generator[Emulator]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if fault == "cut":
-                self.wfile.write(body[: len(body) // 2])
+                body = body[: len(body) // 2]
                 self.close_connection = True
-            else:
+            with suppress(ConnectionError):  # of a client that was stopped
                 self.wfile.write(body)
 
         def log_message(self, *args: object) -> None:

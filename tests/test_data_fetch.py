@@ -351,6 +351,12 @@ def test_wrong_request_is_told(ask, changes, fragment):
     assert "secret" not in str(told.value)
 
 
+def test_store_that_is_broken_in_the_bucket_is_told_from_a_bad_copy(ask, store):
+    del store.buckets[BUCKET][CHUNKS[0]]
+    with pytest.raises(RunError, match=r"which is broken: .* holds 5 of its 6 chunks"):
+        fetch.fetch(ask())
+
+
 def test_object_outside_the_store_is_not_written(ask, store, tmp_path):
     store.buckets[BUCKET]["data.zarr/train/../../../out"] = b"x"
     with pytest.raises(UserError, match="not to be trusted"):

@@ -342,9 +342,14 @@ def _finish(plan: _Plan, splits: Sequence[str]) -> list[str]:
     before = _read_record(plan.root)
     told = {}
     for split in splits:
-        array = token_store.open_split(plan.root, split)
+        try:
+            array = token_store.open_split(plan.root, split)
+        except StoreError as error:
+            raise RunError(
+                f"All is as in {plan.bucket.source}, which is broken: {error}"
+            ) from error
         if not array.shape[0]:
-            raise RunError(f"{plan.root / split} holds no tokens: the store itself is empty.")
+            raise RunError(f"{plan.bucket.source}/{split} holds no tokens.")
         told[split] = {
             "tokens": array.shape[0],
             "dtype": str(array.dtype),

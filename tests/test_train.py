@@ -294,7 +294,6 @@ def test_without_its_data_a_published_experiment_says_where_it_looked_and_what_t
     )
     assert ran.returncode == 2, ran.stderr
     assert "data/books3" in ran.stderr
-    assert "gcloud storage cp" in ran.stderr
-    assert "gs://llama3-books3/data.zarr/*" in ran.stderr
+    assert "scripts/00_data_fetch.py --datasets books3 --billing-project PROJECT" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,11 @@
-"""Intervals around what few samples can tell: the bootstrap over sequences, and shares. No JAX."""
+"""Intervals around what few samples can tell: sequences, shares, a handful of seeds. No JAX."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import stdtrit
 
 _Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
 
@@ -47,3 +48,16 @@ def share(hits: int, n: int) -> tuple[float, float, float]:
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     return p, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def student(samples: Float[np.ndarray, "N ..."]) -> Interval:
+    """Mean of N >= 1 independent samples (seeds, or differences paired by seed) and its t-interval.
+
+    One sample says nothing of its spread: the bounds are NaN.
+    """
+    n = len(samples)
+    value = np.mean(samples, axis=0)
+    if n == 1:
+        return Interval(value, value * np.nan, value * np.nan)
+    half = stdtrit(n - 1, 0.975) * np.std(samples, axis=0, ddof=1) / math.sqrt(n)
+    return Interval(value, value - half, value + half)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ttt.config import Config, ModelConfig, TrainingConfig, with_stored
 from ttt.errors import UserError
+from ttt.evaluation import result
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.model import published
@@ -89,9 +90,7 @@ class Run:
 
 def method_of(model: ModelConfig, training: TrainingConfig) -> str:
     """`fa`, `swa` or `e2e`."""
-    if training.train_mode == "meta":
-        return "e2e"
-    return "swa" if model.seq_modeling_block == "SWA" else "fa"
+    return result.method_of(model.seq_modeling_block, training.train_mode)
 
 
 def load(config: Config) -> list[Run]:

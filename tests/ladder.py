@@ -56,7 +56,12 @@ class Made:
     devices: tuple[str, ...] = ("cpu",)
     count_model: float = COUNT_MODEL
     mode: str = "jax"
-    gates: list = field(default_factory=list)
+    gates: list = field(
+        default_factory=lambda: [
+            {"name": "finite loss", "holds": True, "said": "all"},
+            {"name": "warm start", "holds": None, "said": "not applicable"},
+        ]
+    )
 
     @property
     def tokens(self) -> int:

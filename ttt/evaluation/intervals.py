@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import stdtrit
 
 _Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
 
@@ -59,5 +58,7 @@ def student(samples: Float[np.ndarray, "N ..."]) -> Interval:
     value = np.mean(samples, axis=0)
     if n == 1:
         return Interval(value, value * np.nan, value * np.nan)
+    from scipy.special import stdtrit  # half a second that the other intervals do without
+
     half = stdtrit(n - 1, 0.975) * np.std(samples, axis=0, ddof=1) / math.sqrt(n)
     return Interval(value, value - half, value + half)

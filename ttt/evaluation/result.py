@@ -30,7 +30,7 @@ class Row:
     suite: str
     run: str
     method: str
-    """`fa`, `swa` or `e2e`."""
+    """`fa`, `swa`, `e2e`, or `token_stats` of a count model."""
     step: int
     """Outer steps behind the checkpoint."""
     context: int

@@ -89,7 +89,9 @@ class Run:
 
 
 def method_of(model: ModelConfig, training: TrainingConfig) -> str:
-    """`fa`, `swa` or `e2e`."""
+    """`fa`, `swa` or `e2e`; or `token_stats`, the count model in place of any of them."""
+    if training.runtime_mode == "token_stats":
+        return "token_stats"
     return result.method_of(model.seq_modeling_block, training.train_mode)
 
 

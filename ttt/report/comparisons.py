@@ -45,7 +45,7 @@ class Branch:
 
     path: str
     matching: str
-    seed: int
+    seed: int | None
     runs: tuple[Run, ...]
     problems: tuple[str, ...]
     """Why it cannot be relied on."""
@@ -97,7 +97,7 @@ class Comparison:
     method: str | None
     """Of the last run."""
     context: int | None
-    seeds: tuple[int, ...]
+    seeds: tuple[int | None, ...]
     """Of the plan."""
     loss: Estimate | None
     """Validation loss of the last run."""
@@ -166,7 +166,7 @@ def _branch(path: PlannedPath, manifest: Manifest, by_name: dict[str, Run]) -> B
         for run in there
         if run.name in manifest.runs
         for gate in manifest.runs[run.name].gates
-        if not gate.holds
+        if gate.holds is False
     ]
     problems += [
         f"{run.name} was to train {manifest.runs[run.name].steps} steps and did {run.steps}"
@@ -174,7 +174,7 @@ def _branch(path: PlannedPath, manifest: Manifest, by_name: dict[str, Run]) -> B
         if run.status == "finished" and manifest.runs[run.name].steps not in (None, run.steps)
     ]
     for parent, child in pairwise(there):
-        if child.status == "finished":
+        if child.status == "finished" and child.runtime_mode == "jax":
             problems += _inherited(parent, child)
     return Branch(path.path, path.matching, path.seed, there, tuple(problems))
 

@@ -15,7 +15,8 @@ class Gate:
     """A condition that the plan put to a run, and what became of it."""
 
     name: str
-    holds: bool
+    holds: bool | None
+    """None: it does not apply."""
     said: str
 
 
@@ -42,7 +43,7 @@ class PlannedPath:
     """Its name: B1, B2, P1, …"""
     matching: str
     """One of `MATCHED`."""
-    seed: int
+    seed: int | None
     runs: tuple[str, ...]
 
 
@@ -82,14 +83,14 @@ def _parsed(found: Mapping[str, Any]) -> Manifest:
         entry["name"]: Planned(
             **{name: entry[name] for name in _PLAIN if name in entry},
             gates=tuple(
-                Gate(gate["name"], bool(gate["holds"]), str(gate.get("said", "")))
+                Gate(gate["name"], gate["holds"], str(gate.get("said", "")))
                 for gate in entry.get("gates") or ()
             ),
         )
         for entry in found["runs"]
     }
     paths = tuple(
-        PlannedPath(entry["path"], entry["matching"], int(entry["seed"]), tuple(entry["runs"]))
+        PlannedPath(entry["path"], entry["matching"], entry["seed"], tuple(entry["runs"]))
         for entry in found["paths"]
     )
     return Manifest(runs, paths)

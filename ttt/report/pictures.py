@@ -49,7 +49,10 @@ class Picture:
 def draw_all(report: Report, folder: Path) -> list[Picture]:
     """Draw what the report has the numbers for; remove what an earlier one drew from others."""
     ways = dict.fromkeys(f"{c.path}: {c.way}" for c in report.comparisons)
-    caption = f"Held-out loss against B1's, and the training time saved. {'; '.join(ways)}."
+    caption = (
+        f"Held-out loss against {REFERENCE}'s, and the training time saved. Open points: not to be "
+        f"relied on, for the reasons below. {'; '.join(ways)}."
+    )
     for matching, label in MATCHED.items():
         own = [c for c in report.comparisons if c.matching == matching]
         caption += _absent(own, [REFERENCE, *(c.path for c in own if c.delta)], f" ({label})")
@@ -128,6 +131,9 @@ def _gate(report: Report, path: Path) -> list[Path]:
             _gate_points(axes, points)
         else:
             _gate_bars(axes, bars)
+    if points:
+        figure.draw_without_rendering()  # names keep clear of each other where the axes come to lie
+        _name_points(found[0, 0], points)
     return drawing.finish(figure, path, "the warm-start gate (means and 95 % intervals)", SUFFIXES)
 
 
@@ -147,15 +153,8 @@ def _gate_points(axes: Any, points: Sequence[Comparison]) -> None:
     axes.text(x1, y0, "passes the gate ", color=_GATE, fontsize=8, ha="right", va="bottom")
     axes.axhline(0, color="0.4", lw=1)
     axes.plot(0, 0, "s", color=COLOURS[REFERENCE], ms=6, zorder=3)
-    named = [(0.0, 0.0, REFERENCE, COLOURS[REFERENCE])]
-    named += [
-        (100 * c.saving.mean, c.delta.mean, c.path, colour(c.path))
-        for c in points
-        if c.saving and c.delta
-    ]
-    _name_points(axes, named)
     axes.set_xlabel(f"training time of {REFERENCE} saved (%, steps)")
-    axes.set_ylabel(f"held-out loss less {REFERENCE}'s (nats per token)")
+    axes.set_ylabel(f"held-out loss minus {REFERENCE}'s (nats per token)")
     _subtitle(axes, "token-matched")
 
 
@@ -167,10 +166,11 @@ def _gate_bars(axes: Any, bars: Sequence[Comparison]) -> None:
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.axvline(0, color="0.4", lw=1)
     axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(f"held-out loss less {REFERENCE}'s (nats per token)")
+    axes.set_xlabel(f"held-out loss minus {REFERENCE}'s (nats per token)")
     axes.set_xlim(axes.get_xlim())
     axes.axvspan(axes.get_xlim()[0], MOST_ABOVE, color=_GATE, alpha=0.13, lw=0)
     _subtitle(axes, "wall-clock-matched")
@@ -192,8 +192,14 @@ def _error(estimate: Any, scale: float = 1.0) -> list[list[float]] | None:
     return [[scale * below], [scale * above]]
 
 
-def _name_points(axes: Any, named: Sequence[tuple[float, float, str, str]]) -> None:
+def _name_points(axes: Any, points: Sequence[Comparison]) -> None:
     """A name beside each point, where neither another name nor another point lies."""
+    named = [(0.0, 0.0, REFERENCE, COLOURS[REFERENCE])]
+    named += [
+        (100 * c.saving.mean, c.delta.mean, c.path, colour(c.path))
+        for c in points
+        if c.saving and c.delta
+    ]
     pixels = [axes.transData.transform((x, y)) for x, y, _, _ in named]
     scale = axes.figure.dpi / 72
     taken = [(x, y, 5 * scale, 5 * scale) for x, y in pixels]
@@ -262,7 +268,8 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
         axes.set_xlim(left=0)
     low = min(np.nanmin(curve.loss) for curve in curves)
     ends = [e.mean for curve in curves for _, _, e in curve.ends]
-    low, high = min(low, *ends), max(ends)
+    bounds = [e.low for curve in curves for _, _, e in curve.ends[-1:] if e.low is not None]
+    low, high = min(low, *ends, *bounds), max(ends)
     shown = high + 0.8 * (high - low + 0.05)  # what the first steps lose would flatten all else
     for axes, label in zip(panels, ("device-hours of training", "trained tokens"), strict=True):
         axes.set_ylim(low - 0.06 * (shown - low), shown)
@@ -301,7 +308,7 @@ def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
     ends = []
     if differ:
         panels[1].axhline(0, color="0.4", lw=1)
-        panels[1].set_ylabel(f"less {REFERENCE}'s (nats per token)")
+        panels[1].set_ylabel(f"minus {REFERENCE}'s (nats per token)")
         bands = " with 95 % bands over seeds" if min(c.seeds for c in differ) > 1 else ""
         _subtitle(panels[1], f"difference{bands}")
         ends = [(0.0, REFERENCE, COLOURS[REFERENCE])]
@@ -332,7 +339,8 @@ def _finish(
     figure: Any, panels: Any, ends: list[tuple[float, str, str]], path: Path, title: str
 ) -> list[Path]:
     """Name the curves at their ends in the last panel, and save."""
-    figure.get_layout_engine().set(rect=(0, 0, 0.965, 1))
+    room = (0.6 * 8 * max(len(text) for _, text, _ in ends) + 6) / 72  # inches
+    figure.get_layout_engine().set(rect=(0, 0, 1 - room / figure.get_figwidth(), 1))
     figure.canvas.draw()
     drawing.label_ends(panels[-1], ends)
     for text in panels[-1].texts:

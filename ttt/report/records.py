@@ -46,6 +46,13 @@ class Positions:
 
     nll: np.ndarray
     count: np.ndarray
+    still_nll: np.ndarray | None = None
+    """The same without learning, of a model that learns."""
+
+    def mean(self, nll: np.ndarray | None) -> float | None:
+        """Over all that counts."""
+        total = self.count.sum()
+        return None if nll is None or not total else float(nll.sum() / total)
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,8 @@ class _Files:
 
         def arrays(path: Path) -> Positions:
             with np.load(path, allow_pickle=False) as found:
-                return Positions(found["learning_nll"], found["learning_count"])
+                names = ("learning_nll", "learning_count", "still_nll")
+                return Positions(*(found[name] for name in names if name in found))
 
         name = f"eval/loss_by_position-{max(steps)}"
         summary = self._read(f"{name}.json", lambda path: dict(json.loads(path.read_bytes())))
@@ -379,16 +387,15 @@ def _evaluated(
         if summary
         else f"no evaluation in the record of a run that is {status}"
     )
-    loss = summary.get("token_loss")
-    if loss is None and positions is not None and positions.count.sum():
-        loss = float(positions.nll.sum() / positions.count.sum())  # records before `token_loss`
     without = "token_loss_without_learning"
+    loss, still = summary.get("token_loss"), summary.get(without)
+    if loss is None and positions is not None:  # the record is from before these were summed up
+        loss, still = positions.mean(positions.nll), positions.mean(positions.still_nll)
     learns = "loss_without_learning" in summary or without in summary
+    no_still = why if learns or not summary else "the model does not learn while it is evaluated"
     return {
         "validation_loss": _number(loss, why),
-        "validation_loss_without_learning": _number(
-            summary.get(without), why if learns or not summary else "the model does not learn there"
-        ),
+        "validation_loss_without_learning": _number(still, no_still),
         "count_model_loss": _number(summary.get("count_model_loss"), why),
     }
 
@@ -538,9 +545,8 @@ def _notes(attempts: Sequence[Mapping[str, Any]], plan: Planned | None) -> list[
         notes.append(f"attempts ran on {len(commits)} states of the code; the last is shown")
     if any(not attempt.get("seconds") for attempt in attempts):
         notes.append("an attempt left no account of its time: hours are a lower bound, from steps")
-    notes += [
-        f"gate failed: {g.name}: {g.said}" for g in (plan.gates if plan else ()) if not g.holds
-    ]
+    gates = plan.gates if plan else ()
+    notes += [f"gate failed: {gate.name}: {gate.said}" for gate in gates if gate.holds is False]
     return notes
 
 

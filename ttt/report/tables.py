@@ -22,6 +22,13 @@ NONE = "–"
 """A cell without a value; `runs.csv` and `report.json` have the reason, in `missing`."""
 
 
+STEP_0 = (
+    "Losses before the first step are of the first batches of the evaluation alone "
+    "(`training.eval_start_batches`), learning where the run learns; those of parent and child on "
+    "the same tokens are at the parent's context."
+)
+
+
 @dataclass(frozen=True)
 class Grid:
     """A table of texts, for a terminal or a page."""
@@ -157,7 +164,7 @@ def comparison_grid(comparisons: Sequence[Comparison], matching: str) -> Grid:
         "path": lambda c: c.path,
         "methods": lambda c: c.way,
         "validation loss": lambda c: _estimate(c.loss, ".4f"),
-        f"less {REFERENCE}'s": lambda c: _estimate(c.delta, "+.4f"),
+        f"minus {REFERENCE}'s": lambda c: _estimate(c.delta, "+.4f"),
         "step time saved": lambda c: _estimate(c.saving, ".1%"),
         "seeds": lambda c: f"{c.loss.n if c.loss else 0} of {len(c.seeds)}",
         "tokens": lambda c: count(c.tokens),
@@ -175,7 +182,7 @@ def comparison_grid(comparisons: Sequence[Comparison], matching: str) -> Grid:
 
 def _trust(comparison: Comparison) -> str:
     if comparison.problems:
-        return f"no: {len(comparison.problems)} problems"
+        return "no: see the list"
     return "not in time: MIXED DEVICES" if comparison.mixed else "yes"
 
 
@@ -239,6 +246,7 @@ def to_terminal(report: Report) -> Group:
         lines += [f"{verdict.path}: {verdict.answer}{_aside(verdict)}"]
         lines += [f"  {line}" for line in verdict.evidence]
     lines += [f"does not beat the count model: {line}" for line in report.without_merit]
+    lines += [f"{NONE}: no value; --format csv and json say why, under `missing`"]
     return Group(*(grid.rich() for grid in grids), Text("\n".join(lines)))
 
 
@@ -277,7 +285,7 @@ def to_markdown(report: Report, pictures: Sequence[Picture] = ()) -> str:
         own = [c for c in report.comparisons if c.matching == matching]
         parts += [*_section(comparison_grid(own, matching)), *_problems(own)]
         parts += [picture.markdown() for picture in pictures if picture.matching == matching]
-        parts += _section(stage_grid(report.stages, matching))
+        parts += [*_section(stage_grid(report.stages, matching)), STEP_0]
     for grid in run_grids(runs):
         parts += _section(grid)
     if found := notes(report):

@@ -21,11 +21,10 @@ from ttt.config import SUITES as SUITE_NAMES
 from ttt.dataloader.text import ByteTokenizer, FileTokenizer
 from ttt.errors import UserError
 from ttt.evaluation import repetition, result, ruler
-from ttt.evaluation.bins import log_edges
 from ttt.evaluation.intervals import bootstrap, share
 from ttt.evaluation.judge import Judged
 from ttt.evaluation.long_decoding import binned
-from ttt.evaluation.loss_by_position import PositionLoss
+from ttt.evaluation.loss_by_position import PositionLoss, log_edges
 from ttt.evaluation.machine import in_batches
 from ttt.evaluation.result import Row
 from ttt.evaluation.runs import Run

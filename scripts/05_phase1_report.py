@@ -22,7 +22,7 @@ from ttt.errors import UserError
 from ttt.evaluation.result import write_whole
 from ttt.report import phase1, tables
 
-WIDTH = 240
+WIDTH = 1000
 """Columns where the output is no terminal, so that no row of the tables is broken."""
 
 
@@ -30,7 +30,7 @@ def show(report: phase1.Report, form: str) -> None:
     """Print the report to stdout in one of the formats."""
     if form == "table":
         console = Console(width=None if sys.stdout.isatty() else WIDTH)
-        console.print(tables.to_terminal(report))
+        console.print(tables.to_terminal(report, console.width))
     else:
         text = {"json": phase1.to_json, "csv": tables.to_csv, "markdown": tables.to_markdown}[form]
         sys.stdout.write(text(report))

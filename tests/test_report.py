@@ -486,12 +486,13 @@ def test_a_picture_without_its_numbers_is_replaced_by_the_reason(report, tmp_pat
 
 
 def test_the_terminal_shows_every_run_and_path(report):
-    console = Console(width=240, record=True, file=io.StringIO())
-    console.print(tables.to_terminal(report))
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(tables.to_terminal(report, console.width))
     said = console.export_text()
     assert all(run.name in said for run in report.runs)
     assert "+0.0040 [+0.0015, +0.0065]" in said
     assert "holds" in said
+    assert max(map(len, said.splitlines())) <= 100
 
 
 def test_foreign_files_are_not_written_over(small, tmp_path):

@@ -49,31 +49,25 @@ class CostCurve:
 
 
 def positions(found: Sequence[Branch]) -> tuple[list[PositionCurve], list[str]]:
-    """A curve for each path and matching, and why some are not there."""
+    """A curve for each path and matching, and the runs that lack what it takes."""
     curves, missing = [], []
     for own in _grouped(found):
         usable = [b for b in own if _measured(b)]
-        missing += [f"{b.last.name}: no arrays of loss by position" for b in own if b not in usable]
+        missing += [b.last.name for b in own if b not in usable]
         lengths = {len(b.last.positions.nll) for b in usable if b.last.positions}
         if len(lengths) == 1:
             curves.append(_positions(usable, found, lengths.pop()))
         elif lengths:
-            missing.append(f"{own[0].path}: seeds with different contexts, {sorted(lengths)}")
+            missing.append(f"{own[0].path} (contexts {sorted(lengths)})")
     return curves, missing
 
 
 def costs(found: Sequence[Branch]) -> tuple[list[CostCurve], list[str]]:
-    """A curve for each path and matching, and why some are not there."""
+    """A curve for each path and matching, and the runs that lack what it takes."""
     curves, missing = [], []
     for own in _grouped(found):
         usable = [b for b in own if all(map(_spent, b.runs)) and len(b.runs) == len(own[0].runs)]
-        missing += [
-            f"{run.name}: no steps with losses and times, or no held-out loss"
-            for b in own
-            if b not in usable
-            for run in b.runs
-            if not _spent(run)
-        ]
+        missing += [run.name for b in own if b not in usable for run in b.runs if not _spent(run)]
         if usable:
             curves.append(_costs(usable))
     return curves, missing

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MATCHED = {"tokens": "token-matched", "wall_clock": "wall-clock-matched"}
-"""What the paths of a comparison have in common: trained tokens, or seconds of training steps."""
+MATCHED = {
+    "tokens": "token-matched",
+    "wall_clock": "wall-clock-matched",
+    "own": "each with its own steps",
+}
+"""What the paths of a comparison have in common: trained tokens, seconds of steps, or nothing."""
 
 
 @dataclass(frozen=True)

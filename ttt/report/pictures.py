@@ -53,12 +53,13 @@ def draw_all(report: Report, folder: Path) -> list[Picture]:
         f"Held-out loss against {REFERENCE}'s, and the training time saved. Open points: not to be "
         f"relied on, for the reasons below. {'; '.join(ways)}."
     )
-    for matching, label in MATCHED.items():
+    for matching in ("tokens", "wall_clock"):
+        label = _named(matching)
         own = [c for c in report.comparisons if c.matching == matching]
         caption += _absent(own, [REFERENCE, *(c.path for c in own if c.delta)], f" ({label})")
     drawn = [_one(report, folder, "gate", caption, "", lambda path: _gate(report, path))]
     for matching in dict.fromkeys(c.matching for c in report.comparisons) or ("tokens",):
-        label = MATCHED.get(matching, matching)
+        label = _named(matching)
         costs = [curve for curve in report.costs if curve.matching == matching]
         positions = [curve for curve in report.positions if curve.matching == matching]
         own = [c for c in report.comparisons if c.matching == matching]
@@ -76,6 +77,10 @@ def draw_all(report: Report, folder: Path) -> list[Picture]:
             ),
         ]
     return drawn
+
+
+def _named(matching: str) -> str:
+    return MATCHED.get(matching, matching)
 
 
 def _absent(own: Sequence[Comparison], drawn: Sequence[str], where: str = "") -> str:
@@ -109,12 +114,9 @@ def _one(
 
 def _gate(report: Report, path: Path) -> list[Path]:
     """Left: loss and time against B1, token-matched. Right: loss where the time is the same."""
-    matched = {
-        matching: [c for c in report.comparisons if c.matching == matching and c.delta]
-        for matching in MATCHED
-    }
-    points = [c for c in matched["tokens"] if c.saving]
-    bars = matched["wall_clock"]
+    there = [c for c in report.comparisons if c.delta]
+    points = [c for c in there if c.matching == "tokens" and c.saving]
+    bars = [c for c in there if c.matching == "wall_clock"]
     if not points and not bars:
         return []
     panels = [panel for panel, there in (("points", points), ("bars", bars)) if there]
@@ -279,7 +281,7 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
     _subtitle(panels[0], "lines: training loss, smoothed, mean over seeds")
     _subtitle(panels[1], "points: held-out loss at each stage's end (filled: the last), 95 % bars")
     ends = [(curve.ends[-1][2].mean, curve.path, looks[curve.path]["color"]) for curve in curves]
-    return _finish(figure, panels, ends, path, f"loss against cost, {MATCHED[curves[0].matching]}")
+    return _finish(figure, panels, ends, path, f"loss against cost, {_named(curves[0].matching)}")
 
 
 def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
@@ -316,7 +318,7 @@ def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
         (float((curve.difference or curve.loss).value[-1]), curve.path, looks[curve.path]["color"])
         for curve in (differ or curves)
     ]
-    title = f"held-out loss by token position, {MATCHED[curves[0].matching]}"
+    title = f"held-out loss by token position, {_named(curves[0].matching)}"
     return _finish(figure, panels, ends, path, title)
 
 

@@ -62,8 +62,13 @@ def read(
     by_position, no_positions = curves.positions(branches)
     by_cost, no_costs = curves.costs(branches)
     missing += [f"{run.name} is {run.status}" for run in runs if run.status == "pending"]
-    missing += [f"picture of loss by position: {why}" for why in dict.fromkeys(no_positions)]
-    missing += [f"picture of loss against cost: {why}" for why in dict.fromkeys(no_costs)]
+    for picture, what, names in (
+        ("loss by position", "loss by position at the end of a finished run", no_positions),
+        ("loss against cost", "losses and times of steps, and a held-out loss", no_costs),
+    ):
+        if names:
+            told = ", ".join(dict.fromkeys(names))
+            missing.append(f"{what}, for the picture of {picture}, in {told}")
     return Report(
         folder=folder,
         runs=tuple(runs),

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -38,12 +39,26 @@ class Grid:
     left: int = 1
     """So many columns hold names, the others numbers."""
 
-    def rich(self) -> Table:
-        """For a terminal."""
-        table = Table(title=self.title, title_justify="left")
-        for i, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if i < self.left else "right", overflow="fold")
-        for row in zip(*self.columns.values(), strict=True):
+    def rich(self, width: int) -> list[Table]:
+        """For a terminal: as many tables as its width takes, each with the first column."""
+        names = list(self.columns)
+        sizes = [max(map(len, (name, *cells))) + 3 for name, cells in self.columns.items()]
+        parts, used = [[names[0]]], sizes[0] + 1
+        for name, size in zip(names[1:], sizes[1:], strict=True):
+            if used + size > width and len(parts[-1]) > 1:
+                parts.append([names[0]])
+                used = sizes[0] + 1
+            parts[-1].append(name)
+            used += size
+        return [self._part(part, first=part is parts[0]) for part in parts]
+
+    def _part(self, names: Sequence[str], *, first: bool) -> Table:
+        title = self.title if first else f"{self.title}, continued"
+        table = Table(title=title, title_justify="left")
+        numbers = list(self.columns)[self.left :]
+        for name in names:
+            table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        for row in zip(*(self.columns[name] for name in names), strict=True):
             table.add_row(*map(Text, row))
         return table
 
@@ -143,7 +158,7 @@ def run_grids(runs: Sequence[Run]) -> list[Grid]:
         "experiment": lambda r: text(r.experiment),
         "parent": lambda r: text(r.parent),
         "restore": restore,
-        "checkpoint": lambda r: text(r.checkpoint),
+        "checkpoint": lambda r: NONE if r.checkpoint is None else f"step {Path(r.checkpoint).name}",
         "devices": lambda r: text(r.devices),
         "commit": lambda r: NONE if r.commit is None else r.commit[:8] + r.commit[40:],
         "step-0 loss": lambda r: loss(r.start_loss),
@@ -233,8 +248,8 @@ def to_csv(report: Report) -> str:
     return out.getvalue()
 
 
-def to_terminal(report: Report) -> Group:
-    """Tables and verdict, for a console."""
+def to_terminal(report: Report, width: int) -> Group:
+    """Tables and verdict, for a console of so many columns."""
     grids = run_grids(report.runs)
     for matching in _matchings(report):
         grids += [
@@ -247,7 +262,8 @@ def to_terminal(report: Report) -> Group:
         lines += [f"  {line}" for line in verdict.evidence]
     lines += [f"does not beat the count model: {line}" for line in report.without_merit]
     lines += [f"{NONE}: no value; --format csv and json say why, under `missing`"]
-    return Group(*(grid.rich() for grid in grids), Text("\n".join(lines)))
+    shown = (table for grid in grids for table in grid.rich(width))
+    return Group(*shown, Text("\n".join(lines)))
 
 
 def notes(report: Report) -> list[str]:

@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_bit_for_bit(configure, monkeypatch):
     assert record_of(killed).run()["status"] == "interrupted"
     train.run(killed)
     assert losses_of(killed) == losses_of(straight)
-    assert [row["step"] for row in record_of(killed).metrics()] == [1, 2, 3, 4, 5, 6, 6]
+    assert [row["step"] for row in record_of(killed).metrics()] == [0, 1, 2, 3, 4, 5, 6, 6]
     jax.tree.map(np.testing.assert_array_equal, weights_of(killed), weights_of(straight))
 
 
@@ -227,8 +227,12 @@ def test_test_time_training_starts_from_full_attention_by_name(configure):
     stacks = "language_model.model.h."
     assert f"{stacks}blocks.feed_forward.w1.weight" in account["restored"]
     assert sorted(account["restored"]) == sorted(weights_of(parent))
-    assert account["initialised"]
-    assert all(name.startswith(f"{stacks}prime_storage.") for name in account["initialised"])
+    # The last layer's MLP serves as the prime one now, and a new one stands where it was.
+    mlps = [*(f"feed_forward.w{i}" for i in (1, 2, 3)), "ffn_norm", "ffn_post_norm"]
+    new = [f"{stacks}blocks.{part}.weight[-1:]" for part in mlps]
+    assert account["initialised"] == new
+    moved = f"{new[0]} -> {stacks}prime_storage.feed_forward_prime.w1.weight"
+    assert account["moved"][0] == moved
 
 
 def test_a_parent_of_another_width_is_an_error_with_path_and_shapes(configure):

@@ -3,7 +3,6 @@
 The order matters: everything that a user can have got wrong is found before the first compilation.
 """
 
-import dataclasses
 import logging
 import math
 import shlex
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -40,8 +38,9 @@ from ttt.infra.preemption import StopRequest
 from ttt.infra.progress import Progress, Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
-from ttt.model import loop, published
+from ttt.model import loop
 from ttt.model.loop import Evaluator, TrainState
+from ttt.start import Parent, Start, as_items, find_start, warm_loss
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +51,6 @@ class Data(NamedTuple):
     train: Source
     evaluation: Source
     fingerprints: dict[str, str]
-
-
-class Start(NamedTuple):
-    """Where training starts."""
-
-    state: TrainState
-    loader_state: dict[str, Any] | None
-    """None: the first batch."""
-    account: dict[str, Any] | None
-    """What was taken from a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +92,7 @@ def run(config: Config) -> None:
         distributed.first_does(lambda: held.enter_context(lock))
         own = checkpoints.find_good() if checkpoints.steps() else None
         check_continues(config, data, checkpoints, record, own)
-        start = find_start(config, checkpoints, own, layout)
+        start = find_start(config, data.train, data.evaluation, checkpoints, own, layout)
         step = int(start.state.step)
         over = step >= training.total_steps and summary_path(record, step).exists()
         if distributed.from_first(over):
@@ -134,6 +123,8 @@ def work(run: Run, start: Start) -> None:
     """Train and evaluate; whatever happens, close the record with what became of it."""
     status = "failed"
     try:
+        if not start.continues:
+            evaluate_start(run, start)
         state = train(run, start)
         evaluate(run, state)
         distributed.wait_for_all()  # who leaves early would take the others for dead
@@ -267,69 +258,6 @@ def fit_memory(config: Config) -> Config:
     if not fitted.fits:
         logger.warning("it may not fit. %s", plan.advice(config, fitted))
     return fitted.config
-
-
-def find_start(config: Config, checkpoints: Checkpoints, own: int | None, layout: Layout) -> Start:
-    """The run's own checkpoint `own`, else what `load_part` says, else fresh weights."""
-    training = config.training
-    if own is not None:
-        logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
-        return restore_all(config, checkpoints, own, layout)
-    if training.load_part == "none":
-        # Each device makes its own part. Random numbers do not depend on where they are drawn.
-        shardings = layout.shardings(jax.eval_shape(lambda: loop.init_state(config)))
-        fresh = jax.jit(lambda: loop.init_state(config), out_shardings=shardings)()
-        return Start(fresh, None, None)
-    folder = checkpoint.run_folder(
-        config.deploy_paths.checkpoint, training.resume_exp_folder, training.resume_exp_name
-    )
-    parent = Checkpoints(folder)
-    step_folder = parent.find(parent.find_good(training.resume_step))
-    logger.info("starting from %s (%s)", step_folder, training.load_part)
-    if training.load_part == "all":
-        return restore_all(config, parent, int(step_folder.name), layout)
-    return restore_parameters(config, step_folder, layout)
-
-
-def restore_all(config: Config, source: Checkpoints, step: int, layout: Layout) -> Start:
-    """Parameters, optimizer state, step and position exactly as they were saved.
-
-    Where they lay then does not matter: every device reads what it is to hold now.
-    """
-    like = jax.eval_shape(lambda: loop.init_state(config))
-    shapes = jax.eval_shape(as_items, like)
-    stored = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        layout.shardings(shapes),
-    )
-    items = source.restore(step, stored)
-    model = published.from_stored(like.model, items["model_weights"])
-    opt_state = published.from_stored(like.opt_state, items["opt_state"])
-    state = layout.place(TrainState(model, opt_state, jnp.asarray(step, jnp.int32)))
-    names = list(tree.named_leaves(items["model_weights"]))
-    account = {"from": str(source.find(step)), "part": "all", "restored": names, "initialised": []}
-    return Start(state, source.loader_state(step), account)
-
-
-def restore_parameters(config: Config, step_folder: Path, layout: Layout) -> Start:
-    """Parameters by published name, the rest fresh; every parameter is accounted for."""
-    fresh = loop.init_state(config).model
-    model, account = published.load_parameters(
-        fresh, step_folder, may_initialise=published.NEW_IN_META
-    )
-    logger.info("%s", account)
-    state = loop.start_from(model, config.training)
-    account = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
-    return Start(layout.place(state), None, account)
-
-
-def as_items(state: TrainState) -> dict[str, Any]:
-    """The array items of a checkpoint, in the published layout."""
-    return {
-        "model_weights": published.to_stored(state.model),
-        "opt_state": published.to_stored(state.opt_state),
-    }
 
 
 def make_tracker(config: Config, record: RunRecord) -> Tracker:
@@ -570,17 +498,55 @@ def evaluate_on_the_way(
     run.tracker.log(step, {"eval_loss": loss, "evaluation_seconds": seconds})
 
 
-def score(run: Run, state: TrainState, *, learn: bool) -> PositionLoss:
-    """The evaluation split, or `eval_batches` of it, in order; raises Stopped if asked to."""
+def evaluate_start(run: Run, start: Start) -> None:
+    """What the model can do before its first step, and whether that is what its parent could."""
+    config, parent, step = run.config, start.parent, int(start.state.step)
+    meta = config.training.train_mode == "meta"
+    first = config.training.eval_start_batches
+    with run.spent("evaluation"):
+        loss = score(run, start.state, learn=True, batches=first).token_loss
+        still = score(run, start.state, learn=False, batches=first).token_loss if meta else None
+        warm = warm_loss(config, start, run.data.evaluation, run.layout)
+    run.spent.take("evaluation")
+    figures: dict[str, Any] = {"loss": loss, "loss_without_learning": still, "warm_loss": warm}
+    told = parent or Parent(None, 0, False, False, "it has no parent to be compared with")
+    figures |= {"parent_loss": told.loss, "context": told.context or None}
+    figures |= {"preserving": told.preserving, "why": told.why}
+    if parent is not None:
+        tell_start(parent, warm)
+    run.record.started(figures)
+    if not run.record.logged(step, "start_loss"):  # an attempt before this one may have
+        still_too = {} if still is None else {"start_loss_without_learning": still}
+        run.tracker.log(step, {"start_loss": loss, **still_too})
+
+
+def tell_start(parent: Parent, warm: float | None) -> None:
+    """The child's loss beside its parent's, in a sentence."""
+    if parent.loss is None or warm is None:
+        logger.warning("the start could not be compared with the parent: %s", parent.why)
+        return
+    same = "as it must" if parent.preserving else f"not the same function ({parent.why})"
+    logger.info(
+        "before the first step: loss %.5f, the parent's %.5f on the same %d-token sequences (%s)",
+        *(warm, parent.loss, parent.context, same),
+    )
+
+
+def score(run: Run, state: TrainState, *, learn: bool, batches: int | None = None) -> PositionLoss:
+    """The evaluation split, or its first `eval_batches`, in order; raises Stopped if asked to.
+
+    batches: in place of `eval_batches`.
+    """
     training = run.config.training
-    batches = lm_dataset.eval_batches(
+    most = training.eval_batches if batches is None else batches
+    found = lm_dataset.eval_batches(
         run.data.evaluation,
         batch_size=training.eval_batch_size,
-        max_batches=training.eval_batches,
+        max_batches=most,
         bos_token_id=run.config.model.bos_token_id,
     )
     available = -(-len(run.data.evaluation) // training.eval_batch_size)
-    total = min(training.eval_batches or available, available)
+    total = min(most or available, available)
 
     def told(batch: int, loss: float) -> None:
         progress.update(batch, loss=loss)
@@ -592,7 +558,7 @@ def score(run: Run, state: TrainState, *, learn: bool) -> PositionLoss:
         return PositionLoss.measure(
             run.evaluator,
             state.model,
-            batches,
+            found,
             learn=learn,
             told=told,
         )

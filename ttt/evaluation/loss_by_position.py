@@ -74,6 +74,11 @@ class PositionLoss:
         """Mean over sequences, in nats per token: the loss of training."""
         return float(np.mean(self.sequence_loss))
 
+    @property
+    def token_loss(self) -> float:
+        """Mean over all counted tokens: the same number whatever the chunks are."""
+        return float(np.sum(self.nll) / np.sum(self.count))
+
     def rows(self, like: Row, *, resamples: int, seed: int, keys: Mapping[str, Key]) -> list[Row]:
         """`loss` over all, then `loss_at` of each logarithmic bin; `like` tells whose they are.
 

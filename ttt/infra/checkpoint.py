@@ -370,12 +370,18 @@ class RestoreAccount:
     """Restored in another float type; each with both types."""
     unused: tuple[str, ...]
     """In the checkpoint, and asked for by nobody."""
+    narrowed: tuple[str, ...] = ()
+    """Restored in part: the rest was taken away on purpose."""
+    moved: tuple[str, ...] = ()
+    """Restored to another place than it had; `from -> to`."""
 
     def __str__(self) -> str:
         """One line, and one more for each kind of exception that occurred."""
         total = len(self.restored) + len(self.initialised)
         lists = {
             "initialised anew": self.initialised,
+            "narrowed": self.narrowed,
+            "moved": self.moved,
             "cast": self.cast,
             "unused in the checkpoint": self.unused,
         }

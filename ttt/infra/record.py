@@ -75,7 +75,8 @@ class RunRecord:
 
         Writes `config.yaml` and `run.json`: `id` (stable over attempts), `status` (running,
         finished, failed or interrupted) and `attempts`, each with `started` and `finished` (UTC),
-        `status`, `command`, `versions`, `git`, `hardware`, `data`, `restored` and `seconds`.
+        `status`, `command`, `versions`, `git`, `hardware`, `data`, `restored` (from a checkpoint),
+        `start` (losses before the first step) and `seconds`.
         """
         if not self.active:
             return
@@ -102,6 +103,7 @@ class RunRecord:
             },
             "data": dict(data),
             "restored": None,
+            "start": None,
             "seconds": None,
         }
         run["attempts"].append(attempt)
@@ -110,6 +112,10 @@ class RunRecord:
     def restored(self, account: Mapping[str, Any]) -> None:
         """Note what this attempt took from a checkpoint."""
         self._amend({"restored": account})
+
+    def started(self, start: Mapping[str, Any]) -> None:
+        """Note what the model could do before its first step, and what its parent could."""
+        self._amend({"start": start})
 
     def finish(self, status: str) -> None:
         """Close this attempt as finished, failed or interrupted."""

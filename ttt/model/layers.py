@@ -79,7 +79,11 @@ class SwiGLU(eqx.Module):
 
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         """In the dtype of x."""
-        return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.units(x))
+
+    def units(self, x: Float[Array, "*lead in"]) -> Float[Array, "*lead F"]:
+        """What the hidden units say, before the down-projection."""
+        return jax.nn.silu(self.w1(x)) * self.w3(x)
 
 
 def for_compute[T: PyTree](module: T, dtype: jnp.dtype) -> T:

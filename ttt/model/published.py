@@ -94,10 +94,20 @@ def load_parameters(
     Raises CheckpointError for parameters that are missing or do not fit, all at once, and UserError
     for those that are not finite.
     """
+    stored = checkpoint.read_flat(step_folder, "model_weights")
+    return take(like, stored, step_folder, may_initialise=may_initialise)
+
+
+def take(
+    like: MetaModel,
+    stored: Mapping[str, AnyArray],
+    step_folder: Path,
+    *,
+    may_initialise: Sequence[str] = (),
+) -> tuple[MetaModel, RestoreAccount]:
+    """`load_parameters` from arrays that have been read from `step_folder` already."""
     taken, account = checkpoint.account(
-        jax.eval_shape(to_published, like),
-        checkpoint.read_flat(step_folder, "model_weights"),
-        may_initialise=may_initialise,
+        jax.eval_shape(to_published, like), stored, may_initialise=may_initialise
     )
     broken = [name for name, array in taken.items() if not np.all(np.isfinite(array))]
     if broken:

@@ -1,0 +1,310 @@
+"""Where training starts: the run's own checkpoint, a parent's parameters, or fresh weights.
+
+A start from a parent is accounted for parameter by parameter, and by what the parent could do: its
+loss on the tokens on which the child must be able to do the same.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt.config import Config, ModelConfig, with_stored
+from ttt.core import tree
+from ttt.core.batch import Batch
+from ttt.dataloader import lm_dataset
+from ttt.dataloader.lm_dataset import Source
+from ttt.errors import UserError
+from ttt.evaluation.runs import Run
+from ttt.infra import checkpoint
+from ttt.infra.checkpoint import CheckpointError, Checkpoints
+from ttt.infra.mesh import Layout
+from ttt.model import loop, published, warm_start
+from ttt.model.loop import Evaluator, TrainState
+from ttt.model.transformer import MetaModel
+
+logger = logging.getLogger(__name__)
+
+# What a model computes beside its weights; a change here changes the function, not the shapes.
+_FUNCTION = (
+    *("rope_theta", "rms_norm_eps", "qk_norm", "pre_norm", "post_norm", "tie_word_embeddings"),
+    *("compute_dtype", "bos_token_id"),
+)
+CALIBRATION_SEQUENCES = 8
+"""Training sequences on which the units of an MLP are weighed before some are taken away."""
+_LEARNING = ("mini_batch_size", "sliding_window_size")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What a start from a parent must be measured against."""
+
+    loss: float | None
+    """Of the parent, in its own way (learning if it learns), in nats per token; None: unknown."""
+    context: int
+    """Tokens of the sequences behind `loss`: as many as both see in the same way."""
+    learns: bool
+    preserving: bool
+    """Whether the child is meant to compute the same function of them."""
+    why: str
+    """Why there is no loss, or why the function is another one; else empty."""
+
+
+class Start(NamedTuple):
+    """Where training starts."""
+
+    state: TrainState
+    loader_state: dict[str, Any] | None
+    """None: the first batch."""
+    account: dict[str, Any] | None
+    """What was taken from a checkpoint."""
+    parent: Parent | None = None
+    """None: fresh weights, or the run's own checkpoint."""
+    continues: bool = False
+    """Whether it is the run's own checkpoint."""
+
+
+def find_start(
+    config: Config,
+    train: Source,
+    evaluation: Source,
+    checkpoints: Checkpoints,
+    own: int | None,
+    layout: Layout,
+) -> Start:
+    """The run's own checkpoint `own`, else what `load_part` says, else fresh weights."""
+    training = config.training
+    if own is not None:
+        logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
+        return restore_all(config, checkpoints, own, layout)._replace(continues=True)
+    if training.load_part == "none":
+        # Each device makes its own part. Random numbers do not depend on where they are drawn.
+        shardings = layout.shardings(jax.eval_shape(lambda: loop.init_state(config)))
+        fresh = jax.jit(lambda: loop.init_state(config), out_shardings=shardings)()
+        return Start(fresh, None, None)
+    folder = checkpoint.run_folder(
+        config.deploy_paths.checkpoint, training.resume_exp_folder, training.resume_exp_name
+    )
+    parent = Checkpoints(folder)
+    step_folder = parent.find(parent.find_good(training.resume_step))
+    logger.info("starting from %s (%s)", step_folder, training.load_part)
+    if training.load_part == "all":
+        whole = restore_all(config, parent, int(step_folder.name), layout)
+        return whole._replace(parent=Parent(None, 0, False, True, "the same model, with all state"))
+    return restore_parameters(config, train, evaluation, step_folder, layout)
+
+
+def as_items(state: TrainState) -> dict[str, Any]:
+    """The array items of a checkpoint, in the published layout."""
+    return {
+        "model_weights": published.to_stored(state.model),
+        "opt_state": published.to_stored(state.opt_state),
+    }
+
+
+def restore_all(config: Config, source: Checkpoints, step: int, layout: Layout) -> Start:
+    """Parameters, optimizer state, step and position exactly as they were saved.
+
+    Where they lay then does not matter: every device reads what it is to hold now.
+    """
+    like = jax.eval_shape(lambda: loop.init_state(config))
+    shapes = jax.eval_shape(as_items, like)
+    stored = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        layout.shardings(shapes),
+    )
+    items = source.restore(step, stored)
+    model = published.from_stored(like.model, items["model_weights"])
+    opt_state = published.from_stored(like.opt_state, items["opt_state"])
+    state = layout.place(TrainState(model, opt_state, jnp.asarray(step, jnp.int32)))
+    names = list(tree.named_leaves(items["model_weights"]))
+    account = {"from": str(source.find(step)), "part": "all", "restored": names, "initialised": []}
+    return Start(state, source.loader_state(step), account)
+
+
+def restore_parameters(
+    config: Config, train: Source, evaluation: Source, step_folder: Path, layout: Layout
+) -> Start:
+    """Parameters by published name, the rest begun anew; every parameter is accounted for."""
+    stored = checkpoint.read_flat(step_folder, "model_weights")
+    parent = stored_run(config, step_folder, stored)
+    narrowed: dict[str, np.ndarray] = {}
+    if parent is not None:
+        check_heads(parent.config, config.model, step_folder)
+        if is_to_narrow(parent.config, config.model):
+            narrowed = narrow(config, parent, train)
+    fresh = loop.init_state(config).model
+    try:
+        model, account = published.take(
+            fresh, stored | narrowed, step_folder, may_initialise=published.NEW_IN_META
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_width_remedy(parent, config.model)}") from error
+    account = replace(account, narrowed=tuple(narrowed))
+    if account.initialised:
+        model, new, moved = warm_start.begin(model, config.training.prime_init)
+        account = replace(account, initialised=new, moved=moved)
+    logger.info("%s", account)
+    measured = measure_parent(config, parent, account, evaluation, layout)
+    told = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
+    if parent is not None:
+        told["changed"] = changes(parent, config)
+    state = layout.place(loop.start_from(model, config.training))
+    return Start(state, None, told, measured)
+
+
+# ---- the parent ------------------------------------------------------------------------
+
+
+def stored_run(config: Config, step_folder: Path, stored: dict[str, np.ndarray]) -> Run | None:
+    """The parent as it was trained; None for a checkpoint that does not say how that was."""
+    try:
+        settings = checkpoint.read_json(step_folder, "manifest")["config"]
+    except (CheckpointError, KeyError):
+        return None
+    own = with_stored(config, settings)
+    shapes = jax.eval_shape(lambda: MetaModel(own.model, key=jax.random.key(0)))
+    model, _ = published.take(shapes, stored, step_folder)
+    training = replace(
+        own.training, eval_batch_size=config.training.eval_batch_size, inner_remat_freq=1
+    )
+    return Run(own.training.exp_name, int(step_folder.name), training, model)
+
+
+def check_heads(parent: ModelConfig, own: ModelConfig, step_folder: Path) -> None:
+    """Refuse a cut into other heads: the shapes would fit, and the function be destroyed."""
+    if parent.num_attention_heads != own.num_attention_heads:
+        raise UserError(
+            f"model.num_attention_heads={own.num_attention_heads}: {step_folder} was trained with "
+            f"{parent.num_attention_heads}, and its weights mean nothing in other heads; set "
+            f"model.num_attention_heads={parent.num_attention_heads}"
+        )
+
+
+def changes(parent: Run, config: Config) -> dict[str, list[Any]]:
+    """Settings of the function that differ, as [parent's, own]."""
+    model, training = config.model, config.training
+    keys = _FUNCTION + (_LEARNING if parent.window is not None and model_slides(model) else ())
+    found = {f"model.{key}": [getattr(parent.config, key), getattr(model, key)] for key in keys}
+    if parent.learns and training.train_mode == "meta":
+        inner = (parent.training, training)
+        found["training.optimizer_inner"] = [dataclasses.asdict(t.optimizer_inner) for t in inner]
+    return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+
+
+def model_slides(model: ModelConfig) -> bool:
+    """Whether attention is over a window."""
+    return model.seq_modeling_block == "SWA"
+
+
+def common_context(parent: Run, config: Config) -> int:
+    """Tokens of a sequence that both models see in the same way, in whole chunks of both."""
+    model = config.model
+    windows = {parent.window, model.sliding_window_size if model_slides(model) else None}
+    length = min(parent.training.seq_length, config.training.seq_length)
+    if len(windows) > 1:
+        length = min([length, *(window for window in windows if window is not None)])
+    sliding = [part for part in (parent.config, model) if model_slides(part)]
+    chunk = math.lcm(*(part.mini_batch_size for part in sliding))
+    return length // chunk * chunk
+
+
+def measure_parent(
+    config: Config,
+    parent: Run | None,
+    account: checkpoint.RestoreAccount,
+    evaluation: Source,
+    layout: Layout,
+) -> Parent:
+    """The parent's loss on the tokens that both models see in the same way."""
+    if parent is None:
+        return Parent(None, 0, False, False, "the parent's checkpoint has no manifest")
+    context = common_context(parent, config)
+    changed = changes(parent, config)
+    reasons = [f"{key}: {was} -> {now}" for key, (was, now) in changed.items()]
+    if account.narrowed:
+        reasons.append("its MLPs were narrowed")
+    if account.initialised and config.training.prime_init not in warm_start.PRESERVING:
+        reasons.append(f"training.prime_init={config.training.prime_init}")
+    why = "; ".join(reasons)
+    if not context:
+        return Parent(None, 0, False, False, "no whole chunk that both see in the same way")
+    logger.info("scoring the parent on %d tokens of each start sequence", context)
+    model = layout.place(parent.at(context))
+    batches = start_batches(config, evaluation, context)
+    loss = token_loss(Evaluator(parent.training, layout), model, batches, learn=parent.learns)
+    return Parent(loss, context, parent.learns, not reasons, why)
+
+
+def start_batches(config: Config, evaluation: Source, context: int) -> Iterator[Batch]:
+    """The batches that are scored before the first step, the first `context` tokens of each."""
+    batches = lm_dataset.eval_batches(
+        evaluation,
+        batch_size=config.training.eval_batch_size,
+        max_batches=config.training.eval_start_batches,
+        bos_token_id=config.model.bos_token_id,
+    )
+    return (jax.tree.map(lambda x: x[:, :context], batch) for batch in batches)
+
+
+def token_loss(
+    evaluator: Evaluator, model: MetaModel, batches: Iterable[Batch], *, learn: bool
+) -> float:
+    """Mean over all targets that count, in nats: the same number whatever the chunks are."""
+    nll = count = 0.0
+    for batch in batches:
+        scores = evaluator(model, batch, learn=learn)
+        nll += float(np.sum(scores.token_nll * scores.loss_mask, dtype=np.float64))
+        count += float(np.sum(scores.loss_mask, dtype=np.float64))
+    return nll / count if count else math.nan
+
+
+def warm_loss(config: Config, start: Start, evaluation: Source, layout: Layout) -> float | None:
+    """The child's loss at step 0 on the tokens of `Start.parent`, learning only if that learned."""
+    parent = start.parent
+    if parent is None or parent.loss is None:
+        return None
+    training = replace(config.training, inner_remat_freq=1)
+    own = Run(training.exp_name, 0, training, start.state.model)
+    batches = start_batches(config, evaluation, parent.context)
+    model = own.at(parent.context)
+    return token_loss(Evaluator(training, layout), model, batches, learn=parent.learns)
+
+
+# ---- MLPs of another width -------------------------------------------------------------
+
+
+def is_to_narrow(parent: ModelConfig, own: ModelConfig) -> bool:
+    """Whether the policy is to narrow, and there is something to take away."""
+    wider = not parent.prime and parent.intermediate_size > own.intermediate_size
+    return wider and own.prime and own.width_policy == "narrow"
+
+
+def narrow(config: Config, parent: Run, train: Source) -> dict[str, np.ndarray]:
+    """The parent's MLPs at this model's width, under their published names."""
+    count = min(len(train), CALIBRATION_SEQUENCES)
+    length = min(parent.training.seq_length, config.training.seq_length)
+    ids = np.stack([train[index][:length] for index in range(count)])
+    logger.info(
+        "narrowing the parent's MLPs from %d to %d units by what they do on %d tokens",
+        *(parent.config.intermediate_size, config.model.intermediate_size, ids.size),
+    )
+    return warm_start.narrow(parent.at(length), ids, config.model.intermediate_size)
+
+
+def _width_remedy(parent: Run | None, own: ModelConfig) -> str:
+    if parent is None or parent.config.intermediate_size == own.intermediate_size:
+        return ""
+    return (
+        f" Its MLPs have width {parent.config.intermediate_size}, these {own.intermediate_size}: "
+        "keep the parent's width (model.width_policy=full), or, from a wider parent without prime "
+        "MLPs, ask for its most important units (model.width_policy=narrow)."
+    )

@@ -44,9 +44,20 @@ JAX_FREE = (
     "ttt.bench.costs",
     "ttt.bench.plan",
     "ttt.evaluation.result",
+    "ttt.evaluation.bins",
+    "ttt.evaluation.drawing",
     "ttt.evaluation.intervals",
     "ttt.evaluation.repetition",
     "ttt.evaluation.ruler",
+    "ttt.report.manifest",
+    "ttt.report.records",
+    "ttt.report.comparisons",
+    "ttt.report.verdict",
+    "ttt.report.curves",
+    "ttt.report.reading",
+    "ttt.report.pictures",
+    "ttt.report.tables",
+    "ttt.report.phase1",
 )
 
 

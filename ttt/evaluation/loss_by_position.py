@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from rich.table import Table
 
 from ttt.core.batch import Batch
+from ttt.evaluation.bins import log_edges
 from ttt.evaluation.intervals import Interval, bootstrap
 from ttt.evaluation.result import Key, Row
 from ttt.model.loop import Scores
@@ -21,19 +22,6 @@ from ttt.model.loop import Scores
 # Of a CVD-safe palette (Okabe and Ito); the same curve has the same colour in every picture.
 COLOURS = {"learning": "#0072B2", "still": "#D55E00"}
 LABELS = {"learning": "learning while reading", "still": "not learning (inner rate 0)"}
-
-
-_FIRST_BIN = 16
-"""Tokens of the first logarithmic bin; there are two to every doubling after it."""
-
-
-def log_edges(length: int) -> Int[np.ndarray, " edges"]:
-    """Borders of bins that widen with position: 0, 16, 23, 32, 45, 64, … , length.
-
-    The same for every length but for the last, so that bins of several contexts can be compared.
-    """
-    grid = np.round(_FIRST_BIN * 2 ** np.arange(0, 40, 0.5)).astype(int)
-    return np.concatenate([[0], grid[grid < length], [length]])
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ttt.config import Config, ModelConfig, TrainingConfig, with_stored
 from ttt.errors import UserError
+from ttt.evaluation import result
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.model import published
@@ -91,9 +92,7 @@ def method_of(model: ModelConfig, training: TrainingConfig) -> str:
     """`fa`, `swa` or `e2e`; or `token_stats`, the count model in place of any of them."""
     if training.runtime_mode == "token_stats":
         return "token_stats"
-    if training.train_mode == "meta":
-        return "e2e"
-    return "swa" if model.seq_modeling_block == "SWA" else "fa"
+    return result.method_of(model.seq_modeling_block, training.train_mode)
 
 
 def load(config: Config) -> list[Run]:

@@ -58,6 +58,9 @@ JAX_FREE = (
     "ttt.report.pictures",
     "ttt.report.tables",
     "ttt.report.phase1",
+    "ttt.runs.registry",
+    "ttt.runs.matrix",
+    "ttt.runs.pilot",
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -71,14 +72,119 @@ def test_tiny_experiment_is_small_and_learns_bytes(method):
     assert config.training.train_mode == ("meta" if method == "e2e" else "pretrain")
 
 
-@pytest.mark.parametrize("name", [name for name in experiments() if "/extension/" in name])
-def test_extension_takes_the_parameters_of_its_pretraining(name):
-    training = experiment(name).training
+# The parent that a name promises: the first pattern that fits, in the experiment's own folder.
+PARENTS = (
+    (r"ext-(\w+)-e2e-\w+-from-(fa|swa)-bridge(-\w+)?", r"adapt/adapt-\1-e2e-CONTEXT-from-\2\3"),
+    (r"ext-(\w+)-\w+-\w+-from-(fa|swa)(-direct)?", r"pretrain/pretrain-\1-\2"),
+    (r"adapt-(\w+)-e2e-\w+-from-(fa|swa)(-\w+)?", r"pretrain/pretrain-\1-\2"),
+    (r"ext-(\w+)-(\w+)-\w+", r"pretrain/pretrain-\1-\2"),
+)
+LADDER = (
+    *("adapt/adapt-{s}-e2e-{a}-from-{b}{p}", "extension/ext-{s}-e2e-{e}-from-{b}-bridge{p}"),
+    *("extension/ext-{s}-e2e-{e}-from-fa-direct", "extension/ext-{s}-swa-{e}-from-fa"),
+    *("pretrain/pretrain-{s}-swa", "pretrain/pretrain-{s}-fa", "pretrain/pretrain-{s}-e2e"),
+    *("extension/ext-{s}-e2e-{e}", "extension/ext-{s}-fa-{e}"),
+)
+STARTED = [name for name in experiments() if "/pretrain/" not in name]
+
+
+def parent_by_name(name: str) -> str:
     size, _, own = name.split("/")
-    parent = f"pretrain-{size}-{own.split('-')[2]}"
-    assert (training.load_part, training.resume_exp_name) == ("params", parent)
-    assert f"{size}/pretrain/{parent}" in experiments()
-    assert training.exp_name == own
+    context = "2K" if size == "tiny" else "8K"
+    for pattern, parent in PARENTS:
+        if found := re.fullmatch(pattern, own):
+            return f"{size}/{found.expand(parent).replace('CONTEXT', context)}"
+    raise AssertionError(f"{name} promises no parent")
+
+
+@pytest.mark.parametrize(
+    ("size", "a", "e"), [("125m", "8K", "32K"), ("760m", "8K", "32K"), ("tiny", "2K", "4K")]
+)
+def test_every_stage_of_the_ladder_is_there(size, a, e):
+    expected = {
+        f"{size}/{stage.format(s=size, a=a, e=e, b=base, p=percent)}"
+        for stage in LADDER
+        for base in ("fa", "swa")
+        for percent in ("", "-5pct", "-20pct")
+    }
+    assert expected <= set(experiments())
+
+
+@pytest.mark.parametrize("size", ["350m", "760m"])
+@pytest.mark.parametrize(
+    ("context", "tokens", "batch"), [("8K", 8192, 128), ("16K", 16384, 64), ("128K", 131072, 8)]
+)
+def test_extensions_to_other_contexts_keep_a_batch_of_a_million_tokens(
+    size, context, tokens, batch
+):
+    for method in ("e2e", "fa"):
+        training = experiment(f"{size}/extension/ext-{size}-{method}-{context}").training
+        assert (training.seq_length, training.global_batch_size) == (tokens, batch)
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_an_experiment_is_called_what_its_file_is(name):
+    training = experiment(name).training
+    assert training.exp_name == name.rsplit("/", 1)[1]
+    assert (training.load_part == "none") == ("/pretrain/" in name)
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_an_experiment_starts_from_the_parent_that_its_name_promises(name):
+    training, parent = experiment(name).training, parent_by_name(name)
+    assert (training.load_part, training.resume_exp_name) == ("params", parent.split("/")[2])
+    assert parent in experiments()
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_the_parameters_of_the_parent_fit(name):
+    own, parent = experiment(name).model, experiment(parent_by_name(name)).model
+    shapes = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "qk_norm", "pre_norm", "post_norm", "tie_word_embeddings"),
+    )
+    assert {key: getattr(own, key) for key in shapes} == {
+        key: getattr(parent, key) for key in shapes
+    }
+    if parent.prime:
+        assert (own.prime, own.suffix_len) == (True, parent.suffix_len)
+        assert own.width_policy == parent.width_policy
+
+
+def test_a_warm_path_keeps_its_parents_width_and_a_path_from_scratch_is_narrow():
+    warm = [name for name in STARTED if "-e2e-" in name and "-from-" in name]
+    assert len(warm) == 3 * 13
+    assert {experiment(name).model.width_policy for name in warm} == {"full"}
+    scratch = experiment("760m/extension/ext-760m-e2e-32K").model
+    bridge = experiment("760m/extension/ext-760m-e2e-32K-from-fa-bridge").model
+    assert (scratch.intermediate_size, bridge.intermediate_size) == (3328, 4096)
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_every_schedule_follows_its_steps(name):
+    training = experiment(name).training
+    outer = training.optimizer_outer
+    assert outer.lr_decay_steps == training.total_steps
+    assert outer.lr_warmup_steps == training.total_steps // 10
+    warmed_up = training.train_mode == "meta" and "/extension/" not in name
+    assert (training.ilr_init, training.ilr_warmup_steps) == (
+        (0.1, training.total_steps // 10)
+        if warmed_up
+        else (1.0, 0 if "/extension/" in name else training.total_steps // 10)
+    )
+
+
+@pytest.mark.parametrize(("suffix", "steps"), [("-5pct", 1450), ("", 2900), ("-20pct", 5800)])
+def test_adaptation_takes_its_share_of_the_pretraining_steps(suffix, steps):
+    name = f"760m/adapt/adapt-760m-e2e-8K-from-fa{suffix}"
+    own = experiment(name).training
+    parent = experiment("760m/pretrain/pretrain-760m-fa").training
+    assert own.total_steps == steps
+    for key in ("dataset_name", "seq_length", "global_batch_size"):
+        assert getattr(own, key) == getattr(parent, key)
+    assert own.optimizer_outer.lr == 4e-4
+    assert experiment(name, "size.pretrain_steps=100").training.total_steps == steps // 290
+    assert experiment(name, "size.adapt_steps=7").training.total_steps == 7
 
 
 def test_rules_follow_the_command_line():

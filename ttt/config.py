@@ -994,6 +994,11 @@ def extension_batch_size(batch: int, seq_length: int, extended_length: int) -> i
     return max(1, 2 * batch * seq_length // extended_length)
 
 
+def share_of_steps(steps: int, share: float) -> int:
+    """The whole steps nearest to a share of `steps`, and 1 at least."""
+    return max(1, round(steps * share))
+
+
 def _cache_dir(name: str) -> str:
     """A folder of this user for what can be made again."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -1002,6 +1007,7 @@ def _cache_dir(name: str) -> str:
 
 for _resolver in (mlp_width, full_attention_rope_theta, extension_batch_size):
     OmegaConf.register_new_resolver(f"ttt.{_resolver.__name__}", _resolver, replace=True)
+OmegaConf.register_new_resolver("ttt.share", share_of_steps, replace=True)
 OmegaConf.register_new_resolver("ttt.floordiv", lambda number, by: number // by, replace=True)
 OmegaConf.register_new_resolver("ttt.times", lambda number, by: number * by, replace=True)
 OmegaConf.register_new_resolver("ttt.cache_dir", _cache_dir, replace=True)

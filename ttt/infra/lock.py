@@ -24,11 +24,13 @@ class RunLock:
     the lock also holds between hosts; on a file system without locks a warning is all there is.
     """
 
-    def __init__(self, *folders: Path, active: bool = True):
+    def __init__(self, *folders: Path, active: bool = True, named_by: str = "training.exp_name"):
         """Bind to folders; nothing is made.
 
         active: false in all processes of a run but one.
+        named_by: the setting that names the folders, for whoever must choose others.
         """
+        self._named_by = named_by
         self._folders = folders if active else ()
         self._held: dict[Path, int] = {}
 
@@ -83,7 +85,7 @@ class RunLock:
             os.close(descriptor)
             raise UserError(
                 f"another run works in {folder} ({holder}), and two would spoil each other's "
-                "record and checkpoints: wait for it, stop it, or choose another training.exp_name."
+                f"record and checkpoints: wait for it, stop it, or choose another {self._named_by}."
             ) from error
         except OSError as error:
             _logger.warning(

@@ -1,0 +1,70 @@
+r"""Print the commands of the ladder of warm starts, in order of dependency, for a shell.
+
+For example:
+  uv run --exact python scripts/03_pretrained_matrix.py --size 760m --dclm-path /data/dclm \
+      --books-path /data/books --checkpoint-path /checkpoints
+  uv run --exact python scripts/03_pretrained_matrix.py --paths P1-5pct,P1,P1-20pct,S1
+  uv run --exact python scripts/03_pretrained_matrix.py --size tiny --matching tokens | bash -e
+
+Lines that are no commands are comments. Budgets are the experiments' own; --matching tokens gives
+every path the tokens of B1. With --deploy submitit a command only queues its job: wait for it
+before the next. The W&B key belongs in the variable WANDB_API_KEY and is never printed.
+Exit codes: 0 printed; 1 a failure under way; 2 a mistake in the request
+"""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+from ttt.config import RUNTIME_MODES
+from ttt.entry import exit_codes
+from ttt.runs import matrix, registry, request
+from ttt.runs.plan import Order
+
+
+def main() -> None:
+    """Read the command line and print."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--deploy", help="a choice of configs/deploy, such as interactive or submitit")
+    add("--exp-folder", default="pretrained_phase1", help="default: pretrained_phase1")
+    add("--size", default="760m", help="tiny, 125m or 760m; default: 760m")
+    add("--paths", default="B1,B2,P1,P2,P3", help="also S1, P1-5pct, P1-20pct, P3-5pct, P3-20pct")
+    add("--seeds", help="such as 0,1,2; default: one run each, named as its experiment")
+    add("--matching", default="own", choices=["own", "tokens"], help="default: own")
+    add("--dclm-path", help="token store that pretraining and adaptation read")
+    add("--books-path", help="token store that the extension reads")
+    add("--checkpoint-path", help="root of checkpoints")
+    add("--exp-dir", help="root of run records")
+    add("--runtime-mode", default="jax", choices=RUNTIME_MODES, help="default: jax")
+    add("--dummy-dataset", action="store_true", help="random tokens in place of the stores")
+    add("--override", action="append", default=[], help="KEY=VALUE for every run; repeatable")
+    add("--wandb-entity")
+    add("--wandb-project")
+    add("--log-wandb", action="store_true", help="mirror every run to W&B")
+    add("--dry-run", action="store_true", help="the same: nothing is ever done here but printing")
+    args = parser.parse_args()
+    with exit_codes():
+        book = registry.load()
+        size = book.size(args.size)
+        common = request.settings(
+            exp_folder=args.exp_folder,
+            deploy=args.deploy,
+            checkpoint_root=args.checkpoint_path,
+            exp_dir=args.exp_dir,
+            runtime_mode=args.runtime_mode,
+            dummy_dataset=args.dummy_dataset,
+            wandb={
+                "entity": args.wandb_entity,
+                "project": args.wandb_project,
+                "log": args.log_wandb,
+            },
+            overrides=args.override,
+        )
+        data = request.data_settings(book, size, dclm=args.dclm_path, books=args.books_path)
+        seeds = request.seeds(args.seeds) or (None,)
+        paths = request.names(args.paths, "--paths") or ()
+        order = Order(book, size, paths, seeds, registry.Budget(), (*common, *data))
+        print("\n".join(matrix.commands(order, [args.matching])))
+
+
+if __name__ == "__main__":
+    main()

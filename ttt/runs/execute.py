@@ -1,0 +1,246 @@
+"""Runs of a plan, one after the other, as subprocesses of the command `train`.
+
+Every run's output goes to `<experiments>/<exp_folder>/logs/NAME.log`; how far it is, is read from
+its record. A run that does not end well, or for which a gate does not hold, ends the plan.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ttt.errors import RunError, Stopped, UserError
+from ttt.infra.lock import RunLock
+from ttt.infra.progress import Progress
+from ttt.runs import compose, gates, records
+from ttt.runs.manifest import Manifest
+from ttt.runs.plan import Order, Plan, Run, build
+
+TRAIN = (sys.executable, "-m", "ttt.train")
+"""The command of a run, before its arguments."""
+
+_POLL_SECONDS = 0.5
+_LAST_LINES = 12
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@dataclass
+class Execution:
+    """A plan under way in one folder."""
+
+    order: Order
+    matchings: tuple[str, ...]
+    folder: Path
+    """`<experiments>/<exp_folder>`."""
+    flags: dict[str, Any]
+    head: dict[str, Any]
+    skip_existing: bool
+    console: Console
+    train: Sequence[str] = TRAIN
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self):
+        self._began = self.clock()
+        self._paces: list[tuple[str, float]] = []  # (kind, wall seconds per token) of runs done now
+        self._asked: int | None = None
+        self._child: subprocess.Popen | None = None
+
+    def run(self) -> None:
+        """From where the last call stopped to the end.
+
+        Raises UserError before anything is written if the folder holds another plan or runs that
+        are none of this one's, RunError at the first run that fails or does not pass a gate, and
+        Stopped or KeyboardInterrupt where a signal asked for an end.
+        """
+        with RunLock(self.folder, named_by="--exp-folder") as lock:
+            manifest = Manifest(self.folder, self.flags, self.head)
+            plan = self._plan(manifest)
+            manifest.adopt(plan)
+            self._check_disk(plan, manifest)
+            lock.make()
+            with self._listening():
+                self._work(plan, manifest)
+                if "wall_clock" in self.matchings and manifest.seconds_per_token is None:
+                    timed = build(self.order, ["tokens"], compose.facts)
+                    manifest.freeze(records.measure(timed.runs, self.folder))
+                    self._say("seconds per token are measured; now the wall-clock-matched runs")
+                    plan = self._plan(manifest)
+                    manifest.adopt(plan)
+                    self._check_disk(plan, manifest)
+                    self._work(plan, manifest)
+
+    def _plan(self, manifest: Manifest) -> Plan:
+        """All that can be planned by now."""
+        per_token = manifest.seconds_per_token
+        known = [how for how in self.matchings if how != "wall_clock" or per_token is not None]
+        return build(self.order, known, compose.facts, per_token)
+
+    def _check_disk(self, plan: Plan, manifest: Manifest) -> None:
+        """Refuse records that are none of this plan's, or no longer what the manifest says."""
+        faults = []
+        for run in plan.runs:
+            found = records.find(self.folder, run)
+            status = manifest.status(run.name)
+            if found.status == "absent":
+                if status == "finished":
+                    faults.append(f"{run.name}: finished says the manifest, but its record is gone")
+            elif status == "pending" and not self.skip_existing:
+                faults.append(
+                    f"{run.name}: is there ({found.status}), but not by this plan; --skip-existing "
+                    "takes it as it is if its settings are the plan's"
+                )
+            elif found.changed:
+                changes = (f"{key} {was} -> {now}" for key, (was, now) in found.changed.items())
+                faults.append(f"{run.name}: is there with other settings: {', '.join(changes)}")
+        if faults:
+            listed = "\n".join(f"  {fault}" for fault in faults)
+            raise UserError(
+                f"{self.folder} holds runs that the plan cannot use:\n{listed}\nChoose another "
+                "--exp-folder, or move them away."
+            )
+
+    def _work(self, plan: Plan, manifest: Manifest) -> None:
+        """Every run that is not done, in order."""
+        left = [run for run in plan.runs if not self._done(run, manifest)]
+        total = len(plan.runs)
+        if len(left) < total:
+            self._say(f"{total - len(left)} of {total} runs are finished already")
+        for run in left:
+            number = plan.runs.index(run) + 1
+            self._say(f"run {number} of {total}: {run.name} ({self._clock_line(run, left)})")
+            manifest.note(run.name, "running")
+            began = self.clock()
+            self._train(run, manifest)
+            self._paces.append((run.kind, (self.clock() - began) / run.tokens))
+            self._judge(run, manifest)
+
+    def _done(self, run: Run, manifest: Manifest) -> bool:
+        """Whether a run's record is finished; then its gates are looked at, if they were not."""
+        if records.find(self.folder, run).status != "finished":
+            return False
+        self._judge(run, manifest)
+        return True
+
+    def _judge(self, run: Run, manifest: Manifest) -> None:
+        """Write the gates of a finished run down; raise RunError if one does not hold."""
+        verdicts = gates.check(run, records.evidence(self.folder / run.name))
+        manifest.note(run.name, "finished", verdicts)
+        for gate in verdicts:
+            if gate.holds is False:
+                raise RunError(
+                    f"{run.name}: the gate {gate.name!r} does not hold: {gate.said}. Nothing is "
+                    f"built upon it. Look at {self.folder / run.name} and {self._log(run)}; the "
+                    f"verdicts are in {manifest.path}."
+                )
+
+    def _train(self, run: Run, manifest: Manifest) -> None:
+        """The run's command, to its end."""
+        log = self._log(run)
+        log.parent.mkdir(exist_ok=True)
+        with log.open("ab") as file:
+            file.write(f"$ {run.command}\n".encode())
+            file.flush()
+            code = self._watch(run, [*self.train, *run.arguments], file)
+        if self._asked is not None or code == 75:
+            manifest.note(run.name, "interrupted")
+            self._stop(run)
+        found = records.find(self.folder, run).status
+        if code != 0 or found != "finished":
+            manifest.note(run.name, "failed")
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+            raise RunError(
+                f"{run.name} ended with exit code {code}, its record says {found}. The plan stops "
+                f"here. The whole output is in {log}; its end:\n{end}\nMend the cause and give the "
+                "same command again: it goes on from here."
+            )
+
+    def _watch(self, run: Run, command: Sequence[str], log: Any) -> int:
+        """Start the command, show how far it is, return its exit code."""
+        # Its own process group: a terminal's Ctrl-C would reach it twice, and the second ends it
+        # at once.
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+        )
+        try:
+            if self._asked is not None:
+                self._child.send_signal(self._asked)
+            step = 0
+            with Progress(run.steps, "  step", console=self.console) as progress:
+                while True:
+                    try:
+                        code = self._child.wait(_POLL_SECONDS)
+                    except subprocess.TimeoutExpired:
+                        code = None
+                    now, loss = records.progress(self.folder / run.name)
+                    if now > step:
+                        tokens = (now - step) * run.tokens_per_step
+                        progress.update(now, loss=loss, tokens=tokens)
+                        step = now
+                    if code is not None:
+                        return code
+        finally:
+            if self._child.poll() is None:  # an error of our own: leave nobody behind
+                self._child.terminate()
+                self._child.wait()
+            self._child = None
+
+    @contextmanager
+    def _listening(self) -> Generator[None]:
+        """Hand requests to stop on to the run that is under way."""
+
+        def hear(number: int, frame: Any) -> None:
+            if self._asked is None:
+                self._say(f"{signal.Signals(number).name}: the run is asked to save and stop …")
+            self._asked = self._asked or number
+            if self._child is not None and self._child.poll() is None:
+                self._child.send_signal(number)
+
+        before = {number: signal.signal(number, hear) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, run: Run) -> None:
+        """Leave as a signal asked, with a word on how to go on."""
+        told = (
+            f"the plan stopped in {run.name}; its output is in {self._log(run)}. The same command "
+            "goes on from there."
+        )
+        if self._asked == signal.SIGINT:
+            self._say(told)
+            raise KeyboardInterrupt
+        raise Stopped(told, self._asked or 0)
+
+    def _log(self, run: Run) -> Path:
+        return self.folder / "logs" / f"{run.name}.log"
+
+    def _clock_line(self, run: Run, left: Sequence[Run]) -> str:
+        """Time that has passed, and what may be left from this run on, at the pace so far."""
+        passed = timedelta(seconds=round(self.clock() - self._began))
+        if not self._paces:
+            return f"{run.steps} steps, {run.tokens:,} tokens"
+        paces: dict[str, list[float]] = {}
+        for kind, pace in self._paces:
+            paces.setdefault(kind, []).append(pace)
+        all_paces = [pace for _, pace in self._paces]
+
+        def expected(other: Run) -> float:
+            known = paces.get(other.kind, all_paces)
+            return other.tokens * sum(known) / len(known)
+
+        seconds = sum(map(expected, left[left.index(run) :]))
+        about = timedelta(seconds=round(seconds))
+        return f"{run.steps} steps, {run.tokens:,} tokens; {passed} gone, about {about} left"
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,200 @@
+"""The ladder in a short budget: what script 06 asks for, checked, shown and executed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ttt.config import Config
+from ttt.dataloader import text, token_store
+from ttt.runs import compose, matching, registry, request
+from ttt.runs.execute import TRAIN, Execution
+from ttt.runs.plan import Order, Plan, Run, build
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the user asked for; None: as the registry's pilot of the size has it."""
+
+    size: str = "tiny"
+    exp_folder: str = "phase1_pilot"
+    paths: str | None = None
+    seeds: str | None = None
+    matching: str | None = None
+    pretrain_steps: int | None = None
+    adapt_steps: int | None = None
+    ext_steps: int | None = None
+    seq_length: int | None = None
+    ext_seq_length: int | None = None
+    global_batch_size: int | None = None
+    data_root: str | None = None
+    dclm_root: str | None = None
+    books_root: str | None = None
+    bootstrap_token_data: bool = False
+    runtime_mode: str = "jax"
+    dummy_dataset: bool = False
+    checkpoint_root: str | None = None
+    exp_dir: str | None = None
+    override: list[str] = field(default_factory=list)
+    skip_existing: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pilot that is ready to run."""
+
+    order: Order
+    matchings: tuple[str, ...]
+    flags: dict[str, Any]
+    plan: Plan
+    """All but the wall-clock-matched runs."""
+    config: Config
+    """Of the first run: where things lie."""
+
+
+def prepare(flags: Flags) -> Prepared:
+    """Check everything that can be checked before the first run; raises UserError."""
+    book = registry.load()
+    size = book.size(flags.size)
+    given = {
+        "paths": request.names(flags.paths, "--paths"),
+        "seeds": request.seeds(flags.seeds),
+        "matchings": request.matchings(flags.matching, flags.runtime_mode),
+        "pretrain_steps": flags.pretrain_steps,
+        "adapt_steps": flags.adapt_steps,
+        "extension_steps": flags.ext_steps,
+        "seq_length": flags.seq_length,
+        "extension_length": flags.ext_seq_length,
+        "global_batch_size": flags.global_batch_size,
+    }
+    pilot = size.pilot(given)
+    matchings = pilot.matchings
+    if flags.runtime_mode != "jax":  # nothing is timed there
+        matchings = tuple(how for how in matchings if how != "wall_clock")
+    for path in pilot.paths:
+        book.path(path)
+    common = request.settings(
+        exp_folder=flags.exp_folder,
+        checkpoint_root=flags.checkpoint_root,
+        exp_dir=flags.exp_dir,
+        runtime_mode=flags.runtime_mode,
+        dummy_dataset=flags.dummy_dataset,
+        overrides=flags.override,
+    )
+    data = request.data_settings(
+        book, size, data_root=flags.data_root, dclm=flags.dclm_root, books=flags.books_root
+    )
+    order = Order(book, size, pilot.paths, pilot.seeds, pilot.budget, (*common, *data))
+    known = [how for how in matchings if how != "wall_clock"]
+    plan = build(order, known, compose.facts)
+    if "wall_clock" in matchings:
+        matching.check_measurable({run.name: run.steps for run in plan.runs})
+    asked = {
+        **{key: list(value) for key, value in asdict(pilot).items() if key != "budget"},
+        **asdict(pilot.budget),
+        "matchings": list(matchings),
+        "settings": list(order.settings),
+    }
+    return Prepared(order, matchings, asked, plan, compose.config_of(plan.runs[0]))
+
+
+def run(flags: Flags, console: Console, train: Sequence[str] = TRAIN) -> tuple[str, str]:
+    """Run, or show with `dry_run`; returns the root of the records and the folder in it."""
+    prepared = prepare(flags)
+    root = prepared.config.deploy_paths.experiments
+    if flags.dry_run:
+        show(prepared, console)
+        return root, flags.exp_folder
+    if flags.bootstrap_token_data:
+        bootstrap(prepared.plan, console)
+    check_data(prepared.plan)
+    head = {
+        "registry": "warmstart_registry",
+        "size": flags.size,
+        "runtime_mode": flags.runtime_mode,
+    }
+    Execution(
+        order=prepared.order,
+        matchings=prepared.matchings,
+        folder=Path(root).expanduser().absolute() / flags.exp_folder,
+        flags=prepared.flags,
+        head=head,
+        skip_existing=flags.skip_existing,
+        console=console,
+        train=train,
+    ).run()
+    return root, flags.exp_folder
+
+
+def show(prepared: Prepared, console: Console) -> None:
+    """The plan: runs in order, their cost, and their commands."""
+    plan = prepared.plan
+    table = Table(title="nothing is run")
+    for column in ("run", "starts from", "steps", "tokens", "context"):
+        table.add_column(column, overflow="fold")
+    for run in plan.runs:
+        numbers = (f"{run.steps:,}", f"{run.tokens:,}", f"{run.seq_length:,}")
+        table.add_row(run.name, run.parent or "", *numbers)
+    console.print(table)
+    tokens: dict[str, int] = {run.name: run.tokens for run in plan.runs}
+    for path in plan.paths:
+        total = sum(tokens[name] for name in path.runs)
+        line = f"{path.path} ({path.matching}, seed {path.seed}): {total:,} tokens"
+        console.print(line, soft_wrap=True, highlight=False)
+    if "wall_clock" in prepared.matchings:
+        console.print(
+            "The wall-clock-matched runs follow when the token-matched ones have shown what a "
+            "token of each stage costs.",
+            soft_wrap=True,
+        )
+    for run in plan.runs:
+        console.print(run.command, soft_wrap=True, highlight=False, markup=False)
+
+
+# ---- data --------------------------------------------------------------------------------
+
+
+def check_data(plan: Plan) -> None:
+    """Raise UserError for a token store that a run will not find; `train` makes the built-in."""
+    for name, (root, run) in _stores(plan).items():
+        training = compose.config_of(run).training
+        if name != "builtin" or Path(root).exists():
+            for split in (training.data_split, training.eval_split):
+                token_store.open_split(root, split, remedy=token_store.remedy(name, root))
+
+
+def bootstrap(plan: Plan, console: Console) -> None:
+    """Make the token stores that are missing: the built-in text, or random ids, said so."""
+    for name, (root, run) in _stores(plan).items():
+        if Path(root).exists():
+            continue
+        if name == "builtin":
+            console.print(f"making the built-in corpus in {root}", soft_wrap=True)
+            text.ensure_builtin(root)
+            continue
+        longest = max(one.seq_length for one in plan.runs)
+        vocab_size = compose.config_of(run).model.vocab_size
+        console.print(
+            f"RANDOM TOKENS: {root} did not exist and is filled with random ids below "
+            f"{vocab_size}. Losses from it say nothing; it is for trying the plan out.",
+            soft_wrap=True,
+            style="bold red",
+        )
+        token_store.write_random(
+            root, {"train": 128 * longest, "val": 16 * longest}, vocab_size=vocab_size, seed=0
+        )
+
+
+def _stores(plan: Plan) -> Mapping[str, tuple[str, Run]]:
+    """Dataset -> its root, and a run that reads it."""
+    stores = {}
+    for run in {run.experiment: run for run in plan.runs}.values():  # seeds read the same
+        config = compose.config_of(run)
+        name = config.training.dataset_name
+        if not config.training.dummy_dataset:
+            stores.setdefault(name, (config.deploy_paths.data[name], run))
+    return stores

@@ -7,18 +7,17 @@ For example:
   uv run --exact python scripts/04_make_token_data.py --out data/random --source random \
       --vocab-size 128256 --train-tokens 1000000 --val-tokens 100000
 
-Exit codes: 0 done; 1 a failure under way; 2 a mistake in the arguments, nothing written
+A store appears whole or not at all; text is read from disk, and nothing of it is changed.
+Exit codes: 0 done; 1 a failure under way; 2 a mistake in the request; 130 interrupted
 """
 
 import argparse
-import sys
-
-from rich.console import Console
-from rich.progress import Progress
+from functools import partial
 
 from ttt.dataloader import token_store
 from ttt.dataloader.make_store import DEFAULTS, make_store
-from ttt.errors import UserError
+from ttt.entry import exit_codes
+from ttt.infra.progress import Bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,27 +39,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Run and return the exit code."""
+def main() -> None:
+    """Read the command line; make, and tell what was made."""
     options = vars(parse_arguments())
     out, dry_run = options.pop("out"), options["dry_run"]
-    try:
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(f"making {out}", total=None)
-            made = make_store(
-                out,
-                **options,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{'would make' if dry_run else 'made'} {out}: {made}")
-    for split in () if dry_run else ("train", "val"):
-        length = token_store.open_split(out, split).shape[0]
-        print(f"{out}/{split}: {length} tokens, {token_store.fingerprint(out, split)}")
-    return 0
+    unit = "tokens" if options["source"] == "random" else "documents"
+    with exit_codes():
+        with Bar() as bar:
+            made = make_store(out, **options, progress=partial(bar, f"making {out}", unit=unit))
+        print(f"{'would make' if dry_run else 'made'} {out}: {made}")
+        for split in () if dry_run else ("train", "val"):
+            length = token_store.open_split(out, split).shape[0]
+            print(f"{out}/{split}: {length} tokens, {token_store.fingerprint(out, split)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,18 +18,20 @@ from hypothesis import strategies as st
 
 from ttt.config import NEEDLE_TASKS
 from ttt.config import SUITES as SUITE_NAMES
+from ttt.core.batch import Batch
 from ttt.dataloader.text import ByteTokenizer, FileTokenizer
 from ttt.errors import UserError
 from ttt.evaluation import repetition, result, ruler
 from ttt.evaluation.intervals import bootstrap, share
 from ttt.evaluation.judge import Judged
 from ttt.evaluation.long_decoding import binned
-from ttt.evaluation.loss_by_position import PositionLoss, log_edges
+from ttt.evaluation.loss_by_position import Comparison, PositionLoss, log_edges
 from ttt.evaluation.machine import in_batches
 from ttt.evaluation.result import Row
 from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, measure
 from ttt.evaluation.suites import SUITES
+from ttt.model.loop import Scores
 from ttt.model.transformer import MetaModel
 
 # ---- intervals -------------------------------------------------------------------------
@@ -109,6 +111,34 @@ def test_rows_hold_the_mean_of_every_bin_and_their_average_is_the_whole():
         assert (row.n, row.unit) == (6, "nats per token")
     widths = [row.keys["position_to"] - row.keys["position_from"] for row in bins]
     assert np.average([row.value for row in bins], weights=widths) == pytest.approx(whole.value)
+
+
+@pytest.mark.parametrize("chunk", [4, 8, 16])
+def test_token_loss_is_the_mean_over_counted_tokens_whatever_the_chunks(chunk):
+    rng = np.random.default_rng(0)
+    mask = rng.random((6, 16)) < np.linspace(0.1, 0.9, 16)  # late tokens count more often
+    mask[:, ::4] = True
+    nll = np.linspace(1, 3, 16) + rng.random((6, 16))
+
+    def scores(model, batch, *, learn):
+        which = batch.inputs[:, 0]
+        chunks = (len(which), -1, chunk)
+        sums, counts = (
+            (x * mask[which]).reshape(chunks).sum(axis=2) for x in (nll[which], np.ones(16))
+        )
+        token_nll = nll[which] + (0 if learn else 1)
+        return Scores((sums / counts).mean(axis=1), token_nll, mask[which].astype(float))
+
+    numbers = np.broadcast_to(np.arange(6)[:, None], (6, 16))
+    batches = [Batch(part, part, part > 0) for part in (numbers[:4], numbers[4:])]
+    found = [PositionLoss.measure(scores, None, batches, learn=learn) for learn in (True, False)]
+    summary = Comparison(*found, window=16).summary()
+    mean = nll[mask].mean()
+    assert summary["token_loss"] == pytest.approx(mean)
+    assert summary["token_loss_without_learning"] == pytest.approx(mean + 1)
+    assert "token_loss_without_learning" not in Comparison(found[0], None, window=16).summary()
+    if chunk < 16:
+        assert summary["loss"] != pytest.approx(mean)  # every chunk weighs the same there
 
 
 def test_differences_of_paired_sequences_are_surer_than_the_losses():

@@ -194,6 +194,8 @@ def test_files_that_are_no_utf8_are_all_named_and_nothing_is_made(tmp_path, note
         ("random", {"tokenizer": "bytes"}, "tokenizer: not for source random"),
         ("builtin", {"vocab_size": 9}, "vocab_size: not for source builtin"),
         ("random", {"val_tokens": 0}, "val_tokens=0 must be at least 1"),
+        ("random", {"vocab_size": 1 << 32}, "vocab_size=4294967296 must be at most 2147483648"),
+        ("random", {"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )
 def test_mistaken_option_is_told(tmp_path, notes, source, options, message):
@@ -253,9 +255,12 @@ def test_script_makes_a_store_once_and_prints_its_fingerprints(tmp_path, monkeyp
     def run(*more):
         arguments = f"--out {out} --source random --train-tokens 9 --val-tokens 4".split()
         monkeypatch.setattr(sys, "argv", [str(script), *arguments, *more])
-        with pytest.raises(SystemExit) as exited:
+        code = 0
+        try:
             runpy.run_path(str(script), run_name="__main__")
-        return exited.value.code, capsys.readouterr()
+        except SystemExit as exited:
+            code = exited.code
+        return code, capsys.readouterr()
 
     assert run("--dry-run")[0] == 0
     assert not out.exists()
@@ -265,3 +270,6 @@ def test_script_makes_a_store_once_and_prints_its_fingerprints(tmp_path, monkeyp
     code, said = run()
     assert code == 2
     assert "never overwritten" in said.err
+    code, said = run("--out", str(Path(__file__) / "s"), "--dry-run")
+    assert code == 2
+    assert "choose another destination" in said.err

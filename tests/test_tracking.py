@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ttt.infra.progress import Progress
+from ttt.infra.progress import Bar, Progress
 from ttt.infra.record import RunRecord
 from ttt.infra.tracking import CompositeTracker, RecordTracker, WandbTracker
 
@@ -161,3 +161,28 @@ def test_a_terminal_shows_one_line_that_ends_in_the_last_state():
     assert "loss 1.0000" in text
     assert text.count("\n") == 1
     assert "training 5/5" in text.split("\n")[0]
+
+
+def test_bar_tells_amount_speed_and_time_left_of_each_job():
+    clock = iter([0.0, 1.0, 11.0, 21.0, 22.0, 40.0])
+    out = io.StringIO()
+    with Bar(console=Console(file=out, width=200), clock=lambda: next(clock)) as bar:
+        bar("fetching", 0, 400_000_000, "bytes")
+        bar("fetching", 50_000_000, 400_000_000, "bytes")
+        bar("fetching", 100_000_000, 400_000_000, "bytes")
+        bar("listing", 7, None, "objects")
+        bar("listing", 1007, None, "objects")
+    assert out.getvalue().splitlines() == [
+        "fetching  50.0 of 400.0 MB  5.0 MB/s  0:01:10 left",
+        "fetching  100.0 of 400.0 MB  5.0 MB/s  0:01:00 left",
+        "listing  1,007 objects  56 objects/s",
+    ]
+
+
+def test_bar_leaves_standard_output_to_what_is_said(capsys):
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True)
+    with Bar(console=console) as bar:
+        bar.say("done")
+    assert capsys.readouterr().out == "done\n"
+    assert "done" not in out.getvalue()

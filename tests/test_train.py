@@ -33,6 +33,7 @@ SMALL = [
     "training.global_batch_size=4",
     "training.eval_batch_size=2",
     "training.eval_batches=2",
+    "training.count_model_tokens=0",
     "training.total_steps=6",
     "training.save_every_steps=3",
     "training.optimizer_outer.lr_decay_steps=6",
@@ -227,8 +228,12 @@ def test_test_time_training_starts_from_full_attention_by_name(configure):
     stacks = "language_model.model.h."
     assert f"{stacks}blocks.feed_forward.w1.weight" in account["restored"]
     assert sorted(account["restored"]) == sorted(weights_of(parent))
-    assert account["initialised"]
-    assert all(name.startswith(f"{stacks}prime_storage.") for name in account["initialised"])
+    # The last layer's MLP serves as the prime one now, and a new one stands where it was.
+    mlps = [*(f"feed_forward.w{i}" for i in (1, 2, 3)), "ffn_norm", "ffn_post_norm"]
+    new = [f"{stacks}blocks.{part}.weight[-1:]" for part in mlps]
+    assert account["initialised"] == new
+    moved = f"{new[0]} -> {stacks}prime_storage.feed_forward_prime.w1.weight"
+    assert account["moved"][0] == moved
 
 
 def test_a_parent_of_another_width_is_an_error_with_path_and_shapes(configure):
@@ -289,7 +294,6 @@ def test_without_its_data_a_published_experiment_says_where_it_looked_and_what_t
     )
     assert ran.returncode == 2, ran.stderr
     assert "data/books3" in ran.stderr
-    assert "gcloud storage cp" in ran.stderr
-    assert "gs://llama3-books3/data.zarr/*" in ran.stderr
+    assert "scripts/00_data_fetch.py --datasets books3 --billing-project PROJECT" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ DTYPES = ("fp32", "bf16")
 TRAIN_MODES = ("pretrain", "meta")
 LOAD_PARTS = ("none", "params", "all")
 WIDTH_POLICIES = ("narrow", "full")
-PRIME_INITS = ("random", "zero_down", "zero_gain", "small_gain", "copy", "inherit")
+PRIME_INITS = ("inherit", "copy", "zero_gain", "zero_down", "small_gain", "small_write", "random")
 RUNTIME_MODES = ("jax", "token_stats", "simulate")
 INNER_GRADIENTS = ("forward_over_reverse", "reverse_over_reverse")
 REMAT_POLICIES = ("none", "dots", "attention", "block", "chunk")
@@ -264,6 +264,9 @@ class TrainingConfig:
     """Batches of the evaluation split to score; 0: all of it."""
     eval_start_batches: Count
     """Batches of the evaluation split to score before the first step, by the parent too."""
+    count_model_tokens: Natural
+    """A count model of so many of the first tokens trained on is scored beside the trained model
+    in the end; 0: none is."""
     save_every_steps: Natural
     """0: only at the end."""
     save_every_minutes: NotNegative
@@ -540,6 +543,11 @@ _RELATIONS = (
         ("training.global_batch_size", "training.accum_steps"),
         lambda batch, parts: batch % parts == 0,
         "microbatches must be equal; make global_batch_size a multiple of accum_steps",
+    ),
+    Relation(
+        ("training.runtime_mode", "backend.distributed"),
+        lambda mode, distributed: mode == "jax" or not distributed,
+        "the light modes run in one process; set backend.distributed=false, or runtime_mode=jax",
     ),
     Relation(
         ("training.train_mode", "model.seq_modeling_block"),
@@ -827,6 +835,7 @@ _NEUTRAL = frozenset(
         "training.log_*",
         "training.wandb_*",
         "training.eval_*",
+        "training.count_model_*",
         "training.save_*",
         "training.keep_checkpoints",
         # what to do where the run would end otherwise

@@ -36,8 +36,8 @@ def exit_codes() -> Generator[None]:
         _leave(2, f"error: {error}")
     except HydraException as error:
         _leave(2, f"error: {explain(error)}")
-    except KeyboardInterrupt:
-        _leave(130, "interrupted")
+    except KeyboardInterrupt as interrupt:
+        _leave(130, str(interrupt) or "interrupted")
     except Exception:
         _leave(1, traceback.format_exc())
 

@@ -95,7 +95,9 @@ def prepare(config: Config) -> Request:
     sampling = Sampling(
         asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty
     ).check()
-    return Request(tokenizer, find_checkpoint(config), ids, sampling)
+    step_folder = find_checkpoint(config)
+    checkpoint.check_mode(step_folder, "jax")
+    return Request(tokenizer, step_folder, ids, sampling)
 
 
 def find_checkpoint(config: Config) -> Path:

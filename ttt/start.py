@@ -7,7 +7,7 @@ loss on the tokens on which the child must be able to do the same.
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.infra.mesh import Layout
 from ttt.model import loop, published, warm_start
-from ttt.model.loop import Evaluator, TrainState
+from ttt.model.loop import Evaluator, Scores, TrainState
 from ttt.model.transformer import MetaModel
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class Parent:
 class Start(NamedTuple):
     """Where training starts."""
 
-    state: TrainState
+    state: Any
+    """`TrainState`, or what takes its place in a light mode."""
     loader_state: dict[str, Any] | None
     """None: the first batch."""
     account: dict[str, Any] | None
@@ -149,9 +150,10 @@ def restore_parameters(
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_width_remedy(parent, config.model)}") from error
     account = replace(account, narrowed=tuple(narrowed))
-    logger.info("%s", account)
     if account.initialised:
-        model = warm_start.initialise_prime(model, config.training.prime_init)
+        model, new, moved = warm_start.begin(model, config.training.prime_init)
+        account = replace(account, initialised=new, moved=moved)
+    logger.info("%s", account)
     measured = measure_parent(config, parent, account, evaluation, layout)
     told = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
     if parent is not None:
@@ -255,7 +257,7 @@ def start_batches(config: Config, evaluation: Source, context: int) -> Iterator[
 
 
 def token_loss(
-    evaluator: Evaluator, model: MetaModel, batches: Iterable[Batch], *, learn: bool
+    evaluator: Callable[..., Scores], model: Any, batches: Iterable[Batch], *, learn: bool
 ) -> float:
     """Mean over all targets that count, in nats: the same number whatever the chunks are."""
     nll = count = 0.0

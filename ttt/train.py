@@ -8,16 +8,19 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 from rich.console import Console
 
+from ttt import light
 from ttt.bench import costs, here, plan
 from ttt.config import Config, differences, to_dict
 from ttt.core import compiling, tree
@@ -38,9 +41,11 @@ from ttt.infra.preemption import StopRequest
 from ttt.infra.progress import Progress, Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
+from ttt.light import CountLearner, CountState
 from ttt.model import loop
-from ttt.model.loop import Evaluator, TrainState
-from ttt.start import Parent, Start, as_items, find_start, warm_loss
+from ttt.model.loop import Evaluator, Scores, TrainState
+from ttt.model.transformer import MetaModel
+from ttt.start import Parent, Start, as_items, find_start, token_loss, warm_loss
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +58,113 @@ class Data(NamedTuple):
     fingerprints: dict[str, str]
 
 
+State = TrainState | CountState
+
+
+class Learner(Protocol):
+    """What the runtime modes do each in their own way; all else is the same run.
+
+    Its states have `step`, the steps taken, and `model`, what `score` takes.
+    """
+
+    @property
+    def learns(self) -> bool:
+        """Whether it goes on learning while it is evaluated."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """Tokens that attention sees at once."""
+        ...
+
+    def find_start(
+        self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
+    ) -> Start:
+        """The run's own step `own`, else what `load_part` says, else anew."""
+        ...
+
+    def warm_loss(self, start: Start, evaluation: Source) -> float | None:
+        """The loss before the first step on the tokens of `start.parent`; None: there are none."""
+        ...
+
+    def place(self, batch: Batch) -> Any:
+        """A batch of the loader as a step takes it."""
+        ...
+
+    def compile(self, state: Any, batch: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """The step: (state, batch) -> the next state, and metrics (a NamedTuple) with `loss`."""
+        ...
+
+    def items(self, state: Any) -> dict[str, PyTree]:
+        """The array items of a checkpoint: `model_weights` and `opt_state`."""
+        ...
+
+    def score(self, model: Any, batch: Batch, *, learn: bool = True) -> Scores:
+        """The losses of a batch of the loader."""
+        ...
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """What to log of a step that took so long."""
+        ...
+
+
+@dataclass(frozen=True)
+class Network:
+    """The learner of `runtime_mode=jax`: the network of `config.model`."""
+
+    config: Config
+    layout: Layout
+    evaluator: Evaluator
+
+    @property
+    def learns(self) -> bool:
+        """Whether test-time training is on."""
+        return self.config.training.train_mode == "meta"
+
+    @property
+    def window(self) -> int:
+        """That of sliding attention, else all of the sequence."""
+        sliding = self.config.model.seq_modeling_block == "SWA"
+        return self.config.model.sliding_window_size if sliding else self.config.training.seq_length
+
+    def find_start(
+        self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
+    ) -> Start:
+        """From disk, or fresh weights."""
+        return find_start(self.config, train, evaluation, checkpoints, own, self.layout)
+
+    def warm_loss(self, start: Start, evaluation: Source) -> float | None:
+        """Learning only if the parent does."""
+        return warm_loss(self.config, start, evaluation, self.layout)
+
+    def place(self, batch: Batch) -> Batch:
+        """As microbatches, on the devices."""
+        return place(batch, self.config.training.accum_steps, self.layout)
+
+    def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+        """The compiled step."""
+        return compile_step(self.config, state, batch, self.layout)
+
+    def items(self, state: TrainState) -> dict[str, PyTree]:
+        """In the published layout."""
+        return as_items(state)
+
+    def score(self, model: MetaModel, batch: Batch, *, learn: bool = True) -> Scores:
+        """On the devices."""
+        return self.evaluator(model, batch, learn=learn)
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Model TFLOP/s of a device, and MFU if its peak is known."""
+        return measure_speed(self.config, seconds)
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run holds while it works."""
 
     config: Config
     data: Data
-    layout: Layout
-    evaluator: Evaluator
+    learner: Learner
     checkpoints: Checkpoints
     record: RunRecord
     tracker: Tracker
@@ -71,13 +175,12 @@ class Run:
 
 def run(config: Config) -> None:
     """Train as `config` says, from where the last call stopped; evaluate; say where things are."""
+    if config.training.runtime_mode != "jax":
+        config = light.on_the_cpu(config)
     distributed.start(config.backend)
     data = open_data(config)
-    layout = loop.lay_out(config)
-    check_divides(layout.mesh, config.training.global_batch_size // config.training.accum_steps)
-    config = fit_memory(config)
+    config, learner = make_learner(config)
     training, paths = config.training, config.deploy_paths
-    evaluator = Evaluator(training, layout)
     checkpoints = Checkpoints(
         checkpoint.run_folder(paths.checkpoint, training.exp_folder, training.exp_name),
         keep=training.keep_checkpoints,
@@ -92,14 +195,18 @@ def run(config: Config) -> None:
         distributed.first_does(lambda: held.enter_context(lock))
         own = checkpoints.find_good() if checkpoints.steps() else None
         check_continues(config, data, checkpoints, record, own)
-        start = find_start(config, data.train, data.evaluation, checkpoints, own, layout)
+        if own is None and training.load_part != "none":
+            check_parent(config)
+        start = learner.find_start(data.train, data.evaluation, checkpoints, own)
         step = int(start.state.step)
-        over = step >= training.total_steps and summary_path(record, step).exists()
+        simulated = training.runtime_mode == "simulate"
+        done = simulated or summary_path(record, step).exists()
+        over = step >= training.total_steps and done
         if distributed.from_first(over):
             if first and record.run()["status"] != "finished":  # killed between its last two writes
                 record.finish("finished")
             logger.info(
-                "%s is finished at step %d: evaluation in %s, checkpoint in %s. To go on, raise "
+                "%s is finished at step %d: record in %s, checkpoint in %s. To go on, raise "
                 "training.total_steps; to start anew, choose another training.exp_name.",
                 *(training.exp_name, step, record.folder, checkpoints.find(step)),
             )
@@ -115,7 +222,7 @@ def run(config: Config) -> None:
             record.restored(start.account)
         tracker = make_tracker(config, record)
         with StopRequest() as stop:
-            parts = (data, layout, evaluator, checkpoints, record, tracker, lock, stop, Spent())
+            parts = (data, learner, checkpoints, record, tracker, lock, stop, Spent())
             work(Run(config, *parts), start)
 
 
@@ -123,10 +230,12 @@ def work(run: Run, start: Start) -> None:
     """Train and evaluate; whatever happens, close the record with what became of it."""
     status = "failed"
     try:
-        if not start.continues:
-            evaluate_start(run, start)
-        state = train(run, start)
-        evaluate(run, state)
+        if run.config.training.runtime_mode == "simulate":
+            simulate(run, start)
+        else:
+            if not start.continues:
+                evaluate_start(run, start)
+            evaluate(run, train(run, start))
         distributed.wait_for_all()  # who leaves early would take the others for dead
         status = "finished"
     except (KeyboardInterrupt, Stopped):
@@ -219,6 +328,8 @@ def check_continues(
 ) -> None:
     """Refuse to go on with another run's numbers, and to write over a finished run's record."""
     name = config.training.exp_name
+    if step is not None:
+        checkpoint.check_mode(checkpoints.find(step), config.training.runtime_mode)
     ways_out = (
         "Choose another training.exp_name for a new run, undo the change, or set "
         "training.allow_config_change=true to continue all the same. In a sweep, put what varies "
@@ -251,6 +362,25 @@ def check_continues(
         )
 
 
+def check_parent(config: Config) -> None:
+    """Refuse a parent that is not there, or that is of another runtime mode."""
+    training, root = config.training, config.deploy_paths.checkpoint
+    folder = checkpoint.run_folder(root, training.resume_exp_folder, training.resume_exp_name)
+    parent = Checkpoints(folder).find(training.resume_step)
+    checkpoint.check_mode(parent, training.runtime_mode)
+
+
+def make_learner(config: Config) -> tuple[Config, Learner]:
+    """What `runtime_mode` trains, and the settings with every `auto` chosen for it."""
+    training = config.training
+    if training.runtime_mode != "jax":
+        return config, CountLearner(config)
+    layout = loop.lay_out(config)
+    check_divides(layout.mesh, training.global_batch_size // training.accum_steps)
+    config = fit_memory(config)
+    return config, Network(config, layout, Evaluator(training, layout))
+
+
 def fit_memory(config: Config) -> Config:
     """`config` with every `auto` chosen for this machine's memory; a UserError if nothing fits."""
     fitted = plan.fit(config, here.machine(config))
@@ -280,20 +410,40 @@ def make_tracker(config: Config, record: RunRecord) -> Tracker:
 # ---- training ----------------------------------------------------------------------------
 
 
-def train(run: Run, start: Start) -> TrainState:
+def simulate(run: Run, start: Start) -> None:
+    """Leave what a run leaves at `total_steps`, without a step and what it would have measured."""
+    training = run.config.training
+    state: Any = start.state
+    if state.step >= training.total_steps:
+        return
+    batches = open_batches(run.config, run.data)
+    batches.set_state({"next_index": training.total_steps})
+    tokens = training.total_steps * training.global_batch_size * training.seq_length
+    run.tracker.log(training.total_steps, {"tokens": tokens})
+    save(run, state._replace(step=training.total_steps), batches)
+    run.checkpoints.wait()
+    logger.info("simulated: no step was computed, and no loss is recorded")
+
+
+def open_batches(config: Config, data: Data) -> grain.DatasetIterator:
+    """The training batches from the first, this process' share of each."""
+    return lm_dataset.train_batches(
+        data.train,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.training.data_seed,
+        bos_token_id=config.model.bos_token_id,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+
+
+def train(run: Run, start: Start) -> State:
     """From `start` to `total_steps`, with logs, evaluations and checkpoints on the way."""
     config, training, spent = run.config, run.config.training, run.spent
     state, first = start.state, int(start.state.step)
     if first >= training.total_steps:
         return state
-    batches = lm_dataset.train_batches(
-        run.data.train,
-        global_batch_size=training.global_batch_size,
-        seed=training.data_seed,
-        bos_token_id=config.model.bos_token_id,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    batches = open_batches(config, run.data)
     if start.loader_state is not None:
         batches.set_state(start.loader_state)
     left = run.record.logged(first, "loss") and not run.record.logged(first, "eval_loss")
@@ -307,10 +457,10 @@ def train(run: Run, start: Start) -> TrainState:
     with Progress(training.total_steps, "train", start=first, quiet=quiet) as progress:
         for step in range(first + 1, training.total_steps + 1):
             with spent("data_wait"):
-                batch = place(next(batches), training.accum_steps, run.layout)
+                batch = run.learner.place(next(batches))
             if compiled is None:
                 with spent("compile"):
-                    compiled = compile_step(config, state, batch, run.layout)
+                    compiled = run.learner.compile(state, batch)
                 if asked_to_stop(run):
                     raise stopped(run, step - 1)
             with spent("step"):
@@ -321,7 +471,7 @@ def train(run: Run, start: Start) -> TrainState:
                 metrics["bad_samples"] = samples(config, run.data, batches)
             seconds = spent.take()
             busy = seconds["data_wait"] + seconds["step"]
-            speed = measure_speed(config, busy)
+            speed = run.learner.speed(busy)
             metrics |= {"tokens_per_second": tokens / busy, **speed}
             metrics |= {f"{what}_seconds": seconds[what] for what in seconds if what != "compile"}
             run.tracker.log(step, metrics)
@@ -354,7 +504,8 @@ def measure_speed(config: Config, seconds: float) -> dict[str, float]:
 
 def is_good(metrics: dict[str, Any]) -> bool:
     """Whether a step was taken; the compiled step leaves the state alone where this is false."""
-    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])
+    norm = metrics.get("gradient_norm", 0.0)  # counts have none
+    return math.isfinite(metrics["loss"]) and math.isfinite(norm)
 
 
 def bad_steps_before(record: RunRecord) -> int:
@@ -465,14 +616,14 @@ def compile_step(
     return compiled
 
 
-def save(run: Run, state: TrainState, batches: grain.DatasetIterator) -> None:
+def save(run: Run, state: State, batches: grain.DatasetIterator) -> None:
     """Start to write a checkpoint from which the run goes on bit for bit."""
     with run.spent("save"):
         run.lock.check()
         run.record.sync()  # the steps up to a checkpoint are in the record, or it has a gap
         run.checkpoints.save(
             int(state.step),
-            **as_items(state),
+            **run.learner.items(state),
             loader_state=batches.get_state(),
             manifest={"config": to_dict(run.config), "data": run.data.fingerprints},
         )
@@ -481,9 +632,7 @@ def save(run: Run, state: TrainState, batches: grain.DatasetIterator) -> None:
 # ---- evaluation --------------------------------------------------------------------------
 
 
-def evaluate_on_the_way(
-    run: Run, state: TrainState, batches: grain.DatasetIterator, step: int
-) -> None:
+def evaluate_on_the_way(run: Run, state: State, batches: grain.DatasetIterator, step: int) -> None:
     """Log the held-out loss if an evaluation is due after `step`."""
     if not due(step, run.config.training.eval_every_steps):
         return
@@ -500,13 +649,14 @@ def evaluate_on_the_way(
 
 def evaluate_start(run: Run, start: Start) -> None:
     """What the model can do before its first step, and whether that is what its parent could."""
-    config, parent, step = run.config, start.parent, int(start.state.step)
-    meta = config.training.train_mode == "meta"
-    first = config.training.eval_start_batches
+    learner, parent, step = run.learner, start.parent, int(start.state.step)
+    first = run.config.training.eval_start_batches
     with run.spent("evaluation"):
         loss = score(run, start.state, learn=True, batches=first).token_loss
-        still = score(run, start.state, learn=False, batches=first).token_loss if meta else None
-        warm = warm_loss(config, start, run.data.evaluation, run.layout)
+        still = None
+        if learner.learns:
+            still = score(run, start.state, learn=False, batches=first).token_loss
+        warm = learner.warm_loss(start, run.data.evaluation)
     run.spent.take("evaluation")
     figures: dict[str, Any] = {"loss": loss, "loss_without_learning": still, "warm_loss": warm}
     told = parent or Parent(None, 0, False, False, "it has no parent to be compared with")
@@ -532,20 +682,14 @@ def tell_start(parent: Parent, warm: float | None) -> None:
     )
 
 
-def score(run: Run, state: TrainState, *, learn: bool, batches: int | None = None) -> PositionLoss:
+def score(run: Run, state: State, *, learn: bool, batches: int | None = None) -> PositionLoss:
     """The evaluation split, or its first `eval_batches`, in order; raises Stopped if asked to.
 
     batches: in place of `eval_batches`.
     """
     training = run.config.training
-    most = training.eval_batches if batches is None else batches
-    found = lm_dataset.eval_batches(
-        run.data.evaluation,
-        batch_size=training.eval_batch_size,
-        max_batches=most,
-        bos_token_id=run.config.model.bos_token_id,
-    )
     available = -(-len(run.data.evaluation) // training.eval_batch_size)
+    most = training.eval_batches if batches is None else batches
     total = min(most or available, available)
 
     def told(batch: int, loss: float) -> None:
@@ -556,27 +700,41 @@ def score(run: Run, state: TrainState, *, learn: bool, batches: int | None = Non
     what = "evaluate" if learn else "evaluate without learning"
     with Progress(total, what, quiet=not distributed.is_first()) as progress:
         return PositionLoss.measure(
-            run.evaluator,
+            run.learner.score,
             state.model,
-            found,
+            eval_batches(run, most),
             learn=learn,
             told=told,
         )
 
 
-def evaluate(run: Run, state: TrainState) -> None:
+def eval_batches(run: Run, most: int) -> grain.DatasetIterator:
+    """The first batches of the evaluation split, at most `most` (0: all)."""
+    return lm_dataset.eval_batches(
+        run.data.evaluation,
+        batch_size=run.config.training.eval_batch_size,
+        max_batches=most,
+        bos_token_id=run.config.model.bos_token_id,
+    )
+
+
+def evaluate(run: Run, state: State) -> None:
     """Loss by position with and without learning: table, picture, record."""
     config, training, step = run.config, run.config.training, int(state.step)
     with run.spent("evaluation"):
         learning = score(run, state, learn=True)
-        meta = training.train_mode == "meta"
-        still = score(run, state, learn=False) if meta else None
+        still = score(run, state, learn=False) if run.learner.learns else None
     if not distributed.is_first():  # one process draws and writes
         return
-    sliding = config.model.seq_modeling_block == "SWA"
-    window = config.model.sliding_window_size if sliding else training.seq_length
-    comparison = Comparison(learning, still, window)
+    comparison = Comparison(learning, still, run.learner.window)
     summary = comparison.summary()
+    if training.runtime_mode == "jax" and training.count_model_tokens:
+        with run.spent("evaluation"):
+            counts = light.count(config, run.data.train, step)
+            batches = eval_batches(run, training.eval_batches)
+            loss = token_loss(CountLearner(config).score, counts, batches, learn=False)
+        light.tell(learning.token_loss, loss, counts.tokens)
+        summary |= {"count_model_loss": loss, "count_model_tokens": counts.tokens}
     picture = run.record.folder / f"loss_by_position-{step}.png"
     comparison.draw(
         picture,

@@ -38,6 +38,8 @@ def make_store(
     `UserError` for an option that the source does not take or a value that it cannot use.
     """
     options = _options(source, given)
+    if seed < 0:
+        raise UserError(f"seed={seed} must be at least 0.")
     token_store.refuse_existing(root)
     bounds = {name: options[name] for name in ("train_tokens", "val_tokens")}
     if source == "random":
@@ -71,6 +73,10 @@ def _options(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("train_tokens", "val_tokens", "vocab_size"):
         if given.get(name, 1) < 1:
             raise UserError(f"{name}={given[name]} must be at least 1.")
+    if given.get("vocab_size", 1) > 1 << 31:
+        raise UserError(
+            f"vocab_size={given['vocab_size']} must be at most {1 << 31}: a store holds int32."
+        )
     if source == "text" and not given.get("text"):
         raise UserError("Source text needs the files: give globs (--text 'notes/**/*.txt').")
     return {**own, **given}

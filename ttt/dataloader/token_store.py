@@ -7,6 +7,7 @@ attributes.
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -23,7 +24,7 @@ from ttt.errors import UserError
 CHUNK_TOKENS = 1 << 16
 """Tokens in a chunk on disk, 256 KiB before compression; a sample unpacks those it touches."""
 
-MAKE_REMEDY = "Make one with `uv run python scripts/04_make_token_data.py`."
+MAKE_REMEDY = "Make one with `uv run --exact python scripts/04_make_token_data.py`."
 
 PUBLISHED = {"dclm_filter_8k": "gs://llama3-dclm-filter-8k", "books3": "gs://llama3-books3"}
 """Buckets of the published stores; whoever reads them pays."""
@@ -99,7 +100,10 @@ def create(
     """
     root = Path(root)
     refuse_existing(root)
-    root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(root, str(error)) from error
     partial = root.with_name(f".{root.name}.{uuid.uuid4().hex}.partial")
     try:
         writer = Writer(partial, attributes)
@@ -117,13 +121,20 @@ def create(
 
 
 def refuse_existing(root: Path | str) -> None:
-    """Raise `StoreError` if anything stands at `root`: a store is never overwritten."""
+    """Raise `StoreError` if a store cannot be made at `root`; it is never overwritten."""
     root = Path(root)
     if root.exists():
         raise StoreError(
             f"{root} exists, and a token store is never overwritten: "
             "remove it or choose another destination."
         )
+    place = next(parent for parent in root.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise _unusable(root, f"{place} is no folder that you may write to")
+
+
+def _unusable(root: Path, why: str) -> StoreError:
+    return StoreError(f"{root} cannot be made ({why}): choose another destination.")
 
 
 def write(
@@ -193,16 +204,20 @@ def remedy(name: str, root: Path | str) -> str:
     """The command that brings the dataset `name` to `root`."""
     if name not in PUBLISHED:
         return MAKE_REMEDY
+    where = "" if Path(root).name != name else f" --dest-root {Path(root).parent}"
     return (
-        "Fetch it (the reader pays, through a Google Cloud project) with `gcloud storage cp "
-        f"--recursive --billing-project=PROJECT '{PUBLISHED[name]}/data.zarr/*' {root}/`, or set "
+        "Fetch it (the reader pays, through a Google Cloud project) with `uv run --exact python "
+        f"scripts/00_data_fetch.py --datasets {name} --billing-project PROJECT{where}`, or set "
         f"deploy_paths.data.{name} to where it lies."
     )
 
 
-def read_attributes(root: Path | str) -> dict[str, Any]:
-    """Return what the store says about itself; empty for the published stores."""
-    _split_names(Path(root), MAKE_REMEDY)
+def read_attributes(root: Path | str, *, remedy: str = MAKE_REMEDY) -> dict[str, Any]:
+    """Return what the store says about itself; empty for the published stores.
+
+    Raises `StoreError`, which ends with `remedy`, if there is no store.
+    """
+    _split_names(Path(root), remedy)
     return dict(zarr.open_group(root, mode="r").attrs)
 
 

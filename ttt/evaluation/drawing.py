@@ -73,9 +73,44 @@ def short(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens and tokens % 1024 == 0 else str(tokens)
 
 
-def finish(figure: Any, path: Path, title: str) -> None:
-    """Give the figure its title, save it and let it go."""
+def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], size: float = 8) -> None:
+    """Names beside the right edge, each at its curve's end (y, name, colour), pushed apart.
+
+    Call it when the axis' limits are final, with a layout that leaves room for the names.
+    """
+    low, high = axes.get_ylim()
+    inches = axes.get_position().height * axes.figure.get_figheight()
+    apart = 1.25 * size / 72 / inches  # of the axis' height
+    wanted = sorted(((y - low) / (high - low), text, colour) for y, text, colour in ends)
+    at = [min(max(y, 0.0), 1.0) for y, _, _ in wanted]
+    for _ in range(200):  # neighbours that are too close give way to both sides
+        for i in range(len(at) - 1):
+            lack = apart - (at[i + 1] - at[i])
+            if lack > 1e-9:
+                at[i], at[i + 1] = at[i] - lack / 2, at[i + 1] + lack / 2
+    for y, (_, text, colour) in zip(at, wanted, strict=True):
+        axes.annotate(
+            *(text, (1.0, y)),
+            **{"xycoords": "axes fraction", "xytext": (5, 0), "textcoords": "offset points"},
+            **{"color": colour, "fontsize": size, "va": "center", "annotation_clip": False},
+        )
+
+
+def finish(figure: Any, path: Path, title: str, suffixes: Sequence[str] = (".png",)) -> list[Path]:
+    """Give the figure its title, save it whole under each suffix, let it go; returns the paths."""
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    paths = [path.with_suffix(suffix) for suffix in suffixes]
+    if len(paths) > 1:  # one layout for all of them, and its time spent once
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    for place in paths:
+        beside = place.with_name(f"{place.name}.tmp")
+        # Without date and random ids, the same numbers give the same file.
+        kind = place.suffix[1:]
+        with pyplot().rc_context({"svg.hashsalt": "ttt"}):
+            dated = {"metadata": {"Date": None}} if kind == "svg" else {}
+            figure.savefig(beside, dpi=150, format=kind, **dated)
+        beside.replace(place)
     pyplot().close(figure)
+    return paths

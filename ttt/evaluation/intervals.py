@@ -1,4 +1,4 @@
-"""Intervals around what few samples can tell: the bootstrap over sequences, and shares. No JAX."""
+"""Intervals around what few samples can tell: sequences, shares, a handful of seeds. No JAX."""
 
 import math
 from typing import NamedTuple
@@ -47,3 +47,18 @@ def share(hits: int, n: int) -> tuple[float, float, float]:
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     return p, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def student(samples: Float[np.ndarray, "N ..."]) -> Interval:
+    """Mean of N >= 1 independent samples (seeds, or differences paired by seed) and its t-interval.
+
+    One sample says nothing of its spread: the bounds are NaN.
+    """
+    n = len(samples)
+    value = np.mean(samples, axis=0)
+    if n == 1:
+        return Interval(value, value * np.nan, value * np.nan)
+    from scipy.special import stdtrit  # half a second that the other intervals do without
+
+    half = stdtrit(n - 1, 0.975) * np.std(samples, axis=0, ddof=1) / math.sqrt(n)
+    return Interval(value, value - half, value + half)

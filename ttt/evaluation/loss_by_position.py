@@ -7,33 +7,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from rich.table import Table
 
 from ttt.core.batch import Batch
+from ttt.evaluation.bins import log_edges
 from ttt.evaluation.intervals import Interval, bootstrap
 from ttt.evaluation.result import Key, Row
-from ttt.model.loop import Evaluator
-from ttt.model.transformer import MetaModel
+from ttt.model.loop import Scores
 
 # Of a CVD-safe palette (Okabe and Ito); the same curve has the same colour in every picture.
 COLOURS = {"learning": "#0072B2", "still": "#D55E00"}
 LABELS = {"learning": "learning while reading", "still": "not learning (inner rate 0)"}
-
-
-_FIRST_BIN = 16
-"""Tokens of the first logarithmic bin; there are two to every doubling after it."""
-
-
-def log_edges(length: int) -> Int[np.ndarray, " edges"]:
-    """Borders of bins that widen with position: 0, 16, 23, 32, 45, 64, … , length.
-
-    The same for every length but for the last, so that bins of several contexts can be compared.
-    """
-    grid = np.round(_FIRST_BIN * 2 ** np.arange(0, 40, 0.5)).astype(int)
-    return np.concatenate([[0], grid[grid < length], [length]])
 
 
 @dataclass(frozen=True)
@@ -55,14 +43,17 @@ class PositionLoss:
     @classmethod
     def measure(
         cls,
-        evaluator: Evaluator,
-        model: MetaModel,
+        evaluator: Callable[..., Scores],
+        model: Any,
         batches: Iterable[Batch],
         *,
         learn: bool,
         told: Callable[[int, float], None] = lambda batch, loss: None,
     ) -> "PositionLoss":
-        """Score all batches; `told(batches done, mean loss so far)` hears of the progress."""
+        """Score all batches; `told(batches done, mean loss so far)` hears of the progress.
+
+        evaluator: (model, batch, learn=…) -> the scores of a batch.
+        """
         nll = count = np.zeros(())
         edges = np.zeros(1, int)
         losses: list[float] = []
@@ -88,8 +79,8 @@ class PositionLoss:
 
     @property
     def token_loss(self) -> float:
-        """Mean over all counted tokens: the same number whatever the chunks are."""
-        return float(np.sum(self.nll) / np.sum(self.count))
+        """Mean over all tokens that count, in nats: the same whatever the chunks."""
+        return float(np.sum(self.nll) / max(np.sum(self.count), 1))
 
     def rows(self, like: Row, *, resamples: int, seed: int, keys: Mapping[str, Key]) -> list[Row]:
         """`loss` over all, then `loss_at` of each logarithmic bin; `like` tells whose they are.
@@ -196,10 +187,12 @@ class Comparison:
             "seq_length": len(self.learning.nll),
             "window": self.window,
             "loss": self.learning.loss,
+            "token_loss": self.learning.token_loss,
             "loss_by_bin": self.learning.in_bins(bins).tolist(),
         }
         if self.still is not None:
             figures["loss_without_learning"] = self.still.loss
+            figures["token_loss_without_learning"] = self.still.token_loss
             figures["loss_by_bin_without_learning"] = self.still.in_bins(bins).tolist()
             figures["gain_last_half"] = float(np.mean(self.gains(2)[1]))
         return figures

@@ -16,6 +16,13 @@ from typing import Any
 Key = str | int | float | bool
 
 
+def method_of(seq_modeling_block: str, train_mode: str) -> str:
+    """`fa`, `swa` or `e2e`, from a run's settings of these names."""
+    if train_mode == "meta":
+        return "e2e"
+    return "swa" if seq_modeling_block == "SWA" else "fa"
+
+
 @dataclass(frozen=True)
 class Row:
     """One number, what it is of, and how far it can be trusted."""
@@ -23,7 +30,7 @@ class Row:
     suite: str
     run: str
     method: str
-    """`fa`, `swa` or `e2e`."""
+    """`fa`, `swa`, `e2e`, or `token_stats` of a count model."""
     step: int
     """Outer steps behind the checkpoint."""
     context: int

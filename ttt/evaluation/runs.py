@@ -11,6 +11,7 @@ import numpy as np
 
 from ttt.config import Config, ModelConfig, TrainingConfig, with_stored
 from ttt.errors import UserError
+from ttt.evaluation import result
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.model import published
@@ -88,10 +89,10 @@ class Run:
 
 
 def method_of(model: ModelConfig, training: TrainingConfig) -> str:
-    """`fa`, `swa` or `e2e`."""
-    if training.train_mode == "meta":
-        return "e2e"
-    return "swa" if model.seq_modeling_block == "SWA" else "fa"
+    """`fa`, `swa` or `e2e`; or `token_stats`, the count model in place of any of them."""
+    if training.runtime_mode == "token_stats":
+        return "token_stats"
+    return result.method_of(model.seq_modeling_block, training.train_mode)
 
 
 def load(config: Config) -> list[Run]:
@@ -114,6 +115,7 @@ def load_one(config: Config, name: str, step: int = -1) -> Run:
             "first, or name one of these (training.exp_name=NAME or evaluation.runs=[NAME,…])"
         )
     step_folder = checkpoints.find(step)
+    checkpoint.check_mode(step_folder, "jax")
     try:
         stored = checkpoint.read_json(step_folder, "manifest").get("config", {})
     except CheckpointError:  # published checkpoints have none

@@ -359,6 +359,26 @@ def read_json(step_dir: str | Path, item: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def check_mode(step_dir: str | Path, mode: str) -> None:
+    """Raise a CheckpointError unless a run of this `training.runtime_mode` made the checkpoint.
+
+    Without a manifest (a published checkpoint), or with one from before there were other modes, it
+    is taken for one of `jax`.
+    """
+    try:
+        made = read_json(step_dir, "manifest")["config"]["training"]["runtime_mode"]
+    except (CheckpointError, KeyError, OSError, ValueError):
+        made = "jax"
+    if made != mode:
+        what = {"jax": "a network", "token_stats": "counts of tokens", "simulate": "nothing at all"}
+        raise CheckpointError(
+            f"{step_dir} was made under training.runtime_mode={made} and holds "
+            f"{what.get(made, 'something else')}; {what[mode]} is asked for, and no mode can go on "
+            f"from another's: name a run of training.runtime_mode={mode}, or train this one so "
+            "under another training.exp_name"
+        )
+
+
 @dataclass(frozen=True)
 class RestoreAccount:
     """What became of every parameter; `dataclasses.asdict` of it is JSON-able."""
@@ -372,6 +392,8 @@ class RestoreAccount:
     """In the checkpoint, and asked for by nobody."""
     narrowed: tuple[str, ...] = ()
     """Restored in part: the rest was taken away on purpose."""
+    moved: tuple[str, ...] = ()
+    """Restored to another place than it had; `from -> to`."""
 
     def __str__(self) -> str:
         """One line, and one more for each kind of exception that occurred."""
@@ -379,6 +401,7 @@ class RestoreAccount:
         lists = {
             "initialised anew": self.initialised,
             "narrowed": self.narrowed,
+            "moved": self.moved,
             "cast": self.cast,
             "unused in the checkpoint": self.unused,
         }

@@ -1,5 +1,6 @@
 """How far a loop is, as a line (live in a terminal, now and then in a log file), and its costs."""
 
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator
@@ -94,6 +95,89 @@ class Progress:
 
     def _show(self, line: str) -> None:
         if self._live:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+class Bar:
+    """Progress of jobs one after another, each counted in its unit, as a context manager.
+
+    Called as `bar(what, done, total, unit)`, from any thread; total: None if it is not known.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        """On standard error, unless a console is given; clock: seconds."""
+        self._console = console or Console(stderr=True)
+        live = self._console.is_terminal
+        self._live = Live(
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,  # which would go to standard error
+            redirect_stderr=False,
+        )
+        self._interval = _LIVE_SECONDS if live else _LOG_SECONDS
+        self._clock = clock
+        self._what = ""
+        self._shown = clock()
+        self._marks: deque[tuple[float, int]] = deque()
+
+    def __enter__(self) -> Self:
+        """Take over the terminal's last line."""
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give it back."""
+        self._live.stop()
+
+    def __call__(self, what: str, done: int, total: int | None, unit: str) -> None:
+        """Tell that `done` of `total` are done of the job `what`."""
+        now = self._clock()
+        if what != self._what:
+            self._what = what
+            self._marks.clear()
+        if self._marks and now - self._marks[-1][0] < self._interval:
+            return
+        self._marks.append((now, done))
+        while now - self._marks[0][0] > 3 * _LOG_SECONDS and len(self._marks) > 2:
+            self._marks.popleft()
+        if now - self._shown >= self._interval:
+            self._shown = now
+            self._show(self._line(done, total, unit))
+
+    def say(self, line: str) -> None:
+        """Write a line to standard output, above the progress."""
+        if self._console.is_terminal:
+            self._live.update(Text(""), refresh=True)
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    def _line(self, done: int, total: int | None, unit: str) -> str:
+        divisor, digits, unit = (1e6, 1, "MB") if unit == "bytes" else (1, 0, unit)
+
+        def amount(count: float) -> str:
+            return f"{count / divisor:,.{digits}f}"
+
+        of = f" of {amount(total)}" if total else ""
+        parts = [self._what, f"{amount(done)}{of} {unit}"]
+        (then, before), (now, last) = self._marks[0], self._marks[-1]
+        if now > then and last > before:
+            speed = (last - before) / (now - then)
+            parts.append(f"{amount(speed)} {unit}/s")
+            if total:
+                parts.append(f"{timedelta(seconds=round((total - done) / speed))} left")
+        return "  ".join(parts)
+
+    def _show(self, line: str) -> None:
+        if self._console.is_terminal:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             self._console.print(line, soft_wrap=True, highlight=False, markup=False)

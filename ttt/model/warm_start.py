@@ -4,11 +4,14 @@ Attention has the same weights in all of them, and up to a window of tokens the 
 is new are the prime MLPs. A block adds post'(prime(pre'(h))) to the stream, and post' normalises:
 whatever the prime MLP puts out, however small, comes out of it as large as post's gain. So a zero
 down-projection is no gentle start: its output is zero, but the normalisation's slope there is
-1/√eps, a thousandfold, and the first inner step ends the parent's function (docs/warm_start.md has
-the candidates and what became of them).
+1/√eps, a thousandfold, and the first inner step ends the parent's function. A zero gain is gentle
+and deaf: no inner gradient passes it. What serves is to let the parent's own MLP be the prime one,
+at its natural strength, and a new, silent MLP stand in its place: nothing changes, and what learns
+is what has learned before (docs/warm_start.md: the candidates, and what became of them).
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,18 +22,53 @@ from jaxtyping import Array, Float, Int
 from ttt.model.transformer import Block, MetaModel
 
 SMALL_GAIN = 0.1
-PRESERVING = ("zero_down", "zero_gain", "copy", "inherit")
+PRESERVING = ("inherit", "copy", "zero_gain", "zero_down", "small_write")
 """Ways to begin that leave the function as it was, as long as no inner step is taken."""
 
+_BLOCKS = "language_model.model.h.blocks"
+_PRIME = "language_model.model.h.prime_storage"
+_PARTS = {
+    "feed_forward.w1": "feed_forward_prime.w1",
+    "feed_forward.w2": "feed_forward_prime.w2",
+    "feed_forward.w3": "feed_forward_prime.w3",
+    "ffn_norm": "ffn_prime_norm",
+    "ffn_post_norm": "ffn_prime_post_norm",
+}
+"""Static MLP -> prime MLP, with their norms."""
 
-def initialise_prime(model: MetaModel, how: str) -> MetaModel:
+
+class Begun(NamedTuple):
+    """A model whose prime MLPs have begun, and where its weights come from."""
+
+    model: MetaModel
+    initialised: tuple[str, ...]
+    """Published names of what is new; `[-S:]`: in the last S layers."""
+    moved: tuple[str, ...]
+    """What serves in another place than in the parent: `from -> to`."""
+
+
+def begin(model: MetaModel, how: str) -> Begun:
     """`model` with its prime MLPs begun as `how` says (`ttt.config.PRIME_INITS`).
 
     model: fresh prime MLPs, all else from the parent.
     """
     blocks = model.language_model.model.h.suffix_blocks
     begun = jax.vmap(INITS[how])(blocks)
-    return eqx.tree_at(lambda m: m.language_model.model.h.suffix_blocks, model, begun)
+    last = f"[-{jax.tree.leaves(blocks)[0].shape[0]}:]"
+    present = [part for part in _PARTS if _part(blocks, part) is not None]
+    taken = {
+        f"{_BLOCKS}.{part}.weight{last}": f"{_PRIME}.{_PARTS[part]}.weight"
+        for part in present
+        if how == "inherit" or (how == "copy" and part != "ffn_post_norm")
+    }
+    new = [f"{_PRIME}.{_PARTS[part]}.weight" for part in present]
+    if how == "inherit":
+        new = list(taken)
+    return Begun(
+        eqx.tree_at(lambda m: m.language_model.model.h.suffix_blocks, model, begun),
+        tuple(name for name in new if name not in taken.values()),
+        tuple(f"{source} -> {target}" for source, target in taken.items()),
+    )
 
 
 def _random(block: Block) -> Block:
@@ -43,61 +81,64 @@ def _zero_down(block: Block) -> Block:
 
 
 def _zero_gain(block: Block) -> Block:
-    return _with_gain(block, 0.0)
+    return _with_gain(block, "feed_forward_prime", 0.0)
 
 
 def _small_gain(block: Block) -> Block:
-    return _with_gain(block, SMALL_GAIN)
+    return _with_gain(block, "feed_forward_prime", SMALL_GAIN)
+
+
+def _small_write(block: Block) -> Block:
+    """Says nothing before its first step, and little after it."""
+    return _zero_down(_small_gain(block))
 
 
 def _copy(block: Block) -> Block:
     """The block's own MLP twice, the prime one silent."""
-    return _with_gain(
-        eqx.tree_at(
-            lambda b: (b.feed_forward_prime, b.ffn_prime_norm),
-            block,
-            (block.feed_forward, block.ffn_norm),
-        ),
-        0.0,
-    )
+    for part, prime in _PARTS.items():
+        block = _put(block, prime, _part(block, part))
+    return _with_gain(block, "feed_forward_prime", 0.0)
 
 
 def _inherit(block: Block) -> Block:
     """The parent's MLP becomes the prime one, and a new, silent MLP takes its place."""
-    moved = eqx.tree_at(
-        lambda b: (
-            b.feed_forward_prime,
-            b.ffn_prime_norm,
-            b.ffn_prime_post_norm,
-            b.feed_forward,
-            b.ffn_norm,
-        ),
-        block,
-        (
-            block.feed_forward,
-            block.ffn_norm,
-            block.ffn_post_norm,
-            block.feed_forward_prime,
-            block.ffn_prime_norm,
-        ),
-    )
-    return eqx.tree_at(lambda b: b.ffn_post_norm.weight, moved, replace_fn=jnp.zeros_like)
-
-
-def _with_gain(block: Block, gain: float) -> Block:
-    return eqx.tree_at(
-        lambda b: b.ffn_prime_post_norm.weight, block, replace_fn=lambda x: jnp.full_like(x, gain)
-    )
+    swapped = block
+    for part, prime in _PARTS.items():
+        swapped = _put(swapped, prime, _part(block, part))
+        swapped = _put(swapped, part, _part(block, prime))
+    return _with_gain(swapped, "feed_forward", 0.0)
 
 
 INITS: dict[str, Callable[[Block], Block]] = {
-    "random": _random,
-    "zero_down": _zero_down,
-    "zero_gain": _zero_gain,
-    "small_gain": _small_gain,
-    "copy": _copy,
     "inherit": _inherit,
+    "copy": _copy,
+    "zero_gain": _zero_gain,
+    "zero_down": _zero_down,
+    "small_gain": _small_gain,
+    "small_write": _small_write,
+    "random": _random,
 }
+
+
+def _part(block: Block, name: str) -> Any:
+    """The weight of an MLP's matrix or norm; None for a norm that is switched off."""
+    part: Any = block
+    for step in name.split("."):
+        part = getattr(part, step)
+    return None if part is None else part.weight
+
+
+def _put(block: Block, name: str, weight: Array | None) -> Block:
+    return block if weight is None else eqx.tree_at(lambda b: _part(b, name), block, weight)
+
+
+def _with_gain(block: Block, mlp: str, gain: float) -> Block:
+    """What `mlp` adds to the stream times `gain`, in the norm behind it or, without, in w2."""
+    norm = {"feed_forward": "ffn_post_norm", "feed_forward_prime": "ffn_prime_post_norm"}[mlp]
+    weight = _part(block, norm)
+    if weight is not None:
+        return _put(block, norm, jnp.full_like(weight, gain))
+    return eqx.tree_at(lambda b: _part(b, f"{mlp}.w2"), block, replace_fn=lambda w: gain * w)
 
 
 # ---- narrower MLPs ---------------------------------------------------------------------

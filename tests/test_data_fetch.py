@@ -1,0 +1,401 @@
+"""scripts/00_data_fetch.py against an object store on loopback: whole, verified, resumable."""
+
+import json
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import zarr
+from bucket_emulator import PROJECT, Emulator, serving
+
+from ttt.dataloader import bucket, fetch, token_store
+from ttt.errors import RunError, UserError
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "00_data_fetch.py"
+BUCKET = "llama3-books3"
+CHUNKS = [f"data.zarr/train/c/{i}" for i in range(6)] + ["data.zarr/val/c/0"]
+METADATA = ["data.zarr/train/zarr.json", "data.zarr/val/zarr.json", "data.zarr/zarr.json"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A store of six and one chunks that do not compress away."""
+    root = tmp_path_factory.mktemp("source") / "store"
+    rng = np.random.default_rng(0)
+    group = zarr.create_group(root)
+    for split, length in (("train", 6000), ("val", 700)):
+        tokens = rng.integers(0, 1 << 17, length, dtype=np.int32)
+        group.create_array(split, data=tokens, chunks=(1000,))
+    return root
+
+
+@pytest.fixture
+def store(source, monkeypatch):
+    """The emulator that holds it as `books3`; gcsfs and we do not wait before another try."""
+    import gcsfs.retry
+
+    async def at_once(seconds):
+        pass
+
+    monkeypatch.setattr(gcsfs.retry, "asyncio", SimpleNamespace(sleep=at_once))
+    monkeypatch.setattr(fetch, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(fetch, "BLOCK_BYTES", 1000)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    emulator = Emulator(page=3)
+    emulator.put(BUCKET, source)
+    with serving(emulator):
+        yield emulator
+
+
+@pytest.fixture
+def ask(store, tmp_path):
+    """What a user asks for, with defaults that work."""
+
+    def request(**changes):
+        given = {
+            "dest_root": tmp_path / "data",
+            "datasets": ["books3"],
+            "billing_project": PROJECT,
+            "endpoint_url": store.url,
+            "threads": 3,
+        }
+        return fetch.Request(**given | changes)
+
+    return request
+
+
+@pytest.fixture
+def script(store, tmp_path, monkeypatch, capsys):
+    def run(*options, datasets="books3"):
+        common = ["--dest-root", tmp_path / "data", "--datasets", datasets]
+        arguments = [SCRIPT, *common, "--endpoint-url", store.url, *options]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as exited:
+            code = exited.code
+        return code, capsys.readouterr()
+
+    return run
+
+
+def files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != fetch.RECORD
+    }
+
+
+def test_what_arrives_is_the_source_bit_for_bit_and_a_store(script, store, source, tmp_path):
+    code, said = script("--billing-project", PROJECT)
+    root = tmp_path / "data" / "books3"
+    assert (code, said.err) == (0, "")
+    assert files(root) == files(source)
+    np.testing.assert_array_equal(
+        token_store.open_split(root, "train")[:], token_store.open_split(source, "train")[:]
+    )
+    record = json.loads((root / fetch.RECORD).read_text())
+    assert record["source"] == f"gs://{BUCKET}/data.zarr"
+    for split, objects in (("train", 7), ("val", 2)):
+        print_ = token_store.fingerprint(source, split)
+        assert record["splits"][split]["fingerprint"] == print_
+        assert record["splits"][split]["objects"] == objects
+        assert print_ in said.out
+    assert {query["userProject"] for query in store.queries} == {PROJECT}
+
+
+def test_what_makes_a_store_of_the_files_comes_last(ask, store):
+    fetch.fetch(ask())
+    read = list(dict.fromkeys(store.reads))
+    assert set(read[:7]) == set(CHUNKS)
+    assert set(read[7:9]) == set(METADATA[:2])
+    assert read[9:] == METADATA[2:]
+
+
+def test_login_is_not_sent_to_other_endpoints(ask, store):
+    fetch.fetch(ask())
+    assert store.headers
+    assert not [header for header in store.headers if "Authorization" in header]
+
+
+def test_nobody_named_to_pay_is_told_before_anything_is_asked(script, store, tmp_path):
+    code, said = script()
+    assert code == 2
+    assert "give --billing-project PROJECT" in said.err
+    assert store.queries == []
+    assert not (tmp_path / "data").exists()
+
+
+def test_store_that_wants_a_payer_is_the_users_to_set(script, store):
+    code, said = script("--source-root", f"gs://{BUCKET}", datasets="data.zarr")
+    assert code == 2
+    assert "give --billing-project PROJECT" in said.err
+
+
+@pytest.mark.parametrize(
+    ("faults", "fragment"),
+    [
+        ([403], "permission serviceusage.services.use"),
+        ([404], "not found (404)"),
+        ([401] * 6, "gcloud auth application-default login"),
+    ],
+)
+def test_refusal_is_the_users_to_mend(script, store, faults, fragment):
+    store.faults[""] = faults
+    code, said = script("--billing-project", PROJECT)
+    assert code == 2
+    assert fragment in said.err
+    assert "Traceback" not in said.err
+
+
+def test_project_that_cannot_pay_is_named(script):
+    code, said = script("--billing-project", "other")
+    assert code == 2
+    assert "--billing-project ('other')" in said.err
+
+
+def test_absent_login_tells_how_to_get_one(ask, tmp_path, monkeypatch):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(UserError, match="gcloud auth application-default login"):
+        fetch.fetch(ask(endpoint_url=None))
+
+
+def test_expired_login_is_told_from_an_absent_one(ask, monkeypatch):
+    import google.auth
+    from google.auth.exceptions import RefreshError
+
+    def refresh(request):
+        raise RefreshError("Reauthentication is needed.")
+
+    monkeypatch.setattr(
+        google.auth, "default", lambda scopes: (SimpleNamespace(refresh=refresh), None)
+    )
+    with pytest.raises(UserError, match=r"refused or expired \(Reauthentication is needed"):
+        fetch.fetch(ask(endpoint_url=None))
+
+
+def test_dead_network_is_a_failure_and_not_a_mistake(ask):
+    with pytest.raises(RunError, match="does not answer, after six tries"):
+        fetch.fetch(ask(endpoint_url="http://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize("faults", [[503, 429], ["cut"], ["spoil", "spoil"], [503] * 7])
+def test_passing_trouble_is_tried_again(ask, store, source, tmp_path, faults):
+    store.faults[CHUNKS[2]] = faults
+    fetch.fetch(ask())
+    assert files(tmp_path / "data" / "books3") == files(source)
+
+
+def test_object_that_never_fits_its_checksum_is_not_taken(ask, store, tmp_path):
+    store.faults[CHUNKS[2]] = ["spoil"] * 100
+    with pytest.raises(RunError, match=r"train/c/2 arrived 3 times with another checksum"):
+        fetch.fetch(ask())
+    assert not (tmp_path / "data" / "books3" / "train" / "c" / "2").exists()
+
+
+def test_interrupted_fetch_goes_on_where_it_was(script, store, source, tmp_path):
+    store.faults[CHUNKS[3]] = [503] * 100
+    code, said = script("--billing-project", PROJECT, "--threads", 1)
+    root = tmp_path / "data" / "books3"
+    assert code == 1
+    assert "the same command goes on" in said.err
+    assert not (root / "zarr.json").exists()
+    whole = {f"data.zarr/{name}" for name in files(root) if ".partial" not in name}
+    assert whole == set(CHUNKS[:3])
+    del store.faults[CHUNKS[3]]
+    store.reads.clear()
+    assert script("--billing-project", PROJECT)[0] == 0
+    assert not whole & set(store.reads)
+    assert files(root) == files(source)
+
+
+def test_part_of_a_file_is_gone_on_with(ask, store, source, tmp_path):
+    chunk = source / "train" / "c" / "1"
+    size = chunk.stat().st_size
+    part = tmp_path / "data" / "books3" / "train" / "c" / ".1.partial"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(chunk.read_bytes()[: size - 10])
+    fetch.fetch(ask())
+    assert store.reads.count(CHUNKS[1]) == 1
+    assert store.reads.count(CHUNKS[0]) > 1
+    assert files(tmp_path / "data" / "books3") == files(source)
+
+
+def test_part_of_another_version_is_not_trusted(ask, source, tmp_path):
+    part = tmp_path / "data" / "books3" / "train" / "c" / ".1.partial"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"other" * 100)
+    fetch.fetch(ask())
+    assert files(tmp_path / "data" / "books3") == files(source)
+
+
+def test_second_fetch_reads_nothing(ask, store):
+    fetch.fetch(ask())
+    store.reads.clear()
+    fetch.fetch(ask())
+    assert store.reads == []
+
+
+def test_damaged_file_is_found_kept_and_mended_only_by_force(script, source, tmp_path):
+    pays = ("--billing-project", PROJECT)
+    assert script(*pays)[0] == 0
+    chunk = tmp_path / "data" / "books3" / "train" / "c" / "2"
+    damaged = bytes([*chunk.read_bytes()[:-1], chunk.read_bytes()[-1] ^ 1])
+    chunk.write_bytes(damaged)
+    code, said = script("--check-only", *pays)
+    assert code == 1
+    assert f"{chunk}: not as in the store" in said.err
+    code, said = script(*pays)
+    assert code == 2
+    assert str(chunk) in said.err
+    assert "add --force" in said.err
+    assert chunk.read_bytes() == damaged
+    assert script("--force", *pays)[0] == 0
+    assert files(tmp_path / "data" / "books3") == files(source)
+    assert script("--check-only", *pays)[0] == 0
+
+
+def test_check_without_a_network_finds_damage_by_the_record(ask, store, tmp_path):
+    fetch.fetch(ask())
+    store.queries.clear()
+    alone = ask(billing_project=None, endpoint_url=None)
+    fetch.check(alone)
+    attributes = tmp_path / "data" / "books3" / "val" / "zarr.json"
+    attributes.write_text(attributes.read_text() + " ")  # no token, no length, no type changes
+    with pytest.raises(RunError, match="checksums is sha256:"):
+        fetch.check(alone)
+    assert store.queries == []
+
+
+def test_check_tells_what_it_could_not_check(ask, source, tmp_path):
+    shutil.copytree(source, tmp_path / "data" / "books3")
+    said = []
+    fetch.check(ask(billing_project=None, endpoint_url=None), say=said.append)
+    assert "not checked against an earlier fetch" in said[0]
+    assert "checksums not checked" in said[1]
+    assert token_store.fingerprint(source, "val") in said[-1]
+
+
+def test_check_of_a_lost_chunk_and_of_no_store(ask, source, tmp_path):
+    alone = ask(billing_project=None, endpoint_url=None)
+    with pytest.raises(UserError, match=r"00_data_fetch\.py --datasets books3"):
+        fetch.check(alone)
+    root = tmp_path / "data" / "books3"
+    shutil.copytree(source, root)
+    (root / "train" / "c" / "0").unlink()
+    with pytest.raises(RunError, match="5 of its 6 chunks"):
+        fetch.check(alone)
+
+
+def test_files_that_the_store_has_not_are_told_and_left(ask, tmp_path):
+    fetch.fetch(ask())
+    stray = tmp_path / "data" / "books3" / "train" / "c" / "77"
+    stray.write_text("mine")
+    said = []
+    fetch.fetch(ask(), say=said.append)
+    assert "1 files that the store has not: train/c/77" in said[0]
+    assert stray.read_text() == "mine"
+
+
+def test_one_split_alone_and_the_other_later(ask, store, source, tmp_path):
+    fetch.fetch(ask(splits=["val"]))
+    root = tmp_path / "data" / "books3"
+    assert token_store.open_split(root, "val").shape == (700,)
+    assert not (root / "train").exists()
+    fetch.fetch(ask(splits=["train"]))
+    assert files(root) == files(source)
+    assert set(json.loads((root / fetch.RECORD).read_text())["splits"]) == {"train", "val"}
+
+
+def test_dry_run_writes_and_reads_nothing(script, store, tmp_path):
+    code, said = script("--billing-project", PROJECT, "--dry-run")
+    assert code == 0
+    assert "10 objects" in said.out
+    assert store.reads == []
+    assert not (tmp_path / "data").exists()
+
+
+def test_full_disk_is_told_before_the_first_byte(ask, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=5000))
+    with pytest.raises(UserError, match=r"the disk has 5\.0 kB free"):
+        fetch.fetch(ask())
+    assert store.reads == []
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"datasets": ["book3"]}, "did you mean books3"),
+        ({"datasets": ["../books3"]}, "no name of a folder"),
+        ({"splits": ["tain"]}, "did you mean train"),
+        ({"splits": ["val", "val"]}, "each once"),
+        ({"threads": 0}, "at least 1"),
+        ({"endpoint_url": "ftp://here"}, "an endpoint is"),
+        ({"endpoint_url": "http://me:secret@here"}, "leave them out"),
+        ({"source_root": "s3://there"}, "a source is gs://"),
+    ],
+)
+def test_wrong_request_is_told(ask, changes, fragment):
+    with pytest.raises(UserError, match=fragment) as told:
+        fetch.fetch(ask(**changes))
+    assert "secret" not in str(told.value)
+
+
+def test_store_that_is_broken_in_the_bucket_is_told_from_a_bad_copy(ask, store):
+    del store.buckets[BUCKET][CHUNKS[0]]
+    with pytest.raises(RunError, match=r"which is broken: .* holds 5 of its 6 chunks"):
+        fetch.fetch(ask())
+
+
+def test_object_outside_the_store_is_not_written(ask, store, tmp_path):
+    store.buckets[BUCKET]["data.zarr/train/../../../out"] = b"x"
+    with pytest.raises(UserError, match="not to be trusted"):
+        fetch.fetch(ask())
+    assert not (tmp_path / "data").exists()
+
+
+def test_two_fetches_into_one_folder_do_not_mix(ask, store):
+    root = ask().dest_root / "books3"
+    with fetch._only_one(root), pytest.raises(UserError, match="Another process fetches"):
+        fetch.fetch(ask())
+    assert store.reads == []
+
+
+def test_emulator_of_the_environment_is_used(ask, store, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.url.removeprefix("http://"))
+    fetch.fetch(ask(endpoint_url=None))
+    assert files(tmp_path / "data" / "books3") == files(source)
+
+
+def test_listing_without_crc32c_is_checked_by_md5():
+    stored = bucket.Stored("a", 3, "", "kAFQmDzST7DWlj99KOF/cg==", None)  # of b"abc"
+    for data, right in ((b"abc", True), (b"abd", False)):
+        sums = fetch._Sums(stored)
+        sums.add(data)
+        assert sums.right == right
+
+
+def test_ctrl_c_ends_with_130_and_a_hint(store, tmp_path):
+    store.before_read = lambda name: time.sleep(0.2)
+    arguments = ["--dest-root", tmp_path / "data", "--datasets", "books3", "--threads", "1"]
+    arguments += ["--billing-project", PROJECT, "--endpoint-url", store.url]
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not store.reads and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "the same command goes on" in said
+    assert "Traceback" not in said

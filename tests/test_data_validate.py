@@ -1,0 +1,296 @@
+"""scripts/02_data_validate.py: each fault alone, in a store that is sound otherwise."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from ttt.dataloader import token_store, validate
+from ttt.dataloader.token_store import StoreError
+from ttt.errors import UserError
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "02_data_validate.py"
+VOCABULARY, BOS, LENGTH = 500, 7, 128
+TRAIN, VAL = 40_000, 9_000
+
+
+def words(tokens, seed):
+    """Ids of very unequal frequency, as words have, with a BOS every thousand tokens."""
+    ids = np.minimum(np.random.default_rng(seed).zipf(1.3, tokens) + BOS, VOCABULARY - 1)
+    ids[::1000] = BOS
+    return ids.astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return {"train": words(TRAIN, 0), "val": words(VAL, 1)}
+
+
+@pytest.fixture
+def look(tmp_path, sound):
+    """Validate the sound store with other splits, attributes or options."""
+
+    def run(changed=None, attributes=None, **options):
+        root = tmp_path / "store"
+        if attributes is None:
+            attributes = {"vocab_size": VOCABULARY, "bos_token_id": BOS}
+        group = zarr.create_group(root, attributes=attributes)
+        for name, tokens in (sound | (changed or {})).items():
+            if tokens is not None:
+                group.create_array(name, data=tokens, chunks=(1000,) * tokens.ndim)
+        return validate.validate(root, **{"seq_length": LENGTH, "samples": 0} | options)
+
+    return run
+
+
+def told(report, verdict):
+    return {(finding.split, finding.check) for finding in report.having(verdict)}
+
+
+@pytest.mark.parametrize("samples", [0, 50])
+def test_sound_store_has_nothing_to_find(look, samples):
+    report = look(samples=samples)
+    assert {finding.verdict for finding in report.findings} == {"ok"}
+    numbers = report.numbers["train"]
+    assert numbers["samples"] == (TRAIN - 1) // LENGTH
+    assert numbers["looked_at"] == (samples or numbers["samples"])
+    assert numbers["documents_per_million_tokens"] == pytest.approx(1000, rel=0.3)
+    assert numbers["fingerprint"].startswith("sha256:")
+
+
+@pytest.fixture
+def in_many_blocks(monkeypatch):
+    monkeypatch.setattr(validate, "_BLOCK_TOKENS", 1000)
+
+
+def test_numbers_are_those_of_the_tokens(look, sound, in_many_blocks):
+    numbers = look().numbers["train"]
+    seen = sound["train"][: numbers["samples"] * LENGTH]
+    shares = np.unique(seen, return_counts=True)[1] / seen.size
+    assert numbers["unigram_entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
+    assert numbers["documents"] == (seen == BOS).sum() == 40
+    assert numbers["samples_with_bos"] == pytest.approx(40 / numbers["samples"])
+    assert (numbers["least_id"], numbers["most_id"]) == (seen.min(), seen.max())
+
+
+def test_absent_split_is_a_fault_of_the_data(look):
+    report = look({"val": None})
+    assert told(report, "fault") == {("val", "opens")}
+    assert "it has train" in report.having("fault")[0].said
+
+
+@pytest.mark.parametrize("tokens", [np.zeros((9, 9), np.int32), np.zeros(9000, np.float32)])
+def test_split_of_wrong_shape_or_type_is_a_fault(look, tokens):
+    report = look({"val": tokens})
+    assert told(report, "fault") == {("val", "opens")}
+    assert "1-D and of integers" in report.having("fault")[0].said
+
+
+def test_too_short_a_split_is_a_fault(look, sound):
+    report = look({"val": sound["val"][:LENGTH]})
+    assert told(report, "fault") == {("val", "samples")}
+    assert "lower --seq-length" in report.having("fault")[0].said
+
+
+@pytest.mark.parametrize("value", [VOCABULARY, -1])
+def test_id_outside_the_vocabulary_is_a_fault_with_its_place(look, sound, value, in_many_blocks):
+    tokens = sound["train"].copy()
+    tokens[1234] = value
+    report = look({"train": tokens})
+    assert told(report, "fault") == {("train", "ids")}
+    assert f"id {value} at token 1,234 is outside [0, 500)" in report.having("fault")[0].said
+
+
+def test_vocabulary_of_the_options_goes_before_the_stores(look):
+    assert ("", "vocabulary") in told(look(vocab_size=VOCABULARY - 1), "fault")
+
+
+def test_vocabulary_that_nobody_states_is_not_made_up(look):
+    report = look(attributes={"bos_token_id": BOS})
+    assert told(report, "not checked") == {("train", "ids"), ("val", "ids")}
+    assert "--vocab-size (128256 for the published" in report.having("not checked")[0].said
+
+
+def test_documents_without_a_beginning_are_a_fault_where_all_was_read(look, sound):
+    without = {name: np.where(ids == BOS, BOS + 1, ids) for name, ids in sound.items()}
+    report = look(without)
+    assert told(report, "fault") == {("train", "BOS"), ("val", "BOS")}
+
+
+def test_documents_without_a_beginning_are_a_warning_in_a_few_samples(look, sound):
+    report = look({"train": np.where(sound["train"] == BOS, BOS + 1, sound["train"])}, samples=9)
+    assert told(report, "fault") == set()
+    assert ("train", "BOS") in told(report, "warning")
+
+
+def test_other_bos_than_the_stores_is_a_fault(look):
+    assert ("", "BOS") in told(look(bos_token_id=BOS + 1), "fault")
+
+
+def test_unknown_bos_is_told(look):
+    report = look(attributes={"vocab_size": VOCABULARY})
+    assert told(report, "warning") == {("train", "BOS"), ("val", "BOS")}
+    assert "--bos-token-id" in report.having("warning")[0].said
+
+
+@pytest.mark.parametrize(("length", "verdict"), [(300, "warning"), (1100, "fault")])
+def test_long_run_of_one_token_is_found(look, sound, length, verdict):
+    tokens = sound["train"].copy()
+    tokens[5000 : 5000 + length] = 9
+    report = look({"train": tokens})
+    assert told(report, verdict) == {("train", "equal tokens")}
+    assert report.numbers["train"]["longest_run"] >= length
+
+
+def test_many_samples_of_one_token_are_a_fault_wherever_they_lie(look, sound):
+    tokens = sound["train"].copy()
+    for start in range(0, TRAIN - 2 * LENGTH, 20 * LENGTH):
+        tokens[start : start + LENGTH] = 9
+    report = look({"train": tokens}, samples=200)
+    assert told(report, "fault") == {("train", "equal tokens")}
+
+
+def test_copied_samples_are_found(look, sound):
+    tokens = sound["train"].copy()
+    tokens[60 * LENGTH : 90 * LENGTH] = tokens[: 30 * LENGTH]
+    report = look({"train": tokens})
+    assert told(report, "fault") == {("train", "copies")}
+    assert report.numbers["train"]["copied_samples"] == 30
+
+
+def test_text_repeated_at_another_offset_is_found(look, sound):
+    third = sound["train"][: TRAIN // 3 - 37]
+    report = look({"train": np.concatenate([third, third[:50], third, third[:11], third])})
+    assert told(report, "fault") == {("train", "repeats")}
+    assert report.numbers["train"]["copied_samples"] == 0
+    assert report.numbers["train"]["repeated_stretches"] == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_lines_of_one_token_are_no_repeats(look, sound):
+    tokens = sound["train"].copy()
+    for start in range(0, TRAIN, 400):
+        tokens[start + 1 : start + 200] = 9
+    assert look({"train": tokens}).numbers["train"]["repeated_stretches"] < 0.01
+
+
+def test_validation_text_that_stands_in_train_is_found(look, sound):
+    report = look({"val": sound["train"][50 * LENGTH : 50 * LENGTH + VAL]})
+    assert told(report, "fault") == {("val", "held out")}
+    assert report.numbers["val"]["samples_in_train"] == report.numbers["val"]["samples"]
+
+
+def test_validation_text_that_stands_in_train_at_another_offset_is_found(look, sound):
+    report = look({"val": sound["train"][5001 : 5001 + VAL]})
+    assert told(report, "fault") == {("val", "held out")}
+    assert report.numbers["val"]["samples_in_train"] == 0
+    assert report.numbers["val"]["stretches_in_train"] == 1
+
+
+def test_thinned_out_stretches_still_find_repeats(look, sound, monkeypatch):
+    monkeypatch.setattr(validate, "_KEPT_STRETCHES", 2000)
+    report = look({"val": sound["train"][5001 : 5001 + VAL]})
+    assert report.numbers["val"]["stretches_in_train"] == 1
+    assert report.numbers["train"]["repeated_stretches"] == 0
+
+
+def test_ids_drawn_by_lot_are_a_warning(look):
+    lot = np.random.default_rng(3).integers(0, VOCABULARY, TRAIN, dtype=np.int32)
+    report = look({"train": lot})
+    assert told(report, "warning") == {("train", "frequencies")}
+    assert told(report, "fault") == set()
+
+
+def test_hardly_anything_but_one_token_is_a_fault(look):
+    tokens = np.full(TRAIN, 9, np.int32)
+    tokens[::1000] = BOS
+    assert ("train", "frequencies") in told(look({"train": tokens}), "fault")
+
+
+def test_damaged_chunk_is_a_fault(look, tmp_path, sound):
+    look()
+    (tmp_path / "store" / "train" / "c" / "20").write_bytes(b"damage")
+    report = validate.validate(tmp_path / "store", seq_length=LENGTH, samples=0)
+    assert ("train", "opens") in told(report, "fault")
+
+
+def test_damaged_chunk_outside_the_fingerprint_is_a_fault_too(
+    look, tmp_path, monkeypatch, in_many_blocks
+):
+    monkeypatch.setattr(token_store, "_FINGERPRINT_SPAN_TOKENS", 10)
+    look()
+    (tmp_path / "store" / "train" / "c" / "20").write_bytes(b"damage")
+    report = validate.validate(tmp_path / "store", seq_length=LENGTH, samples=0)
+    assert told(report, "fault") == {("train", "samples")}
+    assert "cannot be read, the first: tokens 19," in report.having("fault")[0].said
+
+
+def test_samples_follow_the_seed(look, tmp_path):
+    look()
+
+    def seen(seed):
+        return validate.validate(
+            tmp_path / "store", seq_length=LENGTH, samples=20, seed=seed
+        ).numbers["train"]["unigram_entropy"]
+
+    assert seen(0) == seen(0) != seen(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        ({"seq_length": 0}, "--seq-length 0: must be at least 1"),
+        ({"samples": -1}, "--samples -1: must be at least 0"),
+        ({"vocab_size": 0}, "--vocab-size 0"),
+        ({"splits": ["val", "val"]}, "each once"),
+    ],
+)
+def test_wrong_request_is_told(look, options, fragment):
+    with pytest.raises(UserError, match=fragment):
+        look(**options)
+
+
+def test_absent_store_is_a_mistake_of_the_request(tmp_path):
+    with pytest.raises(StoreError, match="scripts/00_data_fetch"):
+        validate.validate(tmp_path / "books3")
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    def run(*options):
+        arguments = [SCRIPT, "--dataset-path", tmp_path / "store", *options]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as exited:
+            code = exited.code
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_exit_code_and_report_of_a_sound_store(look, script):
+    look()
+    code, said = script("--seq-length", LENGTH, "--samples", 0, "--format", "json")
+    assert code == 0
+    report = json.loads(said.out)
+    assert report["numbers"]["val"]["tokens"] == VAL
+    assert {finding["verdict"] for finding in report["findings"]} == {"ok"}
+
+
+def test_exit_code_of_bad_data_of_no_vocabulary_and_of_no_store(look, script, sound):
+    code, said = script()
+    assert code == 2
+    assert "No token store at" in said.err
+    look({"val": sound["val"][:9]}, attributes={})
+    code, said = script("--seq-length", LENGTH, "--vocab-size", VOCABULARY)
+    assert code == 1
+    assert "lower --seq-length" in said.out
+    code, said = script("--seq-length", LENGTH, "--splits", "train")
+    assert code == 2
+    assert "give --vocab-size" in said.err
+    assert script("--seq-length", LENGTH, "--splits", "train", "--vocab-size", VOCABULARY)[0] == 0

@@ -1,0 +1,582 @@
+"""The report: what run records and a manifest tell, in numbers that are known beforehand."""
+
+import csv
+import io
+import json
+import math
+import runpy
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import ladder
+import numpy as np
+import pytest
+from ladder import FLOOR, WIGGLE, Made, amend, write_run
+from rich.console import Console
+
+from ttt.errors import UserError
+from ttt.evaluation.intervals import student
+from ttt.report import curves, phase1, pictures, tables, verdict
+from ttt.report.comparisons import Comparison, Estimate
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "05_phase1_report.py"
+T_2 = 4.302652729911275  # 97.5 % quantile of Student's t with 2 degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished ladder: three seeds, six paths, both matchings."""
+    root = tmp_path_factory.mktemp("whole")
+    ladder.write(root, *ladder.ladder())
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(whole):
+    return phase1.read(whole, "ladder")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two seeds, B1 and P1 only, to be copied and damaged."""
+    root = tmp_path_factory.mktemp("small")
+    runs, paths = small_ladder()
+    ladder.write(root, runs, paths)
+    return root
+
+
+def small_ladder():
+    runs, paths = ladder.ladder(seeds=2, matchings=("tokens",))
+    paths = [path for path in paths if path["path"] in ("B1", "P1")]
+    return {name: runs[name] for path in paths for name in path["runs"]}, paths
+
+
+@pytest.fixture
+def copied(small, tmp_path):
+    shutil.copytree(small / "ladder", tmp_path / "ladder")
+    return tmp_path
+
+
+def one(report, path, matching="tokens"):
+    (found,) = [c for c in report.comparisons if (c.path, c.matching) == (path, matching)]
+    return found
+
+
+def named(report, start):
+    return next(run for run in report.runs if run.name.startswith(start))
+
+
+def judged(report, path):
+    return next(v for v in report.verdicts if v.path == path)
+
+
+# ---- numbers ---------------------------------------------------------------------------
+
+
+def test_student_interval_is_the_textbooks():
+    found = student(np.array([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]]))
+    half = T_2 * math.sqrt(7.0) / math.sqrt(3)  # variance of 1, 2, 6 is 7
+    assert found.value == pytest.approx([3.0, 5.0])
+    assert found.high - found.value == pytest.approx([half, 0.0])
+    assert np.isnan(student(np.array([1.0])).low)
+
+
+def test_delta_is_paired_by_seed_with_a_t_interval(report):
+    for path in ("P1", "P2", "B2"):
+        delta = one(report, path).delta
+        each = np.array([FLOOR[path] - FLOOR["B1"] + WIGGLE[seed] for seed in range(3)])
+        half = T_2 * each.std(ddof=1) / math.sqrt(3)
+        assert (delta.mean, delta.n) == (pytest.approx(each.mean()), 3)
+        assert (delta.low, delta.high) == (
+            pytest.approx(each.mean() - half),
+            pytest.approx(each.mean() + half),
+        )
+    # The seeds' own spread, which pairing takes out, is far wider.
+    assert one(report, "P1").loss.high - one(report, "P1").loss.low > 0.09
+    assert delta.high - delta.low < 0.006
+
+
+def test_savings_are_those_of_the_steps(report):
+    seconds = {"B1": 40 * 3 + 10 * 6, "P1": 36 * 1 + 4 * 3 + 10 * 6, "S1": 40 * 1 + 10 * 2.4}
+    for path in ("P1", "S1"):
+        found = one(report, path)
+        assert found.saving.mean == pytest.approx(1 - seconds[path] / seconds["B1"])
+        assert found.step_hours == pytest.approx(seconds[path] / 3600)
+    waits_and_saves = 0.01 * 50 + 3 * 0.5
+    in_all = (seconds["P1"] + waits_and_saves) / 3600
+    assert one(report, "P1").device_hours == pytest.approx(in_all)
+    assert one(report, "P1", "wall_clock").saving.mean == pytest.approx(0, abs=0.01)
+    tokens = 2 * 64 * 40 + 2 * 128 * 10
+    assert one(report, "P1").tokens == one(report, "B1").tokens == tokens
+    assert one(report, "P1", "wall_clock").tokens > 2 * tokens
+
+
+def test_stages_tell_where_they_start_and_what_the_next_starts_from(report):
+    first, adapt, last = [s for s in report.stages if (s.path, s.matching) == ("P1", "tokens")]
+    assert (first.stage, adapt.stage, last.stage) == ("pretrain", "adapt", "extend")
+    assert first.validation_loss == pytest.approx(adapt.start_loss)
+    assert adapt.next_start_loss == pytest.approx(last.start_loss)
+    assert adapt.warm_loss == adapt.parent_loss
+    assert last.validation_loss == pytest.approx(one(report, "P1").loss.mean)
+    assert (first.parent_loss, last.next_start_loss) == (None, None)
+
+
+def test_a_row_has_every_fact_of_its_run(report):
+    run = named(report, "ext-P1-from-adapt-P1-from-pretrain-fa-36-s1")
+    assert (run.stage, run.method, run.seed) == ("extend", "e2e", 1)
+    assert (run.runtime_mode, run.train_mode) == ("jax", "meta")
+    assert (run.context, run.batch, run.steps, run.steps_asked) == (128, 2, 10, 10)
+    assert run.tokens == 2 * 128 * 10
+    assert run.validation_loss == pytest.approx(FLOOR["P1"] + 0.02 + WIGGLE[1])
+    assert run.validation_loss_without_learning == pytest.approx(run.validation_loss + 0.1)
+    assert run.tokens_per_second == pytest.approx(2 * 128 / 6.0)
+    assert run.compile_hours == pytest.approx(7 / 3600)
+    assert run.device_hours == pytest.approx((60 + 0.1 + 0.5) / 3600)
+    assert run.parameters == 9792
+    adapt = named(report, "adapt-P1")
+    assert (adapt.restore, adapt.restored, adapt.initialised) == ("initialised", 3, 1)
+    assert tables.restore(adapt) == "3 restored, 1 initialised"
+    assert adapt.parent == "pretrain-fa-36-s0/36"
+    assert named(report, "pretrain").restore == "not attempted"
+
+
+def test_no_cell_is_empty_without_a_reason(report):
+    for run in report.runs:
+        told = {text.split(":")[0] for text in run.missing}
+        assert told == {name for name, value in run.flat().items() if value is None}
+
+
+def test_loss_by_position_has_the_records_means_and_differences(report):
+    (p1,) = [c for c in report.positions if (c.path, c.matching) == ("P1", "tokens")]
+    assert p1.difference.value == pytest.approx(one(report, "P1").delta.mean)
+    weights = np.diff(p1.edges)
+    assert np.average(p1.loss.value, weights=weights) == pytest.approx(FLOOR["P1"] + 0.02)
+    (b1,) = [c for c in report.positions if (c.path, c.matching) == ("B1", "tokens")]
+    assert b1.difference is None
+
+
+def test_cost_curves_run_on_along_the_path(report):
+    (p1,) = [c for c in report.costs if (c.path, c.matching) == ("P1", "tokens")]
+    assert p1.loss.shape == (3, curves.POINTS)
+    for x in (p1.tokens.ravel(), p1.hours.ravel()):
+        assert np.all(np.diff(x) > 0)
+    tokens, hours, last = p1.ends[-1]
+    assert (tokens, hours) == (one(report, "P1").tokens, one(report, "P1").device_hours)
+    assert last == one(report, "P1").loss
+
+
+def test_smoothing_keeps_a_straight_line_and_tames_noise():
+    line = np.linspace(3.0, 1.0, 201)
+    assert curves.smoothed(line) == pytest.approx(line)
+    noise = np.random.default_rng(0).normal(size=2000)
+    assert curves.smoothed(noise)[100:-100].std() < 0.2
+
+
+# ---- the gate --------------------------------------------------------------------------
+
+
+def test_gate_holds_where_loss_and_time_are_sure(report):
+    assert report.verdict.answer == verdict.HOLDS
+    assert judged(report, "P1").answer == judged(report, "P3").answer == verdict.HOLDS
+    assert judged(report, "P2").answer == verdict.FAILS
+    assert any("+0.0300 [+0.0275, +0.0325] (3 seeds)" in e for e in judged(report, "P2").evidence)
+    assert any("wall-clock-matched" in line for line in judged(report, "P1").evidence)
+
+
+def test_paths_without_test_time_training_do_not_pass_the_gate_for_it(report):
+    assert [v.path for v in report.verdicts if not v.candidate] == ["B2", "S1"]
+    only = [v for v in report.verdicts if not v.candidate]
+    assert verdict.overall(only).answer == verdict.UNKNOWN
+
+
+def compared(delta, saving, problems=(), devices=("a",)) -> list[Comparison]:
+    return [
+        Comparison(
+            *("P1", "tokens", "fa → e2e", "e2e", 128, (0, 1, 2)),
+            loss=None,
+            delta=delta,
+            saving=saving,
+            saving_in_all=saving,
+            tokens=None,
+            device_hours=None,
+            step_hours=None,
+            parameters=None,
+            count_model_loss=None,
+            devices=devices,
+            problems=problems,
+        )
+    ]
+
+
+SURE = Estimate(0.4, 0.35, 0.45, 3)
+BELOW = Estimate(0.002, 0.0, 0.004, 3)
+
+
+@pytest.mark.parametrize(
+    ("delta", "saving", "more", "answer"),
+    [
+        (BELOW, SURE, {}, verdict.HOLDS),
+        (Estimate(0.01, 0.005, 0.015, 3), SURE, {}, verdict.UNKNOWN),
+        (Estimate(0.03, 0.02, 0.04, 3), SURE, {}, verdict.FAILS),
+        (BELOW, Estimate(0.2, 0.15, 0.25, 3), {}, verdict.FAILS),
+        (BELOW, Estimate(0.3, 0.25, 0.35, 3), {}, verdict.UNKNOWN),
+        (Estimate(0.0, None, None, 1), SURE, {}, verdict.UNKNOWN),
+        (None, SURE, {}, verdict.UNKNOWN),
+        (BELOW, SURE, {"problems": ("a gate failed",)}, verdict.UNKNOWN),
+        (BELOW, SURE, {"devices": ("a", "b")}, verdict.UNKNOWN),
+        # Whatever the times were on: the loss alone decides against it.
+        (Estimate(0.03, 0.02, 0.04, 3), SURE, {"devices": ("a", "b")}, verdict.FAILS),
+    ],
+)
+def test_gate_has_three_answers(delta, saving, more, answer):
+    (found,) = verdict.judge(compared(delta, saving, **more))
+    assert found.answer == answer
+    assert verdict.overall([found]).answer == answer
+
+
+def spoiled(tmp_path, change) -> phase1.Report:
+    """The small ladder, with one thing wrong."""
+    runs, paths = small_ladder()
+    change(runs)
+    ladder.write(tmp_path, runs, paths)
+    return phase1.read(tmp_path, "ladder")
+
+
+def last_of_p1(runs) -> Made:
+    return runs["ext-P1-from-adapt-P1-from-pretrain-fa-36-s1"]
+
+
+def test_mixed_machines_are_loud(tmp_path):
+    def change(runs):
+        last_of_p1(runs).devices = ("NVIDIA H100",)
+
+    report = spoiled(tmp_path, change)
+    found = one(report, "P1")
+    assert found.mixed
+    assert not found.problems
+    assert any("MIXED DEVICES" in line for line in judged(report, "P1").evidence)
+    assert "MIXED DEVICES" in tables.to_markdown(report)
+    assert report.verdict.answer == verdict.UNKNOWN
+
+
+def test_failed_gate_of_the_plan_and_unbeaten_count_model_spoil_a_path(tmp_path):
+    def change(runs):
+        last_of_p1(runs).gates = [{"name": "warm start", "holds": False, "said": "off by 0.3"}]
+        last_of_p1(runs).count_model = 1.0
+
+    report = spoiled(tmp_path, change)
+    evidence = "\n".join(judged(report, "P1").evidence)
+    assert "warm start (off by 0.3)" in evidence
+    assert "does not beat the count model: 2.5250 against 1.0000" in evidence
+    assert report.verdict.answer == verdict.UNKNOWN
+    assert len(report.without_merit) == 1
+
+
+def test_pending_runs_are_rows_and_keep_the_verdict_open(tmp_path):
+    report = spoiled(tmp_path, lambda runs: setattr(last_of_p1(runs), "status", "pending"))
+    run = named(report, last_of_p1(small_ladder()[0]).name)
+    assert (run.status, run.stage, run.validation_loss) == ("pending", "extend", None)
+    assert any(f"{run.name} is pending" in text for text in report.missing)
+    delta = one(report, "P1").delta
+    assert (delta.n, delta.low) == (1, None)
+    assert report.verdict.answer == verdict.UNKNOWN
+    assert not report.faults
+
+
+def test_a_warm_start_that_restored_nothing_is_no_warm_start(copied):
+    folder = copied / "ladder" / "adapt-P1-from-pretrain-fa-36-s0"
+    amend(record_of(folder), restored=None)
+    assert any("restored nothing" in problem for problem in one(read(copied), "P1").problems)
+
+
+def test_other_tokens_and_other_text_are_not_compared(copied):
+    name = "ext-B1-from-pretrain-e2e-40-s0"
+    amend(record_of(copied / "ladder" / name), data={"val": "sha256:other"})
+    found = one(read(copied), "P1")
+    assert any("held-out tokens" in problem for problem in found.problems)
+    assert found.delta.n == 1
+
+
+# ---- broken and incomplete records -----------------------------------------------------
+
+
+def record_of(folder):
+    return ladder.RunRecord(folder)
+
+
+def read(root):
+    return phase1.read(root, "ladder")
+
+
+BROKEN = "ext-P1-from-adapt-P1-from-pretrain-fa-36-s0"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "lost"),
+    [
+        ("run.json", None, "device_hours"),
+        ("run.json", "{", "device_hours"),
+        ("run.json", "[]", "device_hours"),
+        ("config.yaml", None, "context"),
+        ("config.yaml", "a: [", "context"),
+        ("config.yaml", "just words", "context"),
+        ("metrics.jsonl", None, "final_loss"),
+        ("metrics.jsonl", "{]\n", "final_loss"),
+        ("metrics.jsonl", "[1]\n", "final_loss"),
+        ("eval/loss_by_position-10.json", None, "validation_loss"),
+        ("eval/loss_by_position-10.json", "nothing", "count_model_loss"),
+        ("eval/loss_by_position-10.npz", None, ""),
+        ("eval/loss_by_position-10.npz", "no archive", ""),
+    ],
+)
+def test_broken_files_are_named_and_the_rest_is_reported(copied, file, content, lost):
+    path = copied / "ladder" / BROKEN / file
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    report = read(copied)
+    run = named(report, BROKEN)
+    (fault,) = run.faults
+    assert Path(file).stem.rstrip("0123456789") in fault
+    if lost:
+        assert getattr(run, lost) is None
+        assert any(text.startswith(f"{lost}: ") for text in run.missing)
+    assert len(report.runs) == 10
+    other = named(report, BROKEN.replace("s0", "s1"))
+    assert other.validation_loss == pytest.approx(FLOOR["P1"] + 0.02 + WIGGLE[1])
+
+
+def test_losses_that_are_no_numbers_are_not_shown_as_numbers(tmp_path):
+    record = write_run(tmp_path, Made("pretrain-x", "pretrain", "fa", 0, 5, math.nan))
+    run = named(read(tmp_path), "pretrain-x")
+    assert (run.final_loss, run.validation_loss) == (None, None)
+    assert "final_loss: not a finite number: nan" in run.missing
+    assert record.run()["status"] == "finished"
+    json.loads(phase1.to_json(read(tmp_path)))
+
+
+def test_without_a_manifest_the_report_says_what_it_lacks(copied, tmp_path):
+    (copied / "ladder" / "manifest.json").unlink()
+    report = read(copied)
+    assert len(report.runs) == 10
+    assert report.verdict.answer == verdict.UNKNOWN
+    assert str(copied / "ladder" / "manifest.json") in report.verdict.evidence[0]
+    out = tmp_path / "out"
+    phase1.save(report, out)
+    assert not list(out.glob("*.png"))
+    page = (out / "report.md").read_text()
+    assert "*Not drawn: gate. Missing: " in page
+    assert "manifest.json is missing" in page
+
+
+def test_a_manifest_of_another_shape_is_said_and_survived(copied):
+    (copied / "ladder" / "manifest.json").write_text('{"runs": 3}')
+    report = read(copied)
+    assert len(report.runs) == 10
+    assert "is not a plan's manifest" in report.missing[0]
+
+
+def test_simulated_runs_show_no_losses(tmp_path):
+    write_run(tmp_path, Made("pretrain-x", "pretrain", "fa", 0, 5, 3.0, mode="simulate"))
+    run = named(read(tmp_path), "pretrain-x")
+    assert (run.steps, run.tokens, run.faults) == (5, 5 * 2 * 64, ())
+    assert (run.first_loss, run.validation_loss, run.start_loss, run.parameters) == (None,) * 4
+    assert "validation_loss: simulated: nothing was computed" in run.missing
+
+
+def test_a_killed_attempts_time_is_taken_from_its_steps(tmp_path):
+    made = Made("pretrain-x", "pretrain", "fa", 0, 8, 3.0)
+    record = write_run(tmp_path, made)
+    amend(record, seconds=None, status="interrupted")
+    run = named(read(tmp_path), "pretrain-x")
+    assert run.device_hours == pytest.approx(8 * 1.01 / 3600)
+    assert run.step_hours == pytest.approx(8 * 1.0 / 3600)
+    assert any("lower bound" in note for note in run.notes)
+
+
+def test_hours_add_up_over_attempts_and_devices(tmp_path):
+    made = Made("pretrain-x", "pretrain", "fa", 0, 8, 3.0, devices=("GPU",) * 4)
+    write_run(tmp_path, made)
+    record = write_run(tmp_path, made)
+    assert len(record.run()["attempts"]) == 2
+    run = named(read(tmp_path), "pretrain-x")
+    assert run.device_hours == pytest.approx(4 * 2 * (8 + 0.08 + 0.5) / 3600)
+    assert (run.attempts, run.devices) == (2, "4 × GPU")
+
+
+def test_steps_of_the_parent_are_not_counted_twice(tmp_path):
+    parent = Made("pretrain-x", "pretrain", "fa", 0, 6, 3.0)
+    record = write_run(tmp_path, Made("pretrain-y", "pretrain", "fa", 0, 10, 3.0, parent))
+    account = record.run()["attempts"][-1]["restored"]
+    amend(record, restored=account | {"part": "all"})
+    run = named(read(tmp_path), "pretrain-y")
+    assert (run.steps, run.tokens) == (4, 4 * 2 * 64)
+
+
+def test_going_on_from_the_own_checkpoint_is_no_parent(tmp_path):
+    made = Made("pretrain-x", "pretrain", "fa", 0, 8, 3.0)
+    record = write_run(tmp_path, made)
+    own = {"from": "elsewhere/ladder/pretrain-x/4", "part": "all", "restored": ["a"]}
+    amend(record, restored=own)
+    run = named(read(tmp_path), "pretrain-x")
+    assert (run.restore, run.parent, run.steps) == ("not attempted", None, 8)
+
+
+def test_records_of_benchmarks_and_evaluations_are_no_rows(copied):
+    folder = copied / "ladder"
+    shutil.copytree(folder / BROKEN, folder / "benchmark-x")
+    for name in ("metrics.jsonl", "eval"):
+        shutil.rmtree(folder / "benchmark-x" / name, ignore_errors=True)
+    (folder / "benchmark-x" / "metrics.jsonl").unlink()
+    (folder / "evaluation-x" / "eval").mkdir(parents=True)
+    assert len(read(copied).runs) == 10
+
+
+def test_the_checkpoint_is_where_it_is_looked_for(copied, tmp_path):
+    assert named(read(copied), BROKEN).checkpoint is None
+    moved = tmp_path / "moved"
+    for step in (5, 10):
+        (moved / "ladder" / BROKEN / str(step)).mkdir(parents=True)
+    run = named(phase1.read(copied, "ladder", moved), BROKEN)
+    assert run.checkpoint == str(moved / "ladder" / BROKEN / "10")
+
+
+# ---- outputs ---------------------------------------------------------------------------
+
+
+def test_csv_gives_the_rows_back(report):
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(report))))
+    assert len(rows) == len(report.runs)
+    for row, run in zip(rows, report.runs, strict=True):
+        assert row["name"] == run.name
+        assert float(row["validation_loss"]) == run.validation_loss
+        assert row["missing"].split("\n") == list(run.missing)
+
+
+def test_json_gives_every_number_back(report):
+    told = json.loads(phase1.to_json(report))
+    assert [run["name"] for run in told["runs"]] == [run.name for run in report.runs]
+    p1 = next(c for c in told["comparisons"] if (c["path"], c["matching"]) == ("P1", "tokens"))
+    assert p1["delta"] == vars(one(report, "P1").delta)
+    assert told["verdict"]["answer"] == "holds"
+    assert len(told["positions"][0]["loss"]["value"]) == len(told["positions"][0]["edges"]) - 1
+
+
+def test_report_is_written_whole_with_pictures_in_both_forms(small, tmp_path):
+    out = tmp_path / "report"
+    paths = phase1.write(small, "ladder", out)
+    names = ["gate", "loss_against_cost_tokens", "loss_by_position_tokens"]
+    drawn = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert {path.name for path in paths} == {"runs.csv", "report.json", "report.md"} | drawn
+    assert set(out.iterdir()) == set(paths)
+    page = (out / "report.md").read_text()
+    assert all(f"({name}.png)" in page for name in names)
+    assert "**P1: cannot be told**" in page  # of two seeds the interval is too wide
+    assert (out / "gate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_its_numbers_is_replaced_by_the_reason(report, tmp_path):
+    (tmp_path / "loss_by_position_tokens.png").touch()
+    drawn = pictures.draw_all(replace(report, costs=(), positions=()), tmp_path)
+    assert [bool(picture.paths) for picture in drawn] == [True, False, False, False, False]
+    assert {path.name for path in tmp_path.iterdir()} == {"gate.png", "gate.svg"}
+    assert drawn[1].markdown().startswith("*Not drawn: loss_against_cost_tokens. Missing: ")
+
+
+def test_the_terminal_shows_every_run_and_path(report):
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(tables.to_terminal(report, console.width))
+    said = console.export_text()
+    assert all(run.name in said for run in report.runs)
+    assert "+0.0040 [+0.0015, +0.0065]" in said
+    assert "holds" in said
+    assert max(map(len, said.splitlines())) <= 100
+
+
+def test_foreign_files_are_not_written_over(small, tmp_path):
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(UserError, match="no earlier report"):
+        phase1.write(small, "ladder", tmp_path)
+    assert (tmp_path / "report.md").read_text() == "mine"
+
+
+def test_a_picture_that_can_no_longer_be_drawn_goes(copied, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("report.json", "gate.png", "gate.svg"):
+        (out / name).touch()
+    (copied / "ladder" / "manifest.json").unlink()
+    phase1.write(copied, "ladder", out)
+    assert not (out / "gate.png").exists()
+    assert not (out / "gate.svg").exists()
+
+
+# ---- the script ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as exited:
+            code = exited.code
+        return code, capsys.readouterr()
+
+    return run
+
+
+def asked(root, *more):
+    return ["--exp-dir", root, "--exp-folder", "ladder", *more]
+
+
+def test_script_prints_what_was_asked_for_and_nothing_else(script, small, tmp_path):
+    code, said = script(*asked(small, "--format", "json"))
+    assert code == 0
+    assert len(json.loads(said.out)["runs"]) == 10
+    code, said = script(*asked(small, "--format", "csv", "--csv-out", tmp_path / "a.csv"))
+    assert said.out == (tmp_path / "a.csv").read_text()
+    assert len(list(csv.DictReader(io.StringIO(said.out)))) == 10
+    code, said = script(*asked(small, "--format", "markdown"))
+    assert said.out.startswith("# Report on `ladder`")
+    code, said = script(*asked(small))
+    assert code == 0
+    assert BROKEN in said.out
+
+
+def test_script_reports_the_rest_of_a_broken_folder_and_says_so(script, copied):
+    (copied / "ladder" / BROKEN / "run.json").write_text("{")
+    code, said = script(*asked(copied, "--format", "json"))
+    assert code == 1
+    assert len(json.loads(said.out)["runs"]) == 10
+    assert f"{BROKEN}/run.json" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--exp-dir", "nowhere", "--exp-folder", "x"], "nowhere"),
+        (["--exp-dir", "{root}", "--exp-folder", "other"], "there are ladder"),
+        (["--exp-dir", "{root}/ladder", "--exp-folder", "{run}"], "holds no run"),
+        (["--exp-dir", "{root}", "--exp-folder", "ladder", "--csv-out", "{script}"], "new file"),
+        (["--exp-dir", "{root}", "--exp-folder", "ladder", "--out", "{script}"], "folder"),
+    ],
+)
+def test_script_refuses_wrong_input_with_a_remedy(script, small, arguments, says):
+    places = {"root": small, "run": BROKEN, "script": SCRIPT}
+    code, said = script(*(text.format(**places) for text in arguments))
+    assert code == 2
+    assert says in said.err
+    assert said.out == ""
+
+
+def test_dry_run_writes_nothing(script, small, tmp_path):
+    more = ["--dry-run", "--out", tmp_path / "out", "--csv-out", tmp_path / "a.csv"]
+    code, said = script(*asked(small, *more))
+    assert code == 0
+    assert str(tmp_path / "out") in said.out
+    assert list(tmp_path.iterdir()) == []

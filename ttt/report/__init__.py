@@ -1,0 +1,1 @@
+"""Floor 6: tables and pictures from run records and a plan's manifest alone. No JAX."""

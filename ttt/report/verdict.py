@@ -1,0 +1,130 @@
+"""Whether a warm start passes the gate: holds, does not hold, or cannot be told. No JAX.
+
+The gate: at least 30 % less training wall-clock at no more than 0.01 nats above B1's held-out loss,
+for the same number of trained tokens, with intervals paired over seeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ttt.report.comparisons import REFERENCE, Comparison, Estimate
+from ttt.report.manifest import MATCHED
+from ttt.report.records import Run
+
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
+MOST_ABOVE = 0.01
+"""Nats per token by which the loss may exceed that of B1."""
+LEAST_SAVED = 0.30
+"""Share of B1's training time that has to be saved."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An answer and what it rests on."""
+
+    answer: str
+    """One of HOLDS, FAILS, UNKNOWN."""
+    evidence: tuple[str, ...]
+    path: str = ""
+    """Empty: of the whole plan."""
+    candidate: bool = True
+    """Whether it counts towards the whole: a path that ends in TTT-E2E and did not begin so."""
+
+
+def judge(comparisons: Sequence[Comparison]) -> list[Verdict]:
+    """One of each path but B1, of the token-matched comparison."""
+    return [
+        _of_path(found, [c for c in comparisons if c.path == found.path])
+        for found in comparisons
+        if found.matching == "tokens" and found.path != REFERENCE
+    ]
+
+
+def overall(verdicts: Sequence[Verdict], why_none: str = "") -> Verdict:
+    """Holds if it does for one candidate; does not hold if it does for none of them.
+
+    why_none: why there are no comparisons at all.
+    """
+    candidates = [verdict for verdict in verdicts if verdict.candidate]
+    if not candidates:
+        why = why_none or "no token-matched path of the plan leads to TTT-E2E from another method"
+        return Verdict(UNKNOWN, (why,))
+    by_answer = {
+        answer: [v.path for v in candidates if v.answer == answer]
+        for answer in (HOLDS, FAILS, UNKNOWN)
+    }
+    said = [f"{answer}: {', '.join(paths)}" for answer, paths in by_answer.items() if paths]
+    if by_answer[HOLDS]:
+        answer = HOLDS
+        if len(candidates) > 1:
+            said.append(
+                f"{len(candidates)} paths were tried, each against its own 95 % interval: nothing "
+                "was corrected for the number of trials"
+            )
+    else:
+        answer = UNKNOWN if by_answer[UNKNOWN] else FAILS
+    return Verdict(answer, tuple(said))
+
+
+def without_merit(runs: Sequence[Run]) -> list[str]:
+    """Trained models whose held-out loss is not below the count model's, in words."""
+    return [
+        f"{run.name}: {run.validation_loss:.4f} against {run.count_model_loss:.4f} of the count "
+        "model"
+        for run in runs
+        if run.runtime_mode == "jax" and run.beats_count_model is False
+    ]
+
+
+def _of_path(found: Comparison, all_matchings: Sequence[Comparison]) -> Verdict:
+    loss, said_loss = _loss(found.delta)
+    time, said_time = _time(found)
+    evidence = [said_loss, said_time]
+    if found.problems:
+        answer = UNKNOWN
+        evidence += [f"spoiled: {problem}" for problem in found.problems]
+    elif FAILS in (loss, time):
+        answer = FAILS
+    else:
+        answer = UNKNOWN if UNKNOWN in (loss, time) else HOLDS
+    evidence += [
+        f"beside it, {MATCHED.get(c.matching, c.matching)}: loss {told(c.delta, '+.4f')} nats"
+        for c in all_matchings
+        if c.matching != found.matching and c.delta is not None
+    ]
+    return Verdict(answer, tuple(evidence), found.path, found.method == "e2e")
+
+
+def _loss(delta: Estimate | None) -> tuple[str, str]:
+    said = f"loss: {told(delta, '+.4f')} nats against B1, at most +{MOST_ABOVE} asked"
+    if delta is None or delta.low is None or delta.high is None:
+        return UNKNOWN, f"{said}: cannot be told"
+    if delta.high <= MOST_ABOVE:
+        return HOLDS, f"{said}: holds"
+    if delta.low > MOST_ABOVE:
+        return FAILS, f"{said}: does not hold"
+    return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+
+
+def _time(found: Comparison) -> tuple[str, str]:
+    saving = found.saving
+    said = f"training time: {told(saving, '.1%')} saved, at least {LEAST_SAVED:.0%} asked"
+    if found.mixed:
+        return UNKNOWN, f"{said}: MIXED DEVICES ({'; '.join(found.devices)}), so it cannot be told"
+    if saving is None or saving.low is None or saving.high is None:
+        return UNKNOWN, f"{said}: cannot be told"
+    if saving.low >= LEAST_SAVED:
+        return HOLDS, f"{said}: holds"
+    if saving.high < LEAST_SAVED:
+        return FAILS, f"{said}: does not hold"
+    return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+
+
+def told(estimate: Estimate | None, form: str) -> str:
+    """A mean with its interval and the number of seeds, or why there is none."""
+    if estimate is None:
+        return "unknown"
+    if estimate.low is None:
+        return f"{estimate.mean:{form}} (one seed, no interval)"
+    bounds = f"[{estimate.low:{form}}, {estimate.high:{form}}]"
+    return f"{estimate.mean:{form}} {bounds} ({estimate.n} seeds)"

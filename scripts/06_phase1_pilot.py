@@ -14,8 +14,6 @@ Exit codes: 0 all done; 1 a run failed or a gate does not hold; 2 a mistake in t
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from importlib import import_module
-from importlib.util import find_spec
 
 from rich.console import Console
 
@@ -53,8 +51,11 @@ def main() -> None:
     args = parser.parse_args()
     with exit_codes():
         records, folder = pilot.run(pilot.Flags(**vars(args)), Console())
-        if not args.dry_run and find_spec("ttt.report"):
-            import_module("ttt.report.phase1").write(records, folder)
+        if not args.dry_run:
+            from ttt.report import phase1  # matplotlib takes its time
+
+            for path in phase1.write(records, folder):
+                print(path)
 
 
 if __name__ == "__main__":

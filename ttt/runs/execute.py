@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ttt.entry import ASKED_TO_STOP
 from ttt.errors import RunError, Stopped, UserError
 from ttt.infra.lock import RunLock
 from ttt.infra.progress import Progress
@@ -121,6 +122,8 @@ class Execution:
             self._train(run, manifest)
             self._paces.append((run.kind, (self.clock() - began) / run.tokens))
             self._judge(run, manifest)
+            if self._asked is not None:  # as the run ended
+                self._stop(run)
 
     def _done(self, run: Run, manifest: Manifest) -> bool:
         """Whether a run's record is finished; then its gates are looked at, if they were not."""
@@ -149,18 +152,19 @@ class Execution:
             file.write(f"$ {run.command}\n".encode())
             file.flush()
             code = self._watch(run, [*self.train, *run.arguments], file)
-        if self._asked is not None or code == 75:
+        found = records.find(self.folder, run).status
+        if code == 0 and found == "finished":
+            return
+        if self._asked is not None or code == ASKED_TO_STOP:
             manifest.note(run.name, "interrupted")
             self._stop(run)
-        found = records.find(self.folder, run).status
-        if code != 0 or found != "finished":
-            manifest.note(run.name, "failed")
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
-            raise RunError(
-                f"{run.name} ended with exit code {code}, its record says {found}. The plan stops "
-                f"here. The whole output is in {log}; its end:\n{end}\nMend the cause and give the "
-                "same command again: it goes on from here."
-            )
+        manifest.note(run.name, "failed")
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+        raise RunError(
+            f"{run.name} ended with exit code {code}, its record says {found}. The plan stops "
+            f"here. The whole output is in {log}; its end:\n{end}\nMend the cause and give the "
+            "same command again: it goes on from here."
+        )
 
     def _watch(self, run: Run, command: Sequence[str], log: Any) -> int:
         """Start the command, show how far it is, return its exit code."""

@@ -99,7 +99,8 @@ def restore_account(run: Run, evidence: Evidence) -> Gate:
     if unused:
         faults.append(f"unused: {', '.join(unused)}")
     counts = (
-        f"{len(restored)} restored, {len(initialised)} new on purpose, {len(narrowed)} narrowed"
+        f"{len(restored)} restored, {len(initialised)} new, {len(moved)} of the restored moved, "
+        f"{len(narrowed)} narrowed"
     )
     if faults:
         return Gate(name, False, f"{counts}; {'; '.join(faults)}")

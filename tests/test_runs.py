@@ -432,6 +432,15 @@ def test_an_incomplete_restore_is_seen(changes, told):
     assert told in gate.said
 
 
+def test_the_place_of_an_mlp_that_moved_may_be_new_and_no_other():
+    place = "language_model.model.h.blocks.feed_forward.w1.weight[-1:]"
+    moved = [f"{place} -> language_model.model.h.prime_storage.feed_forward_prime.w1.weight"]
+    inherited = evidence(initialised=[place], moved=moved)
+    assert gates.restore_account(CHILD, inherited).holds is True
+    elsewhere = evidence(initialised=[place.replace("w1", "w2")], moved=moved)
+    assert "random: " in gates.restore_account(CHILD, elsewhere).said
+
+
 def test_a_child_of_a_learning_parent_may_have_nothing_new():
     grandchild = replace(CHILD, parent_method="e2e")
     assert gates.restore_account(grandchild, evidence()).holds is False

@@ -12,7 +12,8 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 """Nats between a parent's loss and its child's before the first step, by the compute dtype."""
 
 _NEW_ON_PURPOSE = "**.prime_storage.**"
-"""Published names of the prime MLPs and their norms, which a parent without them cannot give."""
+"""Published names of the prime MLPs and their norms, which a parent without them cannot give; where
+its own MLP becomes the prime one, the place that it leaves is new instead."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def restore_account(run: Run, evidence: Evidence) -> Gate:
         faults.append(f"taken from {account.get('from')}, not from {run.parent}")
     if account.get("part") != "params" or not restored:
         faults.append(f"part {account.get('part')} with {len(restored)} restored parameters")
-    if random := [leaf for leaf in initialised if not matches(_NEW_ON_PURPOSE, leaf)]:
+    vacated = {line.split(" -> ")[0] for line in account.get("moved", ())}
+    on_purpose = [leaf for leaf in initialised if matches(_NEW_ON_PURPOSE, leaf) or leaf in vacated]
+    if random := [leaf for leaf in initialised if leaf not in on_purpose]:
         faults.append(f"random: {', '.join(random)}")
     if initialised and run.parent_method == "e2e":
         faults.append(f"random though the parent has them: {', '.join(initialised)}")

@@ -137,7 +137,7 @@ def test_a_row_has_every_fact_of_its_run(report):
     assert run.parameters == 9792
     adapt = named(report, "adapt-P1")
     assert (adapt.restore, adapt.restored, adapt.initialised) == ("initialised", 3, 1)
-    assert tables.restore(adapt) == "3 restored, 1 initialised"
+    assert tables.restore(adapt) == "3 restored, 1 initialised, 1 moved"
     assert adapt.parent == "pretrain-fa-36-s0/36"
     assert named(report, "pretrain").restore == "not attempted"
 

@@ -12,8 +12,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 """Nats between a parent's loss and its child's before the first step, by the compute dtype."""
 
 _NEW_ON_PURPOSE = "**.prime_storage.**"
-"""Published names of the prime MLPs and their norms, which a parent without them cannot give; where
-its own MLP becomes the prime one, the place that it leaves is new instead."""
+"""Published names of the prime MLPs and their norms, which a parent without them cannot give."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +81,20 @@ def restore_account(run: Run, evidence: Evidence) -> Gate:
     account = evidence.first("restored")
     if account is None:
         return Gate(name, False, f"the record has no account of what was taken from {run.parent}")
-    kinds = ("restored", "initialised", "narrowed", "unused")
-    restored, initialised, narrowed, unused = (account.get(kind, ()) for kind in kinds)
+    kinds = ("restored", "initialised", "moved", "narrowed", "unused")
+    restored, initialised, moved, narrowed, unused = (account.get(kind, ()) for kind in kinds)
+    vacated = {entry.split(" -> ")[0] for entry in moved}  # its old weights serve elsewhere
     faults = []
     if f"/{run.parent}/" not in str(account.get("from", "")):
         faults.append(f"taken from {account.get('from')}, not from {run.parent}")
     if account.get("part") != "params" or not restored:
         faults.append(f"part {account.get('part')} with {len(restored)} restored parameters")
-    vacated = {line.split(" -> ")[0] for line in account.get("moved", ())}
-    on_purpose = [leaf for leaf in initialised if matches(_NEW_ON_PURPOSE, leaf) or leaf in vacated]
-    if random := [leaf for leaf in initialised if leaf not in on_purpose]:
-        faults.append(f"random: {', '.join(random)}")
+    random = {leaf for leaf in initialised if not matches(_NEW_ON_PURPOSE, leaf)} - vacated
+    if random:
+        faults.append(f"random: {', '.join(sorted(random))}")
     if initialised and run.parent_method == "e2e":
         faults.append(f"random though the parent has them: {', '.join(initialised)}")
-    if run.method == "e2e" and run.parent_method != "e2e" and not initialised:
+    if run.method == "e2e" and run.parent_method != "e2e" and not (initialised or moved):
         faults.append("no prime MLP is new, though the parent has none")
     if unused:
         faults.append(f"unused: {', '.join(unused)}")

@@ -281,6 +281,8 @@ def test_pending_runs_are_rows_and_keep_the_verdict_open(tmp_path):
     assert any(f"{run.name} is pending" in text for text in report.missing)
     delta = one(report, "P1").delta
     assert (delta.n, delta.low) == (1, None)
+    assert one(report, "P1").loss.n == 1
+    assert [s.seeds for s in report.stages if s.path == "P1"] == [2, 2, 1]
     assert report.verdict.answer == verdict.UNKNOWN
     assert not report.faults
 

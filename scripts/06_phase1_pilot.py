@@ -14,13 +14,12 @@ Exit codes: 0 all done; 1 a run failed or a gate does not hold; 2 a mistake in t
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from importlib import import_module
-from importlib.util import find_spec
 
 from rich.console import Console
 
 from ttt.config import RUNTIME_MODES
 from ttt.entry import exit_codes
+from ttt.report import phase1
 from ttt.runs import pilot
 
 
@@ -53,8 +52,9 @@ def main() -> None:
     args = parser.parse_args()
     with exit_codes():
         records, folder = pilot.run(pilot.Flags(**vars(args)), Console())
-        if not args.dry_run and find_spec("ttt.report"):
-            import_module("ttt.report.phase1").write(records, folder)
+        if not args.dry_run:
+            written = phase1.write(records, folder, checkpoint_root=args.checkpoint_root)
+            print(f"report: {next(path for path in written if path.suffix == '.md')}")
 
 
 if __name__ == "__main__":

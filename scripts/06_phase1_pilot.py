@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ttt.config import RUNTIME_MODES
 from ttt.entry import exit_codes
+from ttt.report import phase1
 from ttt.runs import pilot
 
 
@@ -52,10 +53,8 @@ def main() -> None:
     with exit_codes():
         records, folder = pilot.run(pilot.Flags(**vars(args)), Console())
         if not args.dry_run:
-            from ttt.report import phase1  # matplotlib takes its time
-
-            for path in phase1.write(records, folder):
-                print(path)
+            written = phase1.write(records, folder, checkpoint_root=args.checkpoint_root)
+            print(f"report: {next(path for path in written if path.suffix == '.md')}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_a_row_has_every_fact_of_its_run(report):
     assert run.parameters == 9792
     adapt = named(report, "adapt-P1")
     assert (adapt.restore, adapt.restored, adapt.initialised) == ("initialised", 3, 1)
-    assert tables.restore(adapt) == "3 restored, 1 initialised"
+    assert tables.restore(adapt) == "3 restored, 1 initialised, 1 moved"
     assert adapt.parent == "pretrain-fa-36-s0/36"
     assert named(report, "pretrain").restore == "not attempted"
 
@@ -281,6 +281,8 @@ def test_pending_runs_are_rows_and_keep_the_verdict_open(tmp_path):
     assert any(f"{run.name} is pending" in text for text in report.missing)
     delta = one(report, "P1").delta
     assert (delta.n, delta.low) == (1, None)
+    assert one(report, "P1").loss.n == 1
+    assert [s.seeds for s in report.stages if s.path == "P1"] == [2, 2, 1]
     assert report.verdict.answer == verdict.UNKNOWN
     assert not report.faults
 

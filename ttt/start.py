@@ -97,6 +97,12 @@ def find_start(
     step_folder = parent.find(parent.find_good(training.resume_step))
     logger.info("starting from %s (%s)", step_folder, training.load_part)
     if training.load_part == "all":
+        if int(step_folder.name) >= training.total_steps:
+            raise UserError(
+                f"training.total_steps={training.total_steps}: {step_folder} has taken as many "
+                "steps already, and with training.load_part=all they count; raise it, or take "
+                "the parameters alone (training.load_part=params)"
+            )
         whole = restore_all(config, parent, int(step_folder.name), layout)
         return whole._replace(parent=Parent(None, 0, False, True, "the same model, with all state"))
     return restore_parameters(config, train, evaluation, step_folder, layout)

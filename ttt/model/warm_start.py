@@ -151,6 +151,7 @@ def narrow(parent: MetaModel, ids: Int[np.ndarray, "N T"], width: int) -> dict[s
     units that stay take over what the others did as far as they can (optimal brain surgeon,
     Hassibi and Stork 1993, for whole units).
     """
+    parent = jax.tree.map(jnp.asarray, parent)
     stacks = parent.language_model.model.h
     layers = [_layers(blocks) for blocks in (stacks.prefix_blocks, stacks.suffix_blocks)]
     x = jax.vmap(parent.embed)(ids)

@@ -55,6 +55,11 @@ class Branch:
         """The run whose model the path leads to."""
         return self.runs[-1]
 
+    @property
+    def done(self) -> bool:
+        """Whether all of its runs are finished."""
+        return all(run.status == "finished" for run in self.runs)
+
     def total(self, name: str) -> float | None:
         """Sum of a column over the runs; None if one of them lacks it."""
         values = [getattr(run, name) for run in self.runs]
@@ -63,7 +68,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of a path: where it started, where it ended, and what comes of it; means over seeds."""
+    """A run of a path: where it started, where it ended, what comes of it; means over seeds."""
 
     path: str
     matching: str
@@ -84,6 +89,7 @@ class Stage:
     next_start_loss: float | None
     """Held-out loss from which the next stage starts, at its own context."""
     seeds: int
+    """Whose run is finished, and counts."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ def _comparison(own: Sequence[Branch], found: Sequence[Branch]) -> Comparison:
         problems += [f"{REFERENCE}: {text}" for _, r in both for text in r.problems]
         problems += [text for b, r in both for text in _unlike(b, r)]
     runs = [run for pair in both or [(b,) for b in own] for b in pair for run in b.runs]
-    first = own[0]
+    first, done = own[0], [branch for branch in own if branch.done]
     return Comparison(
         path=first.path,
         matching=first.matching,
@@ -229,15 +235,15 @@ def _comparison(own: Sequence[Branch], found: Sequence[Branch]) -> Comparison:
         method=first.last.method,
         context=first.last.context,
         seeds=tuple(branch.seed for branch in own),
-        loss=Estimate.of(_known(branch.last.validation_loss for branch in own)),
+        loss=Estimate.of(_known(branch.last.validation_loss for branch in done)),
         delta=None if is_reference else Estimate.of(_paired(both, _loss_above)),
         saving=None if is_reference else Estimate.of(_paired(both, _saved("step_hours"))),
         saving_in_all=None if is_reference else Estimate.of(_paired(both, _saved("device_hours"))),
-        tokens=_mean(branch.total("tokens") for branch in own),
-        device_hours=_mean(branch.total("device_hours") for branch in own),
-        step_hours=_mean(branch.total("step_hours") for branch in own),
+        tokens=_mean(branch.total("tokens") for branch in done),
+        device_hours=_mean(branch.total("device_hours") for branch in done),
+        step_hours=_mean(branch.total("step_hours") for branch in done),
         parameters=first.last.parameters,
-        count_model_loss=_mean(branch.last.count_model_loss for branch in own),
+        count_model_loss=_mean(branch.last.count_model_loss for branch in done),
         devices=tuple(sorted({run.devices for run in runs if run.devices is not None})),
         problems=tuple(dict.fromkeys(problems)),
     )
@@ -284,11 +290,7 @@ def _paired(
     pairs: Sequence[tuple[Branch, Branch]], measure: Callable[[Branch, Branch], float | None]
 ) -> list[float]:
     """One number for each seed that has both of finished runs."""
-
-    def done(branch: Branch) -> bool:
-        return all(run.status == "finished" for run in branch.runs)
-
-    return _known(measure(b, r) for b, r in pairs if done(b) and done(r))
+    return _known(measure(b, r) for b, r in pairs if b.done and r.done)
 
 
 # ---- stages ----------------------------------------------------------------------------
@@ -296,14 +298,17 @@ def _paired(
 
 def _stages(own: Sequence[Branch]) -> list[Stage]:
     longest = max(own, key=lambda branch: len(branch.runs)).runs
-    columns = [[b.runs[i] for b in own if i < len(b.runs)] for i in range(len(longest))]
+    columns = [
+        [b.runs[i] for b in own if i < len(b.runs) and b.runs[i].status == "finished"]
+        for i in range(len(longest))
+    ]
     after = [*columns[1:], []]
     return [
         Stage(
             path=own[0].path,
             matching=own[0].matching,
             number=number,
-            stage=runs[0].stage or "unknown",
+            stage=longest[number - 1].stage or "unknown",
             runs=tuple(run.name for run in runs),
             **{name: _mean(getattr(run, name) for run in runs) for name in _MEANS},
             next_start_loss=_mean(run.start_loss for run in following),

@@ -77,6 +77,8 @@ class Run:
     steps_asked: int | None = None
     tokens: int | None = None
     parameters: int | None = None
+    width_policy: str | None = None
+    prime_init: str | None = None
     first_loss: float | None = None
     """Training loss of the first step, of a batch as all training losses."""
     final_loss: float | None = None
@@ -112,6 +114,9 @@ class Run:
     restored: int | None = None
     initialised: int | None = None
     narrowed: int | None = None
+    moved: int | None = None
+    """Restored to another place: a parent's MLP as the prime one."""
+    cast: int | None = None
     unused: int | None = None
     missing: tuple[str, ...] = ()
     """`field: why it is empty`."""
@@ -344,6 +349,8 @@ def _settings(settings: Mapping[str, Any], mode: str) -> dict[str, Fact]:
         "batch": _or(training.get("global_batch_size"), why),
         "steps_asked": _or(training.get("total_steps"), why),
         "parameters": _parameters(model, mode),
+        "width_policy": _or(model.get("width_policy"), why),
+        "prime_init": _or(training.get("prime_init"), why),
     }
 
 
@@ -505,7 +512,7 @@ def _steps_before(account: Mapping[str, Any] | None) -> int:
 
 def _restored(account: Mapping[str, Any] | None, training: Mapping[str, Any]) -> dict[str, Fact]:
     """The account of the start, with counts of parameters by name."""
-    counts = ("restored", "initialised", "narrowed", "unused")
+    counts = ("restored", "initialised", "narrowed", "moved", "cast", "unused")
     if account is None:
         fresh = training.get("load_part") == "none"
         why = "starts from fresh weights" if fresh else "no account of a restore in run.json"

@@ -108,7 +108,7 @@ def restore(run: Run) -> str:
     """`restored / initialised / not attempted`, with counts of parameters by name."""
     if run.restore is None or run.restored is None:
         return text(run.restore)
-    extra = {"narrowed": run.narrowed, "unused": run.unused}
+    extra = {name: getattr(run, name) for name in ("narrowed", "moved", "cast", "unused")}
     counts = [f"{run.restored} restored", f"{run.initialised} initialised"]
     return ", ".join(counts + [f"{number} {name}" for name, number in extra.items() if number])
 

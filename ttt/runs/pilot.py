@@ -83,7 +83,7 @@ def prepare(flags: Flags) -> Prepared:
         exp_dir=flags.exp_dir,
         runtime_mode=flags.runtime_mode,
         dummy_dataset=flags.dummy_dataset,
-        overrides=flags.override,
+        overrides=[*pilot.overrides, *flags.override],
     )
     data = request.data_settings(
         book, size, data_root=flags.data_root, dclm=flags.dclm_root, books=flags.books_root

@@ -83,6 +83,8 @@ class Pilot:
     paths: tuple[str, ...]
     seeds: tuple[int, ...]
     matchings: tuple[str, ...]
+    overrides: tuple[str, ...]
+    """Settings of every run, before those that the user gives."""
     budget: Budget
 
 
@@ -109,7 +111,7 @@ class Size:
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}={value}: must be a whole number from 1; change it")
-        lists = (tuple(rules[name]) for name in ("paths", "seeds", "matchings"))
+        lists = (tuple(rules.get(name, ())) for name in _PILOT_LISTS)
         return Pilot(*lists, Budget(**numbers))
 
 
@@ -169,7 +171,8 @@ def load(path: Path | None = None) -> Registry:
 # ---- what must hold ----------------------------------------------------------------------
 
 _STAGE_KEYS = ("experiment", "kind", "corpus")
-_PILOT_KEYS = ("paths", "seeds", "matchings", *(field.name for field in fields(Budget)))
+_PILOT_LISTS = ("paths", "seeds", "matchings", "overrides")
+_PILOT_KEYS = (*_PILOT_LISTS[:-1], *(field.name for field in fields(Budget)))
 
 
 def _faults(content: Any) -> Iterator[str]:
@@ -194,7 +197,7 @@ def _faults(content: Any) -> Iterator[str]:
         yield from (found := list(_keys(where, entry, ("contexts", "pilot"), "corpora")))
         if not found:
             yield from _keys(f"{where}.contexts", entry["contexts"], ("adapt", "extend"))
-            yield from _keys(f"{where}.pilot", entry["pilot"], _PILOT_KEYS)
+            yield from _keys(f"{where}.pilot", entry["pilot"], _PILOT_KEYS, "overrides")
             for corpus in entry.get("corpora", {}):
                 if corpus not in content["corpora"]:
                     yield _dangling(f"{where}.corpora", corpus, content["corpora"])

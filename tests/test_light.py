@@ -342,12 +342,12 @@ def test_light_modes_in_several_processes_are_refused(configure):  # noqa: F811
 # ---- beside every trained model ----------------------------------------------------------------
 
 
-def test_a_network_that_trains_is_shown_against_the_counts_of_its_own_tokens(
+def test_a_network_that_trains_is_shown_against_the_counts_of_the_same_data(
     configure,  # noqa: F811
     caplog,
 ):
-    config = configure(
-        *("training.total_steps=1", "training.count_model_tokens=4000000", "model.suffix_len=0"),
+    config = configure(  # as many tokens as one step takes
+        *("training.total_steps=1", "training.count_model_tokens=256", "model.suffix_len=0"),
         experiment="pretrain/pretrain-tiny-fa",
     )
     with caplog.at_level("INFO"):
@@ -371,16 +371,17 @@ def test_a_network_that_trains_is_shown_against_the_counts_of_its_own_tokens(
     assert "DOES NOT BEAT A COUNT" in caplog.text  # after one step it cannot
 
 
-@pytest.mark.parametrize(("asked", "sequences"), [(1, 1), (130, 2), (400, 6), (10**6, 8)])
-def test_the_first_tokens_of_training_are_counted_as_far_as_it_went(
+@pytest.mark.parametrize(("asked", "sequences"), [(1, 1), (130, 2), (400, 6), (10**7, None)])
+def test_the_first_tokens_of_the_training_order_are_counted_an_epoch_at_most(
     configure,  # noqa: F811
     asked,
     sequences,
 ):
     config = configure(f"training.count_model_tokens={asked}")
-    model = light.count(config, train.open_data(config).train, steps=2)
-    first, second = training_batches(config, 2)
-    inputs, targets, mask = (np.concatenate(x)[:sequences] for x in zip(first, second, strict=True))
+    source = train.open_data(config).train
+    model = light.count(config, source)
+    epoch = training_batches(config, len(source) // 4)
+    inputs, targets, mask = (np.concatenate(x)[:sequences] for x in zip(*epoch, strict=True))
     expected = CountModel.empty(258).plus(inputs, targets, mask)
     assert model.tokens == expected.tokens
     np.testing.assert_array_equal(model.tables[1].keys, expected.tables[1].keys)

@@ -265,8 +265,8 @@ class TrainingConfig:
     eval_start_batches: Count
     """Batches of the evaluation split to score before the first step, by the parent too."""
     count_model_tokens: Natural
-    """A count model of so many of the first tokens trained on is scored beside the trained model
-    in the end; 0: none is."""
+    """A count model of so many tokens, the first of the training order, is scored beside the
+    trained model in the end; 0: none is."""
     save_every_steps: Natural
     """0: only at the end."""
     save_every_minutes: NotNegative

@@ -152,16 +152,15 @@ class CountLearner:
         return {}
 
 
-def count(config: Config, source: Source, steps: int) -> CountModel:
-    """The count model of the first `count_model_tokens` that `steps` steps were trained on.
+def count(config: Config, source: Source) -> CountModel:
+    """The count model of the first `count_model_tokens` of the training order, or of one epoch.
 
-    Whole sequences, at least one, in the order of training.
+    Whole sequences, at least one. How far training itself went does not matter: a run that goes on
+    from a parent has the parent's tokens behind it, and the yardstick is the same for all.
     """
     training = config.training
-    left = min(
-        max(1, training.count_model_tokens // training.seq_length),
-        steps * training.global_batch_size,
-    )
+    epoch = len(source) // training.global_batch_size * training.global_batch_size
+    left = min(max(1, training.count_model_tokens // training.seq_length), epoch)
     batches = lm_dataset.train_batches(
         source,
         global_batch_size=training.global_batch_size,
@@ -190,7 +189,7 @@ def tell(loss: float, count_loss: float, tokens: int) -> None:
         return
     logger.warning(
         "THIS MODEL DOES NOT BEAT A COUNT OF TOKEN PAIRS: %.3f nats per token, and a count model "
-        "of %s of its training tokens has %.3f. It was trained too little, or something is wrong",
+        "of %s tokens of the same data has %.3f. It was trained too little, or something is wrong",
         *(loss, f"{tokens:,}", count_loss),
     )
 

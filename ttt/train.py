@@ -730,7 +730,7 @@ def evaluate(run: Run, state: State) -> None:
     summary = comparison.summary()
     if training.runtime_mode == "jax" and training.count_model_tokens:
         with run.spent("evaluation"):
-            counts = light.count(config, run.data.train, step)
+            counts = light.count(config, run.data.train)
             batches = eval_batches(run, training.eval_batches)
             loss = token_loss(CountLearner(config).score, counts, batches, learn=False)
         light.tell(learning.token_loss, loss, counts.tokens)

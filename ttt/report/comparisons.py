@@ -193,7 +193,7 @@ def _problems(run: Run, *, last: bool) -> list[str]:
         return [f"{run.name} trained no network: runtime_mode {run.runtime_mode}"]
     needed = ["tokens", "step_hours", *(["validation_loss", "context"] if last else [])]
     found = [f"{run.name} lacks {name}" for name in needed if getattr(run, name) is None]
-    if run.beats_count_model is False:
+    if last and run.beats_count_model is False:
         found.append(
             f"{run.name} does not beat the count model: {run.validation_loss:.4f} against "
             f"{run.count_model_loss:.4f}"

@@ -21,7 +21,7 @@ FLOORS = (
     ("ttt.interop", "ttt.inference"),
     ("ttt.evaluation", "ttt.bench"),
     ("ttt.runs", "ttt.report", "ttt.start"),
-    ("ttt.light",),
+    ("ttt.light", "ttt.network"),
     ("ttt.train", "ttt.evaluate", "ttt.generate", "ttt.benchmark"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

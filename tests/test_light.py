@@ -14,7 +14,7 @@ from test_train import (  # noqa: F401 - fixtures
     weights_of,
 )
 
-from ttt import generate, light, train
+from ttt import generate, light, network, train
 from ttt.config import ConfigError, differences, to_dict
 from ttt.core.batch import Batch, from_tokens
 from ttt.dataloader import lm_dataset
@@ -34,7 +34,7 @@ SIMULATE = "training.runtime_mode=simulate"
 def never_compiled(request, monkeypatch):
     """No test of this file may reach the network's step but those that train one."""
     if "trains" not in request.node.name:
-        monkeypatch.setattr(train, "compile_step", lambda *arguments: pytest.fail("compiled"))
+        monkeypatch.setattr(network, "compile_step", lambda *arguments: pytest.fail("compiled"))
 
 
 def checkpoints_of(config) -> Checkpoints:

@@ -23,7 +23,7 @@ from test_train import (  # noqa: F401 - fixtures
     weights_of,
 )
 
-from ttt import train
+from ttt import network, train
 from ttt.config import Config, compose, differences, resolve, to_dict
 from ttt.dataloader import lm_dataset, token_store
 from ttt.entry import Job, exit_codes
@@ -112,8 +112,8 @@ def compiled_once():
         return get
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compile_step", shared(train.compile_step, steps))
-        patch.setattr(train, "Evaluator", shared(train.Evaluator, evaluators))
+        patch.setattr(network, "compile_step", shared(network.compile_step, steps))
+        patch.setattr(network, "Evaluator", shared(network.Evaluator, evaluators))
         yield
 
 
@@ -411,7 +411,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_compiled(
     path,
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(train, "compile_step", lambda *arguments: pytest.fail("compiled"))
+    monkeypatch.setattr(network, "compile_step", lambda *arguments: pytest.fail("compiled"))
     with pytest.raises(UserError, match=rf"cannot write to .*file.*deploy_paths\.{path}"):
         train.run(configure(f"deploy_paths.{path}={tmp_path}/file"))
 
@@ -457,7 +457,7 @@ def test_a_vanished_mount_ends_the_run_and_nothing_is_written_in_its_place(
 
 def poison(monkeypatch, *bad_steps):
     """Make the loss of some steps NaN: their targets are no tokens."""
-    compile_step = train.compile_step
+    compile_step = network.compile_step
 
     def compile_and_poison(config, state, batch, layout):
         compiled = compile_step(config, state, batch, layout)
@@ -469,7 +469,7 @@ def poison(monkeypatch, *bad_steps):
 
         return step
 
-    monkeypatch.setattr(train, "compile_step", compile_and_poison)
+    monkeypatch.setattr(network, "compile_step", compile_and_poison)
 
 
 def test_bad_numbers_end_the_run_name_the_samples_and_keep_the_last_checkpoint(

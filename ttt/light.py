@@ -42,6 +42,11 @@ class CountMetrics(NamedTuple):
     """As the network's: of the batch before it is counted, in nats per token."""
 
 
+def is_asked_for(config: Config) -> bool:
+    """Whether a light mode is to take the network's place."""
+    return config.training.runtime_mode != "jax"
+
+
 def on_the_cpu(config: Config) -> Config:
     """`config` without a wish for an accelerator, which counting would hold and not use."""
     if config.backend.platform != "auto":

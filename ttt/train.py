@@ -16,14 +16,11 @@ from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from rich.console import Console
 
 from ttt import light
-from ttt.bench import costs, here, plan
 from ttt.config import Config, differences, to_dict
-from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
@@ -36,16 +33,14 @@ from ttt.evaluation.runs import method_of
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.lock import RunLock
-from ttt.infra.mesh import Layout, check_divides, shard_batch
 from ttt.infra.preemption import StopRequest
 from ttt.infra.progress import Progress, Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
 from ttt.light import CountLearner, CountState
-from ttt.model import loop
-from ttt.model.loop import Evaluator, Scores, TrainState
-from ttt.model.transformer import MetaModel
-from ttt.start import Parent, Start, as_items, find_start, token_loss, warm_loss
+from ttt.model.loop import Scores, TrainState
+from ttt.network import Network
+from ttt.start import Parent, Start, token_loss
 
 logger = logging.getLogger(__name__)
 
@@ -109,56 +104,6 @@ class Learner(Protocol):
 
 
 @dataclass(frozen=True)
-class Network:
-    """The learner of `runtime_mode=jax`: the network of `config.model`."""
-
-    config: Config
-    layout: Layout
-    evaluator: Evaluator
-
-    @property
-    def learns(self) -> bool:
-        """Whether test-time training is on."""
-        return self.config.training.train_mode == "meta"
-
-    @property
-    def window(self) -> int:
-        """That of sliding attention, else all of the sequence."""
-        sliding = self.config.model.seq_modeling_block == "SWA"
-        return self.config.model.sliding_window_size if sliding else self.config.training.seq_length
-
-    def find_start(
-        self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
-    ) -> Start:
-        """From disk, or fresh weights."""
-        return find_start(self.config, train, evaluation, checkpoints, own, self.layout)
-
-    def warm_loss(self, start: Start, evaluation: Source) -> float | None:
-        """Learning only if the parent does."""
-        return warm_loss(self.config, start, evaluation, self.layout)
-
-    def place(self, batch: Batch) -> Batch:
-        """As microbatches, on the devices."""
-        return place(batch, self.config.training.accum_steps, self.layout)
-
-    def compile(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-        """The compiled step."""
-        return compile_step(self.config, state, batch, self.layout)
-
-    def items(self, state: TrainState) -> dict[str, PyTree]:
-        """In the published layout."""
-        return as_items(state)
-
-    def score(self, model: MetaModel, batch: Batch, *, learn: bool = True) -> Scores:
-        """On the devices."""
-        return self.evaluator(model, batch, learn=learn)
-
-    def speed(self, seconds: float) -> dict[str, float]:
-        """Model TFLOP/s of a device, and MFU if its peak is known."""
-        return measure_speed(self.config, seconds)
-
-
-@dataclass(frozen=True)
 class Run:
     """What a run holds while it works."""
 
@@ -175,11 +120,12 @@ class Run:
 
 def run(config: Config) -> None:
     """Train as `config` says, from where the last call stopped; evaluate; say where things are."""
-    if config.training.runtime_mode != "jax":
+    if light.is_asked_for(config):
         config = light.on_the_cpu(config)
     distributed.start(config.backend)
     data = open_data(config)
-    config, learner = make_learner(config)
+    learner = CountLearner(config) if light.is_asked_for(config) else Network.of(config)
+    config = learner.config
     training, paths = config.training, config.deploy_paths
     checkpoints = Checkpoints(
         checkpoint.run_folder(paths.checkpoint, training.exp_folder, training.exp_name),
@@ -370,26 +316,6 @@ def check_parent(config: Config) -> None:
     checkpoint.check_mode(parent, training.runtime_mode)
 
 
-def make_learner(config: Config) -> tuple[Config, Learner]:
-    """What `runtime_mode` trains, and the settings with every `auto` chosen for it."""
-    training = config.training
-    if training.runtime_mode != "jax":
-        return config, CountLearner(config)
-    layout = loop.lay_out(config)
-    check_divides(layout.mesh, training.global_batch_size // training.accum_steps)
-    config = fit_memory(config)
-    return config, Network(config, layout, Evaluator(training, layout))
-
-
-def fit_memory(config: Config) -> Config:
-    """`config` with every `auto` chosen for this machine's memory; a UserError if nothing fits."""
-    fitted = plan.fit(config, here.machine(config))
-    logger.info("%s", fitted.describe())
-    if not fitted.fits:
-        logger.warning("it may not fit. %s", plan.advice(config, fitted))
-    return fitted.config
-
-
 def make_tracker(config: Config, record: RunRecord) -> Tracker:
     """The run record, mirrored to W&B if asked for."""
     training = config.training
@@ -496,12 +422,6 @@ def train(run: Run, start: Start) -> State:
     return state
 
 
-def measure_speed(config: Config, seconds: float) -> dict[str, float]:
-    """Model TFLOP/s of a device, and MFU if its peak is known, of a step that took so long."""
-    kind = jax.local_devices()[0].device_kind
-    return costs.speed(config.model, config.training, seconds, jax.device_count(), kind)
-
-
 def is_good(metrics: dict[str, Any]) -> bool:
     """Whether a step was taken; the compiled step leaves the state alone where this is false."""
     norm = metrics.get("gradient_norm", 0.0)  # counts have none
@@ -575,45 +495,6 @@ def stopped(run: Run, step: int) -> Stopped:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after `step`."""
     return every > 0 and step % every == 0
-
-
-def place(batch: Batch, accum_steps: int, layout: Layout) -> Batch:
-    """A host's [B, T] as microbatches [accum, B/accum, T], divided over the devices."""
-    parts = jax.tree.map(lambda x: x.reshape(accum_steps, -1, x.shape[-1]), batch)
-    return shard_batch(layout.mesh, parts, batch_axis=1)
-
-
-def compile_step(
-    config: Config, state: TrainState, batch: Batch, layout: Layout
-) -> jax.stages.Compiled:
-    """The training step for these shapes, with a word on what it takes."""
-    parameters = tree.count(state.model)
-    logger.info(
-        "%s: %.2fM parameters, %s mode, %s tokens per step; compiling the training step …",
-        *(config.training.exp_name, parameters / 1e6, config.training.train_mode),
-        f"{batch.inputs.size:,}",
-    )
-    began = time.monotonic()
-    step = jax.jit(
-        loop.make_train_step(config.training, layout),
-        donate_argnums=0,
-        out_shardings=(layout.shardings(state), NamedSharding(layout.mesh, PartitionSpec())),
-        compiler_options=compiling.options(),
-    )
-    compiled = step.lower(state, batch).compile()
-    logger.info("compiled in %.0f s", time.monotonic() - began)
-    if memory := compiled.memory_analysis():  # not every backend tells
-        predicted = plan.predict(config, here.machine(config)).total
-        actual = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        logger.info(
-            "a step needs %.0f MB beside the %.0f MB of its state; %.0f MB were predicted in all, "
-            "%+.0f %% of what XLA reserves",
-            memory.temp_size_in_bytes / 1e6,
-            memory.argument_size_in_bytes / 1e6,
-            predicted / 1e6,
-            100 * (predicted / actual - 1),
-        )
-    return compiled
 
 
 def save(run: Run, state: State, batches: grain.DatasetIterator) -> None:

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt.bench import costs, plan
-from ttt.config import Config, compose, resolve
+from ttt.config import compose, resolve
 from ttt.entry import exit_codes
 from ttt.errors import UserError
+from ttt.knobs import Config
 
 
 def composed(overrides: list[str]) -> Config:

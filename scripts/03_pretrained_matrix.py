@@ -14,8 +14,8 @@ Exit codes: 0 printed; 1 a failure under way; 2 a mistake in the request
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from ttt.config import RUNTIME_MODES
 from ttt.entry import exit_codes
+from ttt.knobs import RUNTIME_MODES
 from ttt.runs import matrix, registry, request
 from ttt.runs.plan import Order
 

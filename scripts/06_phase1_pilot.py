@@ -17,8 +17,8 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from rich.console import Console
 
-from ttt.config import RUNTIME_MODES
 from ttt.entry import exit_codes
+from ttt.knobs import RUNTIME_MODES
 from ttt.report import phase1
 from ttt.runs import pilot
 

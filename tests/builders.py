@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from ttt.config import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
+from ttt.knobs import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
 from ttt.model import loop
 from ttt.model.transformer import SequenceLoss
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A module may be named before it is written; none may be written unnamed.
 FLOORS = (
-    ("ttt", "ttt.errors", "ttt.globs", "ttt.config", "ttt.entry"),
+    ("ttt", "ttt.errors", "ttt.globs", "ttt.knobs", "ttt.config", "ttt.entry"),
     ("ttt.core", "hydra_plugins"),
     ("ttt.ops", "ttt.optimizers", "ttt.dataloader", "ttt.infra"),
     ("ttt.model",),
@@ -27,6 +27,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 JAX_FREE = (
+    "ttt.knobs",
     "ttt.config",
     "ttt.errors",
     "ttt.globs",

@@ -15,9 +15,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from ttt import benchmark
 from ttt.bench import here, numerics, report, timing
 from ttt.bench.timing import Result
-from ttt.config import BENCHMARK_CALLS, compose, differences, resolve, to_dict
+from ttt.config import compose, differences, resolve, to_dict
 from ttt.errors import UserError
 from ttt.infra.record import RunRecord
+from ttt.knobs import BENCHMARK_CALLS
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

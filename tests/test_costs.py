@@ -8,10 +8,11 @@ import pytest
 from builders import MODEL, TRAINING, full_attention
 
 from ttt.bench import costs
-from ttt.config import Config, compose, resolve
+from ttt.config import compose, resolve
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.errors import UserError
+from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.transformer import MetaModel
 

@@ -16,8 +16,6 @@ from builders import MODEL, TRAINING
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt.config import NEEDLE_TASKS
-from ttt.config import SUITES as SUITE_NAMES
 from ttt.core.batch import Batch
 from ttt.dataloader.text import ByteTokenizer, FileTokenizer
 from ttt.errors import UserError
@@ -31,6 +29,8 @@ from ttt.evaluation.result import Row
 from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, measure
 from ttt.evaluation.suites import SUITES
+from ttt.knobs import NEEDLE_TASKS
+from ttt.knobs import SUITES as SUITE_NAMES
 from ttt.model.loop import Scores
 from ttt.model.transformer import MetaModel
 

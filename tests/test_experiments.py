@@ -10,7 +10,8 @@ import hydra
 import pytest
 from omegaconf import DictConfig
 
-from ttt.config import Config, compose, config_dir, experiments, resolve, to_dict
+from ttt.config import compose, config_dir, experiments, resolve, to_dict
+from ttt.knobs import Config
 
 BESIDE = Path(__file__).parents[2] / "shared" / "published_experiments.json"
 PUBLISHED = Path(os.environ.get("TTT_PUBLISHED", BESIDE))

@@ -11,9 +11,9 @@ import pytest
 from builders import MODEL, TRAINING, sequence_loss
 from conftest import golden_dir
 
-from ttt.config import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
 from ttt.core.batch import from_tokens
 from ttt.infra import checkpoint
+from ttt.knobs import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
 from ttt.model import loop, published
 from ttt.model.transformer import MetaModel
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt.config import INNER_GRADIENTS
 from ttt.core.scan import mean_over, scan_in_groups
+from ttt.knobs import INNER_GRADIENTS
 from ttt.model import inner_loop
 from ttt.model.inner_loop import InnerRule
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from ttt.config import BackendConfig
 from ttt.core.batch import Batch
 from ttt.errors import UserError
 from ttt.infra import distributed, mesh
+from ttt.knobs import BackendConfig
 
 EIGHT_DEVICES = """
 import jax

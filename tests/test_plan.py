@@ -14,9 +14,10 @@ from jax.extend.core import jaxprs_in_params
 
 from ttt.bench import costs, here, plan
 from ttt.bench.plan import Machine
-from ttt.config import Config, compose, resolve
+from ttt.config import compose, resolve
 from ttt.core.batch import Batch
 from ttt.errors import UserError
+from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.transformer import MetaModel, run_blocks
 

@@ -24,7 +24,7 @@ from test_train import (  # noqa: F401 - fixtures
 )
 
 from ttt import network, train
-from ttt.config import Config, compose, differences, resolve, to_dict
+from ttt.config import compose, differences, resolve, to_dict
 from ttt.dataloader import lm_dataset, token_store
 from ttt.entry import Job, exit_codes
 from ttt.errors import RunError, Stopped, UserError
@@ -34,6 +34,7 @@ from ttt.infra.lock import LOCK_FILE, RunLock
 from ttt.infra.preemption import StopRequest
 from ttt.infra.progress import Spent
 from ttt.infra.record import RunRecord
+from ttt.knobs import Config
 from ttt.model.loop import Evaluator
 
 ROOT = Path(__file__).parents[1]

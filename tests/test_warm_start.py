@@ -12,9 +12,9 @@ from builders import MODEL, TRAINING, full_attention, random_tokens
 from test_train import configure, record_of, store, weights_of  # noqa: F401 (fixtures)
 
 from ttt import train
-from ttt.config import PRIME_INITS
 from ttt.core.batch import from_tokens
 from ttt.errors import UserError
+from ttt.knobs import PRIME_INITS
 from ttt.model import loop, published, warm_start
 from ttt.model.transformer import MetaModel
 

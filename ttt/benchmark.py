@@ -17,12 +17,13 @@ from rich.console import Console
 from ttt.bench import here, numerics, report, timing
 from ttt.bench.plan import Plan, choose
 from ttt.bench.timing import Result
-from ttt.config import Config, compose, resolve, to_dict
+from ttt.config import compose, resolve, to_dict
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
 from ttt.infra import distributed
 from ttt.infra.mesh import check_divides, device_mesh
 from ttt.infra.record import RunRecord
+from ttt.knobs import Config
 
 logger = logging.getLogger(__name__)
 

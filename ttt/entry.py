@@ -15,8 +15,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ttt.config import Config, config_dir, explain, resolve
+from ttt.config import config_dir, explain, resolve
 from ttt.errors import RunError, Stopped, UserError
+from ttt.knobs import Config
 
 ASKED_TO_STOP = 75
 """Exit code of a run that stopped when asked, and can go on: sysexits' "try again later"."""

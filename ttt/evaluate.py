@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from ttt.config import Config, to_dict
+from ttt.config import to_dict
 from ttt.dataloader import token_store
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
@@ -26,6 +26,7 @@ from ttt.infra import distributed
 from ttt.infra.mesh import device_mesh
 from ttt.infra.progress import Progress
 from ttt.infra.record import RunRecord
+from ttt.knobs import Config
 
 logger = logging.getLogger(__name__)
 

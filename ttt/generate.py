@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from rich.console import Console
 
-from ttt.config import Config, differences, to_dict
+from ttt.config import differences, to_dict
 from ttt.dataloader import text
 from ttt.dataloader.text import AbstractTokenizer, ByteTokenizer
 from ttt.entry import hydra_entry
@@ -24,6 +24,7 @@ from ttt.inference.state import State, read_about, size_in_bytes
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.progress import Progress
+from ttt.knobs import Config
 from ttt.model.published import load_model
 from ttt.model.transformer import MetaModel
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt.config import Config
 from ttt.core.batch import Batch
 from ttt.core.tree import nested
 from ttt.dataloader import lm_dataset
@@ -20,6 +19,7 @@ from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints, RestoreAccount
 from ttt.infra.progress import Progress
+from ttt.knobs import Config
 from ttt.model.count_model import CountModel
 from ttt.model.loop import Scores
 from ttt.start import Parent, Start, start_batches, token_loss

@@ -9,12 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ttt.bench import costs, here, plan
-from ttt.config import Config
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.dataloader.lm_dataset import Source
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.mesh import Layout, check_divides, shard_batch
+from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.loop import Evaluator, Scores, TrainState
 from ttt.model.transformer import MetaModel

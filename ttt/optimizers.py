@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from ttt.config import OptimizerOuterConfig
 from ttt.core.tree import select
+from ttt.knobs import OptimizerOuterConfig
 
 
 def make_schedule(config: OptimizerOuterConfig) -> optax.Schedule:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt.config import Config, ModelConfig, with_stored
+from ttt.config import with_stored
 from ttt.core import tree
 from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset
@@ -26,6 +26,7 @@ from ttt.evaluation.runs import Run
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.infra.mesh import Layout
+from ttt.knobs import Config, ModelConfig
 from ttt.model import loop, published, warm_start
 from ttt.model.loop import Evaluator, Scores, TrainState
 from ttt.model.transformer import MetaModel

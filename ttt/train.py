@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from ttt import light
-from ttt.config import Config, differences, to_dict
+from ttt.config import differences, to_dict
 from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
@@ -37,6 +37,7 @@ from ttt.infra.preemption import StopRequest
 from ttt.infra.progress import Progress, Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
+from ttt.knobs import Config
 from ttt.light import CountLearner, CountState
 from ttt.model.loop import Scores, TrainState
 from ttt.network import Network

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from ttt.config import Config, ModelConfig, TrainingConfig
 from ttt.errors import UserError
 from ttt.globs import matches
+from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model.sharding import shares
 
 BYTES = {"fp32": 4, "bf16": 2}

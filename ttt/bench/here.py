@@ -8,8 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ttt.bench.plan import Machine
-from ttt.config import Config
 from ttt.core.precision import Precision
+from ttt.knobs import Config
 from ttt.ops.dot_attention import choose
 
 MARGIN = 0.9

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ttt.config import Config, ModelConfig, TrainingConfig
 from ttt.core.batch import from_tokens
+from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model import loop
 from ttt.model.transformer import MetaModel
 

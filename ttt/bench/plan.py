@@ -12,8 +12,8 @@ from itertools import product
 from typing import Any
 
 from ttt.bench import costs
-from ttt.config import REMAT_POLICIES, Config
 from ttt.errors import UserError
+from ttt.knobs import REMAT_POLICIES, Config
 
 TOLERANCE = 1.25
 """How far an actual peak may lie from its prediction (tests/test_costs.py): a step is refused only

@@ -1,7 +1,7 @@
 """Compiled calls of several variants, timed in turns in one process.
 
 A call reads a whole batch of random tokens: a training step, the outer gradient alone, prefill or
-evaluation; or it writes tokens after a context (`ttt.config.BenchmarkCalls`). Reading and writing
+evaluation; or it writes tokens after a context (`ttt.knobs.BenchmarkCalls`). Reading and writing
 are the engine's, on one device. Turns (A B A B ...) let the drift of a shared machine hit all
 variants alike.
 """
@@ -22,12 +22,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from ttt.bench import costs
-from ttt.config import Config, ModelConfig, TrainingConfig
 from ttt.core import compiling
 from ttt.core.batch import Batch, from_tokens
 from ttt.inference.engine import CHUNK_OF_FULL_ATTENTION, TOKENS_PER_CALL, Engine
 from ttt.inference.sampling import Sampling
 from ttt.infra.mesh import Layout, shard_batch
+from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model import loop
 from ttt.model.transformer import MetaModel
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ttt.config import ModelConfig
+from ttt.knobs import ModelConfig
 
 # fp64 is for tests, under jax_enable_x64; no configuration passes with it.
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp64": jnp.float64}

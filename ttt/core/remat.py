@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, by name (`ttt.config.REMAT_POLICIES`)."""
+"""What a block keeps for its backward pass, by name (`ttt.knobs.REMAT_POLICIES`)."""
 
 from collections.abc import Callable
 

@@ -3,12 +3,12 @@
 import logging
 from pathlib import Path
 
-from ttt.config import Config
 from ttt.dataloader import lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
 from ttt.evaluation.runs import Run
+from ttt.knobs import Config
 
 logger = logging.getLogger(__name__)
 

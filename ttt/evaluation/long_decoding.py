@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from rich.table import Table
 
-from ttt.config import Config
 from ttt.errors import UserError
 from ttt.evaluation import drawing, held_out, repetition
 from ttt.evaluation.intervals import bootstrap
@@ -27,6 +26,7 @@ from ttt.evaluation.result import Key, Row
 from ttt.evaluation.runs import Run, load_one
 from ttt.evaluation.suite import AbstractSuite, Job, Told
 from ttt.inference.sampling import Sampling
+from ttt.knobs import Config
 
 BINS = 8
 """Stretches of each half whose loss is told."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-from ttt.config import Config
 from ttt.dataloader import lm_dataset
 from ttt.dataloader.lm_dataset import Source
 from ttt.errors import UserError
@@ -18,6 +17,7 @@ from ttt.evaluation.result import Row
 from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, Told
 from ttt.infra.mesh import Layout, check_divides
+from ttt.knobs import Config
 from ttt.model.loop import Evaluator
 
 Curve = tuple[str, bool]

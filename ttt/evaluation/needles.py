@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ttt.config import Config
 from ttt.evaluation import drawing, held_out, ruler
 from ttt.evaluation.intervals import share
 from ttt.evaluation.machine import Machine, in_batches
@@ -21,6 +20,7 @@ from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, Told
 from ttt.inference.sampling import Sampling
 from ttt.infra.progress import Progress
+from ttt.knobs import Config
 
 LABELS = {
     "niah_single_1": "S-NIAH-1: passkey in noise",

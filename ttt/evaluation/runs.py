@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from ttt.config import Config, ModelConfig, TrainingConfig, with_stored
+from ttt.config import with_stored
 from ttt.errors import UserError
 from ttt.evaluation import result
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
+from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model import published
 from ttt.model.transformer import MetaModel
 

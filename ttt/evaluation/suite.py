@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from ttt.config import Config
 from ttt.evaluation.machine import Machine
 from ttt.evaluation.result import Key, Row
 from ttt.evaluation.runs import Run
+from ttt.knobs import Config
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Name -> suite: the one place that a new suite is entered in (and `ttt.config.SUITES`)."""
+"""Name -> suite: the one place that a new suite is entered in (and `ttt.knobs.SUITES`)."""
 
 from ttt.evaluation.long_decoding import LongDecoding
 from ttt.evaluation.loss_by_context import LossByContext

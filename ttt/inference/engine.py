@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ttt.config import ModelConfig, TrainingConfig
 from ttt.core.precision import Precision
 from ttt.errors import UserError
 from ttt.inference import state as states
 from ttt.inference.programs import Layers, Programs, Writing
 from ttt.inference.sampling import Sampling
 from ttt.inference.state import State
+from ttt.knobs import ModelConfig, TrainingConfig
 from ttt.model.layers import for_compute
 from ttt.model.published import to_published
 from ttt.model.transformer import MetaModel

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ttt.config import ModelConfig, TrainingConfig
 from ttt.core.precision import Precision, at_least_float32
 from ttt.inference.sampling import Values, choose
 from ttt.inference.state import State
+from ttt.knobs import ModelConfig, TrainingConfig
 from ttt.model import inner_loop
 from ttt.model.inner_loop import InnerRule
 from ttt.model.layers import Embedding, Linear, RMSNorm, for_compute

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ttt.config import BackendConfig
 from ttt.errors import UserError
+from ttt.knobs import BackendConfig
 
 # Platforms of the config under the names of JAX's devices, and what installs them.
 _DEVICE_NAMES = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}

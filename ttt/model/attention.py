@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ttt.config import ModelConfig
 from ttt.core.precision import Precision
+from ttt.knobs import ModelConfig
 from ttt.model.layers import Linear, RMSNorm
 from ttt.model.mixer import AbstractMixer
 from ttt.ops.dot_attention import (

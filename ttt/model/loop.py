@@ -12,11 +12,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
-from ttt.config import Config, TrainingConfig
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.core.scan import mean_over
 from ttt.infra.mesh import DATA_AXIS, Layout, check_divides, device_mesh, divide_batch
+from ttt.knobs import Config, TrainingConfig
 from ttt.model import sharding
 from ttt.model.inner_loop import InnerRule, warmup_scale
 from ttt.model.transformer import Gather, Learning, MetaModel, SequenceLoss, as_it_is

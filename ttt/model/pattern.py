@@ -2,7 +2,7 @@
 
 from jaxtyping import PRNGKeyArray
 
-from ttt.config import ModelConfig
+from ttt.knobs import ModelConfig
 from ttt.model.attention import Attention
 from ttt.model.mixer import AbstractMixer
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ttt.config import ModelConfig
 from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, nested, with_leaves
 from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import RestoreAccount
+from ttt.knobs import ModelConfig
 from ttt.model.transformer import MetaModel
 
 NEW_IN_META = ("language_model.model.h.prime_storage.**",)

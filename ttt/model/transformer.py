@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
-from ttt.config import ModelConfig
 from ttt.core import tree
 from ttt.core.batch import AnyArray, Batch
 from ttt.core.precision import Precision
 from ttt.core.remat import remat
 from ttt.errors import UserError
+from ttt.knobs import ModelConfig
 from ttt.model import inner_loop
 from ttt.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from ttt.model.mixer import AbstractMixer
@@ -228,7 +228,7 @@ class Learning(NamedTuple):
     group: int = 1
     """Chunks that share one stored carry in the backward pass."""
     gradient: str = "forward_over_reverse"
-    """Which form of the second-order gradient (`ttt.config.INNER_GRADIENTS`)."""
+    """Which form of the second-order gradient (`ttt.knobs.INNER_GRADIENTS`)."""
 
 
 class SequenceLoss(NamedTuple):

@@ -48,7 +48,7 @@ class Begun(NamedTuple):
 
 
 def begin(model: MetaModel, how: str) -> Begun:
-    """`model` with its prime MLPs begun as `how` says (`ttt.config.PRIME_INITS`).
+    """`model` with its prime MLPs begun as `how` says (`ttt.knobs.PRIME_INITS`).
 
     model: fresh prime MLPs, all else from the parent.
     """

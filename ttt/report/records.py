@@ -17,9 +17,9 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ttt.bench import costs
-from ttt.config import ModelConfig
 from ttt.evaluation.result import method_of
 from ttt.infra.record import RunRecord
+from ttt.knobs import ModelConfig
 from ttt.report.manifest import Manifest, Planned
 
 TRAINING = ("step", "data_wait", "save")

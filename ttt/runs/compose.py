@@ -6,7 +6,8 @@ from functools import cache
 
 from omegaconf import DictConfig, OmegaConf
 
-from ttt.config import Config, compose, resolve
+from ttt.config import compose, resolve
+from ttt.knobs import Config
 from ttt.runs.plan import Facts, Run
 
 _PLAIN = re.compile(r"[\w./:-]+", re.ASCII)

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ttt.config import Config
 from ttt.dataloader import text, token_store
+from ttt.knobs import Config
 from ttt.runs import compose, matching, registry, request
 from ttt.runs.execute import TRAIN, Execution
 from ttt.runs.plan import Order, Plan, Run, build

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ttt.errors import UserError
 from ttt.evaluation.intervals import student
-from ttt.report import curves, phase1, pictures, tables, verdict
+from ttt.report import comparisons, curves, phase1, pictures, tables, verdict
 from ttt.report.comparisons import Comparison, Estimate
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "05_phase1_report.py"
@@ -121,6 +121,28 @@ def test_stages_tell_where_they_start_and_what_the_next_starts_from(report):
     assert adapt.warm_loss == adapt.parent_loss
     assert last.validation_loss == pytest.approx(one(report, "P1").loss.mean)
     assert (first.parent_loss, last.next_start_loss) == (None, None)
+
+
+def test_time_to_b1s_loss_lies_between_the_budgets_around_it(report):
+    def at(matching, hours, loss, path="P1"):
+        found = one(report, path, matching)
+        return replace(found, step_hours=hours, loss=Estimate(loss, None, None, 1))
+
+    b1 = at("tokens", 10.0, 2.0, "B1")
+    (found,) = comparisons.reaches([b1, at("tokens", 4.0, 2.1), at("wall_clock", 9.0, 1.9)])
+    assert found.hours == pytest.approx(6.0)  # the middle, in the logarithm, of 4 and 9
+    assert found.of_reference == pytest.approx(0.6)
+    (never,) = comparisons.reaches([b1, at("tokens", 4.0, 2.3), at("wall_clock", 9.0, 2.1)])
+    assert never.hours is None
+    assert "0.1000 nats above it at 0.90 of its time" in never.said
+    (always,) = comparisons.reaches([b1, at("tokens", 4.0, 1.9)])
+    assert "reached within the least budget, 0.40 of its time" in always.said
+    assert "0.6" in tables.to_markdown(replace(report, reaches=(found,)))
+
+
+def test_durations_are_told_in_the_unit_that_suits_them():
+    told = {0.01: "36 s", 0.5: "30 min", 2.5: "2.5 h", 1234.5: "1,234 h", None: "–", 0.0: "0 s"}
+    assert {hours: tables.duration(hours) for hours in told} == told
 
 
 def test_a_row_has_every_fact_of_its_run(report):

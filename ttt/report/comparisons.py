@@ -145,6 +145,51 @@ def compare(manifest: Manifest, found: Sequence[Branch]) -> list[Comparison]:
     ]
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How much training a path takes to B1's loss, between the budgets that it was given."""
+
+    path: str
+    hours: float | None
+    """Device-hours of steps; None: `said` has the reason."""
+    of_reference: float | None
+    """The same as a share of B1's."""
+    said: str
+
+
+def reaches(found: Sequence[Comparison]) -> list[Reach]:
+    """Of every path but B1, from its mean losses and times under all matchings."""
+    references = [c for c in found if c.path == REFERENCE and c.loss and c.step_hours]
+    if not references:
+        return []
+    target, cost = references[0].loss, references[0].step_hours
+    names = dict.fromkeys(c.path for c in found if c.path != REFERENCE)
+    return [
+        _reach(name, [c for c in found if c.path == name and not c.mixed], target, cost)
+        for name in names
+    ]
+
+
+def _reach(
+    path: str, own: Sequence[Comparison], target: Estimate | None, cost: float | None
+) -> Reach:
+    """Loss is taken to fall linearly in the logarithm of time between the nearest two budgets."""
+    points = sorted((c.step_hours, c.loss.mean) for c in own if c.step_hours and c.loss)
+    if target is None or cost is None or not points:
+        return Reach(path, None, None, "no finished path with a loss and a time")
+    for (hours, loss), (more, lower) in pairwise(points):
+        if loss > target.mean >= lower:
+            share = (loss - target.mean) / (loss - lower)
+            at = float(hours * (more / hours) ** share)
+            return Reach(path, at, at / cost, "between two budgets")
+    hours, loss = points[-1]
+    if loss > target.mean:
+        above = f"{loss - target.mean:.4f} nats above it at {hours / cost:.2f} of its time"
+        return Reach(path, None, None, f"not reached: {above}")
+    share = points[0][0] / cost
+    return Reach(path, None, None, f"reached within the least budget, {share:.2f} of its time")
+
+
 def stages(found: Sequence[Branch]) -> list[Stage]:
     """Every stage of every path and matching."""
     keys = dict.fromkeys((branch.path, branch.matching) for branch in found)

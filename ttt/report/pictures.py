@@ -248,11 +248,15 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
         return []
     figure, panels = _panels(2, sharey=True)
     looks = styles([curve.path for curve in curves])
+    short = max(hours for curve in curves for _, hours, _ in curve.ends) < 1
+    scale, unit = (60, "device-minutes") if short else (1, "device-hours")
     for axes, name in zip(panels, ("hours", "tokens"), strict=True):
         for curve in curves:
-            x = getattr(curve, name)
+            x = scale * curve.hours if name == "hours" else curve.tokens
             axes.plot(x.ravel(), curve.loss.ravel(), lw=1, alpha=0.45, **looks[curve.path])
-            ends = [(hours if name == "hours" else tokens, e) for tokens, hours, e in curve.ends]
+            ends = [
+                (scale * hours if name == "hours" else tokens, e) for tokens, hours, e in curve.ends
+            ]
             for at, estimate in ends:
                 last = at == ends[-1][0]
                 axes.errorbar(
@@ -273,7 +277,7 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
     bounds = [e.low for curve in curves for _, _, e in curve.ends[-1:] if e.low is not None]
     low, high = min(low, *ends, *bounds), max(ends)
     shown = high + 0.8 * (high - low + 0.05)  # what the first steps lose would flatten all else
-    for axes, label in zip(panels, ("device-hours of training", "trained tokens"), strict=True):
+    for axes, label in zip(panels, (f"{unit} of training", "trained tokens"), strict=True):
         axes.set_ylim(low - 0.06 * (shown - low), shown)
         axes.set_xlabel(label)
     panels[1].xaxis.set_major_formatter(lambda value, _: _tokens(value))

@@ -6,7 +6,7 @@ from pathlib import Path
 from ttt.errors import UserError
 from ttt.report import comparisons, curves, records, verdict
 from ttt.report import manifest as manifests
-from ttt.report.comparisons import Comparison, Stage
+from ttt.report.comparisons import Comparison, Reach, Stage
 from ttt.report.curves import CostCurve, PositionCurve
 from ttt.report.records import Run
 from ttt.report.verdict import Verdict
@@ -19,6 +19,7 @@ class Report:
     folder: Path
     runs: tuple[Run, ...]
     comparisons: tuple[Comparison, ...]
+    reaches: tuple[Reach, ...]
     stages: tuple[Stage, ...]
     positions: tuple[PositionCurve, ...]
     costs: tuple[CostCurve, ...]
@@ -73,6 +74,7 @@ def read(
         folder=folder,
         runs=tuple(runs),
         comparisons=tuple(compared),
+        reaches=tuple(comparisons.reaches(compared)),
         stages=tuple(comparisons.stages(branches)),
         positions=tuple(by_position),
         costs=tuple(by_cost),

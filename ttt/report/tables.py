@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ttt.evaluation.drawing import short
-from ttt.report.comparisons import REFERENCE, Comparison, Stage
+from ttt.report.comparisons import REFERENCE, Comparison, Reach, Stage
 from ttt.report.manifest import MATCHED
 from ttt.report.pictures import Picture
 from ttt.report.reading import Report
@@ -82,11 +82,16 @@ def whole(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
 
 
-def hours(value: float | None) -> str:
-    """Three significant digits."""
-    if value is None:
+def duration(hours: float | None) -> str:
+    """Hours in the unit that suits them, three significant digits: `41 s`, `3.2 min`, `12.5 h`."""
+    if hours is None:
         return NONE
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    size, unit = next(x for x in _UNITS if hours * x[0] >= 1 or x is _UNITS[-1])
+    value = hours * size
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+_UNITS = ((1, "h"), (60, "min"), (3600, "s"))
 
 
 def count(value: float | None) -> str:
@@ -150,7 +155,7 @@ def run_grids(runs: Sequence[Run]) -> list[Grid]:
         "validation": lambda r: loss(r.validation_loss),
         "not learning": lambda r: loss(r.validation_loss_without_learning),
         "count model": lambda r: loss(r.count_model_loss),
-        "device-hours": lambda r: hours(r.device_hours),
+        "device time": lambda r: duration(r.device_hours),
         "tokens/s": lambda r: whole(r.tokens_per_second),
     }
     started: dict[str, Callable[[Run], str]] = {
@@ -164,8 +169,8 @@ def run_grids(runs: Sequence[Run]) -> list[Grid]:
         "step-0 loss": lambda r: loss(r.start_loss),
         "parent, same tokens": lambda r: loss(r.parent_loss),
         "warm, same tokens": lambda r: loss(r.warm_loss),
-        "compile h": lambda r: hours(r.compile_hours),
-        "evaluation h": lambda r: hours(r.evaluation_hours),
+        "compiling": lambda r: duration(r.compile_hours),
+        "evaluating": lambda r: duration(r.evaluation_hours),
     }
     return [
         _grid("runs (losses in nats per token)", runs, trained, 5),
@@ -183,8 +188,8 @@ def comparison_grid(comparisons: Sequence[Comparison], matching: str) -> Grid:
         "step time saved": lambda c: _estimate(c.saving, ".1%"),
         "seeds": lambda c: f"{c.loss.n if c.loss else 0} of {len(c.seeds)}",
         "tokens": lambda c: count(c.tokens),
-        "step h": lambda c: hours(c.step_hours),
-        "device-hours": lambda c: hours(c.device_hours),
+        "step time": lambda c: duration(c.step_hours),
+        "device time": lambda c: duration(c.device_hours),
         "parameters": lambda c: count(c.parameters),
         "count model": lambda c: loss(c.count_model_loss),
         "to be trusted": lambda c: _trust(c),
@@ -208,7 +213,8 @@ def stage_grid(stages: Sequence[Stage], matching: str) -> Grid:
         "stage": lambda s: f"{s.number} {s.stage}",
         "steps": lambda s: whole(s.steps),
         "tokens": lambda s: count(s.tokens),
-        "step h": lambda s: hours(s.step_hours),
+        "step time": lambda s: duration(s.step_hours),
+        "s per 1K tokens": _pace,
         "step-0 loss": lambda s: loss(s.start_loss),
         "warm / parent, same tokens": lambda s: f"{loss(s.warm_loss)} / {loss(s.parent_loss)}",
         "training loss": lambda s: f"{loss(s.first_loss)} → {loss(s.final_loss)}",
@@ -220,6 +226,24 @@ def stage_grid(stages: Sequence[Stage], matching: str) -> Grid:
     return _grid(
         f"stages, {MATCHED.get(matching, matching)} (means over seeds)", chosen, columns, 2
     )
+
+
+def _pace(stage: Stage) -> str:
+    """Seconds of steps per 1024 tokens."""
+    if not stage.step_hours or not stage.tokens:
+        return NONE
+    return f"{3600 * stage.step_hours / stage.tokens * 1024:.3g}"
+
+
+def reach_grid(report: Report) -> Grid:
+    """Training time to the loss of B1."""
+    columns: dict[str, Callable[[Reach], str]] = {
+        "path": lambda r: r.path,
+        "how it is known": lambda r: r.said,
+        "step time": lambda r: duration(r.hours),
+        f"of {REFERENCE}'s": lambda r: NONE if r.of_reference is None else f"{r.of_reference:.2f}",
+    }
+    return _grid(f"time to reach {REFERENCE}'s loss", report.reaches, columns, 2)
 
 
 def _estimate(estimate: Any, form: str) -> str:
@@ -256,6 +280,7 @@ def to_terminal(report: Report, width: int) -> Group:
             comparison_grid(report.comparisons, matching),
             stage_grid(report.stages, matching),
         ]
+    grids += [reach_grid(report)] if report.reaches else []
     lines = [_gate(report.verdict), *(f"  {line}" for line in report.verdict.evidence)]
     for verdict in report.verdicts:
         lines += [f"{verdict.path}: {verdict.answer}{_aside(verdict)}"]
@@ -286,7 +311,7 @@ def to_markdown(report: Report, pictures: Sequence[Picture] = ()) -> str:
         f"{len(runs)} runs ({told_states}); devices: {', '.join(devices) or 'unknown'}; "
         f"commits: {', '.join(commits) or 'unknown'}. Losses are in nats per token, means over "
         "all scored tokens; intervals are 95 %, Student's t over seeds, differences paired by "
-        "seed. Device-hours are devices × hours of steps, waiting for data and saving. "
+        "seed. Device time is devices × time of steps, waiting for data and saving. "
         f"{NONE}: unknown, with the reason in `runs.csv` and `report.json` under `missing`.",
         "## Verdict",
         f"**{_gate(report.verdict)}**",
@@ -302,6 +327,8 @@ def to_markdown(report: Report, pictures: Sequence[Picture] = ()) -> str:
         parts += [*_section(comparison_grid(own, matching)), *_problems(own)]
         parts += [picture.markdown() for picture in pictures if picture.matching == matching]
         parts += [*_section(stage_grid(report.stages, matching)), STEP_0]
+    if report.reaches:
+        parts += _section(reach_grid(report))
     for grid in run_grids(runs):
         parts += _section(grid)
     if found := notes(report):

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import runpy
+import sys
 import tempfile
 from pathlib import Path
 
@@ -49,3 +51,20 @@ def handlers_stay_open(monkeypatch):
     That stream is whatever stderr was when absl was imported: in a test, pytest's own capture.
     """
     monkeypatch.setattr(logging, "shutdown", lambda *handlers: None)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """(exit code, what was said) of `scripts/NAME` called with these arguments."""
+
+    def run(name, *arguments):
+        path = str(Path(__file__).parents[1] / "scripts" / name)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as exited:
+            code = exited.code or 0
+        return code, capsys.readouterr()
+
+    return run

@@ -1,8 +1,6 @@
 """scripts/01_config_inspect.py, as its user meets it."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +10,10 @@ E2E = "+experiment=125m/pretrain/pretrain-125m-e2e"
 
 
 @pytest.fixture
-def inspect(monkeypatch, capsys):
+def inspect(run_script):
     def run(*overrides, options=()):
         arguments = [part for text in overrides for part in ("--override", text)]
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments, *map(str, options)])
-        code = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as exited:
-            code = exited.code
-        return code, capsys.readouterr()
+        return run_script(SCRIPT.name, *arguments, *options)
 
     return run
 

@@ -1,7 +1,6 @@
 """scripts/00_data_fetch.py against an object store on loopback: whole, verified, resumable."""
 
 import json
-import runpy
 import shutil
 import signal
 import subprocess
@@ -72,17 +71,10 @@ def ask(store, tmp_path):
 
 
 @pytest.fixture
-def script(store, tmp_path, monkeypatch, capsys):
+def script(store, tmp_path, run_script):
     def run(*options, datasets="books3"):
         common = ["--dest-root", tmp_path / "data", "--datasets", datasets]
-        arguments = [SCRIPT, *common, "--endpoint-url", store.url, *options]
-        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-        code = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as exited:
-            code = exited.code
-        return code, capsys.readouterr()
+        return run_script(SCRIPT.name, *common, "--endpoint-url", store.url, *options)
 
     return run
 

@@ -1,8 +1,6 @@
 """scripts/02_data_validate.py: each fault alone, in a store that is sound otherwise."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -259,16 +257,9 @@ def test_absent_store_is_a_mistake_of_the_request(tmp_path):
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch, capsys):
+def script(tmp_path, run_script):
     def run(*options):
-        arguments = [SCRIPT, "--dataset-path", tmp_path / "store", *options]
-        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-        code = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as exited:
-            code = exited.code
-        return code, capsys.readouterr()
+        return run_script(SCRIPT.name, "--dataset-path", tmp_path / "store", *options)
 
     return run
 

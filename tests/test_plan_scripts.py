@@ -1,9 +1,7 @@
 """Scripts 03 and 06 as their users meet them."""
 
 import os
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,21 +13,16 @@ MATRIX, PILOT = "03_pretrained_matrix.py", "06_phase1_pilot.py"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
+def call(monkeypatch, run_script, tmp_path):
     """(exit code, what was said) of a script called in an empty folder, which stays empty."""
     monkeypatch.chdir(tmp_path)
     for name in ("TTT_DATA", "TTT_CHECKPOINTS", "TTT_EXPERIMENTS"):
         monkeypatch.delenv(name, raising=False)
 
     def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-        except SystemExit as exited:
-            code = exited.code or 0
+        code, said = run_script(script, *arguments)
         assert os.listdir(tmp_path) == []
-        return code, capsys.readouterr()
+        return code, said
 
     return run
 

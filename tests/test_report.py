@@ -4,10 +4,9 @@ import csv
 import io
 import json
 import math
-import runpy
 import shutil
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ladder
@@ -541,17 +540,8 @@ def test_a_picture_that_can_no_longer_be_drawn_goes(copied, tmp_path):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as exited:
-            code = exited.code
-        return code, capsys.readouterr()
-
-    return run
+def script(run_script):
+    return partial(run_script, "05_phase1_report.py")
 
 
 def asked(root, *more):

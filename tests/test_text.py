@@ -1,7 +1,5 @@
 """Text: documents become tokens and come back; train and val share no document."""
 
-import runpy
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -248,19 +246,12 @@ def test_racing_process_keeps_the_first_builtin_store(tmp_path, small_stdlib):
     assert [p.name for p in tmp_path.glob("*builtin*")] == ["builtin"]
 
 
-def test_script_makes_a_store_once_and_prints_its_fingerprints(tmp_path, monkeypatch, capsys):
-    script = Path(__file__).parents[1] / "scripts" / "04_make_token_data.py"
+def test_script_makes_a_store_once_and_prints_its_fingerprints(tmp_path, run_script):
     out = tmp_path / "s"
 
     def run(*more):
         arguments = f"--out {out} --source random --train-tokens 9 --val-tokens 4".split()
-        monkeypatch.setattr(sys, "argv", [str(script), *arguments, *more])
-        code = 0
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as exited:
-            code = exited.code
-        return code, capsys.readouterr()
+        return run_script("04_make_token_data.py", *arguments, *more)
 
     assert run("--dry-run")[0] == 0
     assert not out.exists()

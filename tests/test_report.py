@@ -212,7 +212,7 @@ def test_paths_without_test_time_training_do_not_pass_the_gate_for_it(report):
     assert verdict.overall(only).answer == verdict.UNKNOWN
 
 
-def compared(delta, saving, problems=(), devices=("a",)) -> list[Comparison]:
+def compared(delta, saving, problems=(), devices=("a",), without_merit=()) -> list[Comparison]:
     return [
         Comparison(
             *("P1", "tokens", "fa → e2e", "e2e", 128, (0, 1, 2)),
@@ -227,6 +227,7 @@ def compared(delta, saving, problems=(), devices=("a",)) -> list[Comparison]:
             count_model_loss=None,
             devices=devices,
             problems=problems,
+            without_merit=without_merit,
         )
     ]
 
@@ -247,6 +248,9 @@ BELOW = Estimate(0.002, 0.0, 0.004, 3)
         (None, SURE, {}, verdict.UNKNOWN),
         (BELOW, SURE, {"problems": ("a gate failed",)}, verdict.UNKNOWN),
         (BELOW, SURE, {"devices": ("a", "b")}, verdict.UNKNOWN),
+        # A model that counts as well as it predicts passes nothing, and can fail all the same.
+        (BELOW, SURE, {"without_merit": ("x does not beat",)}, verdict.UNKNOWN),
+        (SURE, SURE, {"without_merit": ("x does not beat",)}, verdict.FAILS),
         # Whatever the times were on: the loss alone decides against it.
         (Estimate(0.03, 0.02, 0.04, 3), SURE, {"devices": ("a", "b")}, verdict.FAILS),
     ],

@@ -56,6 +56,15 @@ class Branch:
         return self.runs[-1]
 
     @property
+    def without_merit(self) -> list[str]:
+        """That its model is no better than counting token pairs, if so."""
+        run = self.last
+        if run.beats_count_model is not False:
+            return []
+        losses = f"{run.validation_loss:.4f} against {run.count_model_loss:.4f}"
+        return [f"{run.name} does not beat the count model: {losses}"]
+
+    @property
     def done(self) -> bool:
         """Whether all of its runs are finished."""
         return all(run.status == "finished" for run in self.runs)
@@ -122,6 +131,8 @@ class Comparison:
     """Of all runs of the path and of B1."""
     problems: tuple[str, ...]
     """Why its numbers cannot decide anything."""
+    without_merit: tuple[str, ...]
+    """Its models that are no better than counting token pairs: nothing is won with them."""
 
     @property
     def mixed(self) -> bool:
@@ -238,11 +249,6 @@ def _problems(run: Run, *, last: bool) -> list[str]:
         return [f"{run.name} trained no network: runtime_mode {run.runtime_mode}"]
     needed = ["tokens", "step_hours", *(["validation_loss", "context"] if last else [])]
     found = [f"{run.name} lacks {name}" for name in needed if getattr(run, name) is None]
-    if last and run.beats_count_model is False:
-        found.append(
-            f"{run.name} does not beat the count model: {run.validation_loss:.4f} against "
-            f"{run.count_model_loss:.4f}"
-        )
     if last and run.count_model_loss is None:
         found.append(f"{run.name} has no count model's loss beside its own")
     return found
@@ -269,7 +275,8 @@ def _comparison(own: Sequence[Branch], found: Sequence[Branch]) -> Comparison:
     ]
     is_reference = own[0].path == REFERENCE
     if not is_reference:
-        problems += [f"{REFERENCE}: {text}" for _, r in both for text in r.problems]
+        spoiled = ((*r.problems, *r.without_merit) for _, r in both)
+        problems += [f"{REFERENCE}: {text}" for texts in spoiled for text in texts]
         problems += [text for b, r in both for text in _unlike(b, r)]
     runs = [run for pair in both or [(b,) for b in own] for b in pair for run in b.runs]
     first, done = own[0], [branch for branch in own if branch.done]
@@ -291,6 +298,7 @@ def _comparison(own: Sequence[Branch], found: Sequence[Branch]) -> Comparison:
         count_model_loss=_mean(branch.last.count_model_loss for branch in done),
         devices=tuple(sorted({run.devices for run in runs if run.devices is not None})),
         problems=tuple(dict.fromkeys(problems)),
+        without_merit=tuple(text for branch in own for text in branch.without_merit),
     )
 
 

@@ -203,6 +203,8 @@ def comparison_grid(comparisons: Sequence[Comparison], matching: str) -> Grid:
 def _trust(comparison: Comparison) -> str:
     if comparison.problems:
         return "no: see the list"
+    if comparison.without_merit:
+        return "no better than counts"
     return "not in time: MIXED DEVICES" if comparison.mixed else "yes"
 
 

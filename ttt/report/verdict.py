@@ -86,7 +86,9 @@ def _of_path(found: Comparison, all_matchings: Sequence[Comparison]) -> Verdict:
     elif FAILS in (loss, time):
         answer = FAILS
     else:
-        answer = UNKNOWN if UNKNOWN in (loss, time) else HOLDS
+        sure = UNKNOWN not in (loss, time) and not found.without_merit
+        answer = HOLDS if sure else UNKNOWN
+    evidence += [f"nothing is won with it: {text}" for text in found.without_merit]
     evidence += [
         f"beside it, {MATCHED.get(c.matching, c.matching)}: loss {told(c.delta, '+.4f')} nats"
         for c in all_matchings

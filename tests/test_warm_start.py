@@ -93,6 +93,8 @@ def test_every_new_and_every_moved_weight_is_told(how, warm, parent):
     begun = warm_start.begin(warm("random"), how)
     targets = [line.split(" -> ")[1] for line in begun.moved]
     prime = [n for n in published.to_published(begun.model) if ".prime_storage." in n]
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(begun.model)]
+    assert len(set(buffers)) == len(buffers)  # a training step gives them all away
     assert set(prime) <= {*begun.initialised, *targets}
     assert not set(begun.initialised) & set(targets)
     assert all(".prime_storage." in name or name.endswith("[-2:]") for name in begun.initialised)

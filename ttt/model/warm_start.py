@@ -53,7 +53,8 @@ def begin(model: MetaModel, how: str) -> Begun:
     model: fresh prime MLPs, all else from the parent.
     """
     blocks = model.language_model.model.h.suffix_blocks
-    begun = jax.vmap(INITS[how])(blocks)
+    # Copied, or a copy would share its buffers with what it is a copy of, and could not be donated.
+    begun = jax.tree.map(jnp.copy, jax.vmap(INITS[how])(blocks))
     last = f"[-{jax.tree.leaves(blocks)[0].shape[0]}:]"
     present = [part for part in _PARTS if _part(blocks, part) is not None]
     taken = {

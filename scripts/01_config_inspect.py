@@ -3,7 +3,6 @@ r"""Show what a configuration amounts to: data, paths, parameters, FLOPs and mem
 For example:
   uv run --exact python scripts/01_config_inspect.py --devices 8 --memory-gb 141 --out costs.json \
       --override +experiment=3b/pretrain/pretrain-3b-e2e --override training.accum_steps=2
-
 FLOPs count matrix products; "as run" has what is computed twice. "plan": what `auto` means there.
 Exit codes: 0 shown; 1 a failure under way; 2 a mistake in the request
 """
@@ -50,8 +49,8 @@ def places(config: Config) -> dict[str, str]:
     paths, name = config.deploy_paths, config.training.dataset_name
     data = {} if config.training.dummy_dataset else {f"dataset {name}": paths.data[name]}
     listed = data | {"checkpoint": paths.checkpoint, "experiments": paths.experiments}
-    told = {p: p if Path(p).exists() else f"missing: {p}" for p in listed.values() if p}
-    return {key: told.get(path, "unset") for key, path in listed.items()}
+    missing = {key: "" if Path(path).exists() else "missing: " for key, path in listed.items()}
+    return {key: missing[key] + path if path else "unset" for key, path in listed.items()}
 
 
 def main() -> None:

@@ -110,7 +110,11 @@ def test_the_matrix_of_a_seed_matched_by_tokens(call):
         (PILOT, ["--matching", "tokens,time"], "--matching 'time': must be one of"),
         (PILOT, ["--matching", "wall_clock"], "write --matching tokens,wall_clock"),
         (PILOT, ["--pretrain-steps", 0], "pretrain_steps=0: must be a whole number from 1"),
-        (PILOT, ["--adapt-steps", 200], "something must be left to pretrain on"),
+        (
+            PILOT,
+            ["--pretrain-steps", 200, "--adapt-steps", 200],
+            "something must be left to pretrain on",
+        ),
         (PILOT, ["--seq-length", 100], "a sequence must be whole chunks"),
         (PILOT, ["--data-root", "d", "--books-root", "b"], "give one or the other"),
         (PILOT, ["--size", "125m", "--paths", "B1"], "No token store at"),
@@ -131,6 +135,6 @@ def test_the_pilot_shows_its_plan_and_does_nothing(call):
     lines = [line for line in said.out.splitlines() if line.startswith("uv run train")]
     assert len(lines) == 5
     assert all("training.exp_folder=x" in line for line in lines)
-    assert "P1 (tokens, seed 0): 2,129,920 tokens" in said.out
-    assert "B1 (tokens, seed 0): 2,129,920 tokens" in said.out
+    assert "P1 (tokens, seed 0): 696,320 tokens" in said.out
+    assert "B1 (tokens, seed 0): 696,320 tokens" in said.out
     assert "wall-clock-matched runs follow" in said.out

@@ -25,7 +25,7 @@ from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
 from ttt.model import loop
-from ttt.train import as_items
+from ttt.start import as_items
 
 SMALL = [
     "size.intermediate_size=32",

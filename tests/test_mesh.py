@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from ttt.config import BackendConfig
+from ttt.knobs import BackendConfig
 from ttt.core.batch import Batch
 from ttt.errors import UserError
 from ttt.infra import distributed, mesh

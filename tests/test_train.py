@@ -265,6 +265,15 @@ def test_loading_all_goes_on_where_the_other_run_stopped(configure):
     jax.tree.map(np.testing.assert_array_equal, weights_of(branch), weights_of(straight))
 
 
+def test_all_of_a_run_that_is_at_its_end_already_is_refused(configure):
+    train.run(configure("training.total_steps=1"))
+    parent = ["training.load_part=all", "training.resume_exp_name=pretrain-tiny-e2e"]
+    child = configure("training.exp_name=child", "training.total_steps=1", *parent)
+    with pytest.raises(UserError, match=r"total_steps=1: .*/1 has taken as many steps"):
+        train.run(child)
+    assert not record_of(child).folder.exists()
+
+
 def test_a_missing_parent_is_named_with_its_folder(configure):
     config = configure("training.load_part=params", "training.resume_exp_name=nobody")
     with pytest.raises(UserError, match=r"no checkpoint in .*/checkpoints/default/nobody"):

@@ -184,7 +184,7 @@ def test_a_window_and_then_learning_start_at_the_parents_loss(configure, fa_pare
         start = start_of(config)
         assert start["preserving"], start["why"]
         assert start["context"] == context
-        assert start["warm_loss"] == pytest.approx(start["parent_loss"], abs=1e-5)
+        assert start["warm_loss"] == pytest.approx(start["parent_loss"], abs=1e-6)
         account = record_of(config).run()["attempts"][0]["restored"]
         assert not account["narrowed"]
         assert not account["unused"]
@@ -225,6 +225,16 @@ def test_without_a_policy_that_fits_another_width_is_refused(configure, fa_paren
 def test_other_heads_are_refused_though_every_shape_fits(configure, fa_parent):  # noqa: F811
     with pytest.raises(UserError, match=r"num_attention_heads=1: .* was trained with 2"):
         train.run(configure(*fa_parent, "training.exp_name=x", "model.num_attention_heads=1"))
+
+
+def test_another_window_and_chunk_change_nothing_within_both(configure):  # noqa: F811
+    short = ["model.suffix_len=0", "training.total_steps=1"]
+    train.run(configure(*short, "size.chunk=8", "size.window=48", **SWA))
+    child = configure("training.exp_name=c", "training.resume_exp_name=pretrain-tiny-swa", *WARM)
+    train.run(child)
+    start = start_of(child)
+    assert (start["context"], start["preserving"], start["why"]) == (16, True, "")
+    assert start["warm_loss"] == pytest.approx(start["parent_loss"], abs=1e-6)
 
 
 def test_a_changed_function_is_told(configure, fa_parent):  # noqa: F811

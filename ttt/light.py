@@ -22,7 +22,7 @@ from ttt.infra.progress import Progress
 from ttt.knobs import Config
 from ttt.model.count_model import CountModel
 from ttt.model.loop import Scores
-from ttt.start import Parent, Start, start_batches, token_loss
+from ttt.start import Parent, Start, parents_checkpoints, start_batches, token_loss
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +74,14 @@ class CountLearner:
         self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
     ) -> Start:
         """The run's own step `own`, else what `load_part` says, else nothing counted."""
-        training, paths = self.config.training, self.config.deploy_paths
+        training = self.config.training
         if own is not None:
             logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
             return self._restore(checkpoints, own, "all")._replace(continues=True)
         if training.load_part == "none":
             nothing = CountModel.empty(self.config.model.vocab_size)
             return Start(CountState(nothing, 0), None, None)
-        folder = checkpoint.run_folder(
-            paths.checkpoint, training.resume_exp_folder, training.resume_exp_name
-        )
-        parent = Checkpoints(folder)
+        parent = parents_checkpoints(self.config)
         step = parent.find_good(training.resume_step)
         logger.info("starting from %s (%s)", parent.find(step), training.load_part)
         start = self._restore(parent, step, training.load_part)

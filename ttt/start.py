@@ -40,7 +40,6 @@ _FUNCTION = (
 )
 CALIBRATION_SEQUENCES = 8
 """Training sequences on which the units of an MLP are weighed before some are taken away."""
-_LEARNING = ("mini_batch_size", "sliding_window_size")
 
 
 @dataclass(frozen=True)
@@ -91,22 +90,34 @@ def find_start(
         shardings = layout.shardings(jax.eval_shape(lambda: loop.init_state(config)))
         fresh = jax.jit(lambda: loop.init_state(config), out_shardings=shardings)()
         return Start(fresh, None, None)
-    folder = checkpoint.run_folder(
-        config.deploy_paths.checkpoint, training.resume_exp_folder, training.resume_exp_name
-    )
-    parent = Checkpoints(folder)
+    parent = parents_checkpoints(config)
     step_folder = parent.find(parent.find_good(training.resume_step))
     logger.info("starting from %s (%s)", step_folder, training.load_part)
     if training.load_part == "all":
-        if int(step_folder.name) >= training.total_steps:
-            raise UserError(
-                f"training.total_steps={training.total_steps}: {step_folder} has taken as many "
-                "steps already, and with training.load_part=all they count; raise it, or take "
-                "the parameters alone (training.load_part=params)"
-            )
         whole = restore_all(config, parent, int(step_folder.name), layout)
         return whole._replace(parent=Parent(None, 0, False, True, "the same model, with all state"))
     return restore_parameters(config, train, evaluation, step_folder, layout)
+
+
+def parents_checkpoints(config: Config) -> Checkpoints:
+    """Those of the run that `resume_exp_name` names."""
+    training, root = config.training, config.deploy_paths.checkpoint
+    return Checkpoints(
+        checkpoint.run_folder(root, training.resume_exp_folder, training.resume_exp_name)
+    )
+
+
+def check_parent(config: Config) -> None:
+    """Refuse a parent that is not there, of another runtime mode, or done with all the steps."""
+    training = config.training
+    step_folder = parents_checkpoints(config).find(training.resume_step)
+    checkpoint.check_mode(step_folder, training.runtime_mode)
+    if training.load_part == "all" and int(step_folder.name) >= training.total_steps:
+        raise UserError(
+            f"training.total_steps={training.total_steps}: {step_folder} has taken as many steps "
+            "already, and with training.load_part=all they count; raise it, or take the "
+            "parameters alone (training.load_part=params)"
+        )
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
@@ -200,9 +211,10 @@ def check_heads(parent: ModelConfig, own: ModelConfig, step_folder: Path) -> Non
 def changes(parent: Run, config: Config) -> dict[str, list[Any]]:
     """Settings of the function that differ, as [parent's, own]."""
     model, training = config.model, config.training
-    keys = _FUNCTION + (_LEARNING if parent.window is not None and model_slides(model) else ())
+    both_learn = parent.learns and training.train_mode == "meta"
+    keys = (*_FUNCTION, "mini_batch_size") if both_learn else _FUNCTION
     found = {f"model.{key}": [getattr(parent.config, key), getattr(model, key)] for key in keys}
-    if parent.learns and training.train_mode == "meta":
+    if both_learn:
         inner = (parent.training, training)
         found["training.optimizer_inner"] = [dataclasses.asdict(t.optimizer_inner) for t in inner]
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}

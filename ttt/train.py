@@ -41,7 +41,7 @@ from ttt.knobs import Config
 from ttt.light import CountLearner, CountState
 from ttt.model.loop import Scores, TrainState
 from ttt.network import Network
-from ttt.start import Parent, Start, token_loss
+from ttt.start import Parent, Start, check_parent, token_loss
 
 logger = logging.getLogger(__name__)
 
@@ -309,14 +309,6 @@ def check_continues(
         )
 
 
-def check_parent(config: Config) -> None:
-    """Refuse a parent that is not there, or that is of another runtime mode."""
-    training, root = config.training, config.deploy_paths.checkpoint
-    folder = checkpoint.run_folder(root, training.resume_exp_folder, training.resume_exp_name)
-    parent = Checkpoints(folder).find(training.resume_step)
-    checkpoint.check_mode(parent, training.runtime_mode)
-
-
 def make_tracker(config: Config, record: RunRecord) -> Tracker:
     """The run record, mirrored to W&B if asked for."""
     training = config.training
@@ -555,7 +547,8 @@ def evaluate_start(run: Run, start: Start) -> None:
 def tell_start(parent: Parent, warm: float | None) -> None:
     """The child's loss beside its parent's, in a sentence."""
     if parent.loss is None or warm is None:
-        logger.warning("the start could not be compared with the parent: %s", parent.why)
+        level = logging.INFO if parent.preserving else logging.WARNING
+        logger.log(level, "the start was not compared with the parent: %s", parent.why)
         return
     same = "as it must" if parent.preserving else f"not the same function ({parent.why})"
     logger.info(

@@ -16,11 +16,11 @@ from omegaconf import OmegaConf, errors
 from rich.console import Console
 from rich.table import Table
 
-from ttt.bench import costs, plan
 from ttt.config import compose, resolve
 from ttt.entry import exit_codes
 from ttt.errors import UserError
 from ttt.knobs import Config
+from ttt.plan import costs, fit
 
 
 def composed(overrides: list[str]) -> Config:
@@ -66,7 +66,7 @@ def main() -> None:
         if args.out and (args.out.exists() or not args.out.parent.is_dir()):
             raise UserError(f"--out {args.out}: must be a new file in a folder that exists")
         config, full = composed(args.override), with_full_attention(args.override)
-        told = {"paths": places(config)} | plan.inspect(config, args.devices, args.memory_gb, full)
+        told = {"paths": places(config)} | fit.inspect(config, args.devices, args.memory_gb, full)
         for title, rows in told.items():
             table = Table(title, "")
             for name, value in rows.items():

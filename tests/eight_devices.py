@@ -17,13 +17,13 @@ import numpy as np
 from builders import MODEL, TRAINING, full_attention, random_tokens
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ttt.bench import costs
 from ttt.core import compiling
 from ttt.core.batch import from_tokens
 from ttt.infra import mesh
 from ttt.infra.mesh import Layout
-from ttt.model import loop, sharding
+from ttt.model import loop
 from ttt.model.transformer import MetaModel
+from ttt.plan import costs, sharding
 
 # Before the first use of a device.
 jax.config.update("jax_platforms", "cpu")

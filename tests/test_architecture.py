@@ -14,20 +14,24 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A module may be named before it is written; none may be written unnamed.
 FLOORS = (
-    ("ttt", "ttt.errors", "ttt.globs", "ttt.knobs", "ttt.config", "ttt.entry"),
+    (
+        *("ttt", "ttt.errors", "ttt.globs", "ttt.mixers", "ttt.knobs", "ttt.config", "ttt.entry"),
+        *("ttt.figures", "ttt.intervals"),
+    ),
     ("ttt.core", "hydra_plugins"),
     ("ttt.ops", "ttt.optimizers", "ttt.dataloader", "ttt.infra"),
+    ("ttt.plan",),
     ("ttt.model",),
-    ("ttt.interop", "ttt.inference"),
+    ("ttt.training", "ttt.inference", "ttt.interop"),
     ("ttt.evaluation", "ttt.bench"),
-    ("ttt.runs", "ttt.report", "ttt.start"),
-    ("ttt.light", "ttt.network"),
+    ("ttt.runs", "ttt.report"),
     ("ttt.train", "ttt.evaluate", "ttt.generate", "ttt.benchmark"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 JAX_FREE = (
     "ttt.knobs",
+    "ttt.mixers",
     "ttt.config",
     "ttt.errors",
     "ttt.globs",
@@ -40,14 +44,14 @@ JAX_FREE = (
     "ttt.dataloader.bucket",
     "ttt.dataloader.fetch",
     "ttt.dataloader.validate",
-    "ttt.model.sharding",
-    "ttt.model.count_model",
-    "ttt.bench.costs",
-    "ttt.bench.plan",
+    "ttt.plan.sharding",
+    "ttt.training.count_model",
+    "ttt.plan.costs",
+    "ttt.plan.fit",
     "ttt.evaluation.result",
     "ttt.evaluation.bins",
-    "ttt.evaluation.drawing",
-    "ttt.evaluation.intervals",
+    "ttt.figures",
+    "ttt.intervals",
     "ttt.evaluation.repetition",
     "ttt.evaluation.ruler",
     "ttt.report.manifest",

@@ -13,12 +13,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from ttt import benchmark
-from ttt.bench import here, numerics, report, timing
+from ttt.bench import numerics, report, timing
 from ttt.bench.timing import Result
 from ttt.config import compose, differences, resolve, to_dict
 from ttt.errors import UserError
 from ttt.infra.record import RunRecord
 from ttt.knobs import BENCHMARK_CALLS
+from ttt.plan import hardware
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -124,8 +125,8 @@ def test_what_auto_became_is_measured_and_recorded(measure, sound, monkeypatch):
         seen.extend(settings)
         return [result(name) for name in configs]
 
-    machine = here.machine(resolve(compose(SMALL)))
-    monkeypatch.setattr(here, "machine", lambda config: replace(machine, budget=1))
+    machine = hardware.machine(resolve(compose(SMALL)))
+    monkeypatch.setattr(hardware, "machine", lambda config: replace(machine, budget=1))
     monkeypatch.setattr(timing, "measure", timed)
     auto = ["model.remat_prefix=auto", "training.inner_remat_freq=0"]
     code, record = measure(*auto, "+benchmark.variants.set='model.remat_prefix=dots'", TWO[0])

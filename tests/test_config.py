@@ -109,7 +109,7 @@ def faults(changes, name=E2E):
         ({"training.log_wandb": True, "training.wandb_project": ""}, ["wandb_project=NAME"]),
         ({"backend.fake_devices": 8, "backend.platform": "cuda"}, ["fake_devices=8", "=cuda"]),
         ({"backend.sharding": "fspd"}, ["=fspd", "did you mean fsdp?"]),
-        ({"backend.state_parallel": 3}, ["state_parallel=3", "num_attention_heads=", "divisor"]),
+        ({"backend.state_parallel": 3}, ["state_parallel=3", "num_key_value_heads=", "divisor"]),
         ({"backend.num_processes": 2}, ["num_processes=2", "process_id=-1", "set all or none"]),
         (
             {

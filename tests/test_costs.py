@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 from builders import MODEL, TRAINING, full_attention
 
-from ttt.bench import costs
 from ttt.config import compose, resolve
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
@@ -15,6 +14,7 @@ from ttt.errors import UserError
 from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.transformer import MetaModel
+from ttt.plan import costs
 
 PRETRAIN = replace(TRAINING, train_mode="pretrain")
 SWA = replace(MODEL, suffix_len=0, prime=False)

@@ -17,15 +17,15 @@ from ttt.config import compose, resolve, to_dict
 from ttt.dataloader import token_store
 from ttt.dataloader.text import ByteTokenizer
 from ttt.errors import UserError
-from ttt.evaluation import runs, suite
+from ttt.evaluation import suite
 from ttt.evaluation.judge import ForeignJudge
 from ttt.evaluation.machine import Machine
 from ttt.inference.engine import Written
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
-from ttt.model import loop
-from ttt.start import as_items
+from ttt.model import loop, trained
+from ttt.training.start import as_items
 
 SMALL = [
     "size.intermediate_size=32",
@@ -163,7 +163,7 @@ def test_loss_of_every_method_at_other_lengths_is_that_of_reading_token_by_token
     machine = Machine(evaluate.device_mesh())
     store = token_store.open_split(root / "text", "val")
     for method in ("e2e", "fa"):
-        (run,) = runs.load(configure(root, method))
+        (run,) = trained.load(configure(root, method))
         engine = machine.engine(run, 129)
         for context in (64, 128):  # trained at 64
             counted = []
@@ -401,13 +401,13 @@ def test_an_unknown_suite_task_or_dtype_is_a_fault_of_the_configuration(root, ov
 
 def test_a_run_has_the_settings_of_its_own_manifest(root):
     config = configure(root, "e2e", "evaluation.runs=[pretrain-tiny-fa,pretrain-tiny-swa]")
-    full, sliding = runs.load(config)
+    full, sliding = trained.load(config)
     assert (full.method, full.window, full.config.suffix_len) == ("fa", None, 0)
     assert (sliding.method, sliding.window, sliding.learns) == ("swa", 24, False)
     assert full.at(128).config.mini_batch_size == 128
     assert full.at(128).config.rope_theta == full.config.rope_theta
     jax.tree.map(np.testing.assert_array_equal, full.model, full.model)
-    wide = runs.load(configure(root, "fa", "evaluation.compute_dtype=bf16"))[0]
+    wide = trained.load(configure(root, "fa", "evaluation.compute_dtype=bf16"))[0]
     assert (full.config.compute_dtype, wide.config.compute_dtype) == ("fp32", "bf16")
 
 
@@ -422,7 +422,7 @@ def test_a_published_checkpoint_without_manifest_can_be_used_where_settings_are_
     auto = ["model.remat_prefix=auto", "model.remat_suffix=auto", "training.inner_remat_freq=0"]
     config = configure(root, "e2e", *auto, "evaluation.runs=[bare]")
     paths = replace(config.deploy_paths, checkpoint=f"{tmp_path}/checkpoints")
-    (found,) = runs.load(replace(config, deploy_paths=paths))
+    (found,) = trained.load(replace(config, deploy_paths=paths))
     assert (found.config.remat_prefix, found.config.remat_suffix) == ("none", "none")
     assert found.training.inner_remat_freq == 1
 

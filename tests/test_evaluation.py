@@ -20,18 +20,18 @@ from ttt.core.batch import Batch
 from ttt.dataloader.text import ByteTokenizer, FileTokenizer
 from ttt.errors import UserError
 from ttt.evaluation import repetition, result, ruler
-from ttt.evaluation.intervals import bootstrap, share
 from ttt.evaluation.judge import Judged
 from ttt.evaluation.long_decoding import binned
 from ttt.evaluation.loss_by_position import Comparison, PositionLoss, log_edges
 from ttt.evaluation.machine import in_batches
 from ttt.evaluation.result import Row
-from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, measure
 from ttt.evaluation.suites import SUITES
+from ttt.intervals import bootstrap, share
 from ttt.knobs import NEEDLE_TASKS
 from ttt.knobs import SUITES as SUITE_NAMES
 from ttt.model.loop import Scores
+from ttt.model.trained import TrainedModel
 from ttt.model.transformer import MetaModel
 
 # ---- intervals -------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Fickle(AbstractSuite):
 def test_a_failed_job_leaves_a_row_that_says_so_and_the_others_are_done_and_saved(caplog):
     suite, saved = Fickle(), []
     model = jax.eval_shape(lambda: MetaModel(MODEL, key=jax.random.key(0)))
-    runs = [Run(name, 3, TRAINING, model) for name in "ab"]
+    runs = [TrainedModel(name, 3, TRAINING, model) for name in "ab"]
     rows = measure(
         [suite],
         runs,

@@ -14,17 +14,18 @@ from test_train import (  # noqa: F401 - fixtures
     weights_of,
 )
 
-from ttt import generate, light, network, train
+from ttt import generate, train
 from ttt.config import ConfigError, differences, to_dict
 from ttt.core.batch import Batch, from_tokens
 from ttt.dataloader import lm_dataset
 from ttt.errors import UserError
-from ttt.evaluation import runs
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
-from ttt.light import CountLearner
-from ttt.model.count_model import CountModel
+from ttt.model import trained
+from ttt.training import light, network
+from ttt.training.count_model import CountModel
+from ttt.training.light import CountLearner
 
 COUNTS = "training.runtime_mode=token_stats"
 SIMULATE = "training.runtime_mode=simulate"
@@ -329,7 +330,7 @@ def test_evaluate_and_generate_refuse_what_holds_no_network(configure):  # noqa:
     train.run(configure(COUNTS))
     config = configure("generate.prompt=fox", "generate.tokenizer=bytes")
     with pytest.raises(UserError, match=r"holds counts of tokens; a network is asked for"):
-        runs.load(config)
+        trained.load(config)
     with pytest.raises(UserError, match=r"holds counts of tokens; a network is asked for"):
         generate.run(config)
 

@@ -16,7 +16,7 @@ from ladder import FLOOR, WIGGLE, Made, amend, write_run
 from rich.console import Console
 
 from ttt.errors import UserError
-from ttt.evaluation.intervals import student
+from ttt.intervals import student
 from ttt.report import comparisons, curves, phase1, pictures, tables, verdict
 from ttt.report.comparisons import Comparison, Estimate
 

@@ -10,11 +10,11 @@ import jax
 import pytest
 from builders import MODEL, TRAINING, full_attention
 
-from ttt.bench import costs
-from ttt.bench.costs import Devices
 from ttt.core import tree
 from ttt.infra.mesh import Layout, device_mesh
-from ttt.model import loop, sharding
+from ttt.model import loop
+from ttt.plan import costs, sharding
+from ttt.plan.costs import Devices
 
 WAYS = {
     "fa": ("replicated", "both"),

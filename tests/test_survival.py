@@ -23,7 +23,7 @@ from test_train import (  # noqa: F401 - fixtures
     weights_of,
 )
 
-from ttt import network, train
+from ttt import train
 from ttt.config import compose, differences, resolve, to_dict
 from ttt.dataloader import lm_dataset, token_store
 from ttt.entry import Job, exit_codes
@@ -36,6 +36,7 @@ from ttt.infra.progress import Spent
 from ttt.infra.record import RunRecord
 from ttt.knobs import Config
 from ttt.model.loop import Evaluator
+from ttt.training import network
 
 ROOT = Path(__file__).parents[1]
 CACHE = [f"backend.compilation_cache_dir={jax.config.jax_compilation_cache_dir}"]

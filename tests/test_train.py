@@ -13,12 +13,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from ttt import train
-from ttt.bench import costs, here, plan
 from ttt.config import compose, resolve
 from ttt.dataloader import token_store
 from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.record import RunRecord
+from ttt.plan import costs, fit, hardware
 
 SMALL = [
     "size.intermediate_size=32",
@@ -128,13 +128,13 @@ def test_what_auto_became_is_logged_and_stands_in_the_record(configure, monkeypa
     auto = ["model.remat_prefix=auto", "model.remat_suffix=auto", "training.inner_remat_freq=0"]
     fa = "pretrain/pretrain-tiny-fa"
     config = configure(*auto, "training.total_steps=1", experiment=fa)
-    machine = here.machine(config)
+    machine = hardware.machine(config)
     roomy, tight = (
-        plan.choose(config, replace(machine, budget=size)) for size in (machine.budget, 0)
+        fit.choose(config, replace(machine, budget=size)) for size in (machine.budget, 0)
     )
     assert roomy.chosen != tight.chosen
     budget = int(tight.memory.total / 1.1)
-    monkeypatch.setattr(here, "machine", lambda config: replace(machine, budget=budget))
+    monkeypatch.setattr(hardware, "machine", lambda config: replace(machine, budget=budget))
     with caplog.at_level("INFO"):
         train.run(config)
     recorded = OmegaConf.load(record_of(config).folder / "config.yaml")

@@ -15,8 +15,9 @@ from ttt import train
 from ttt.core.batch import from_tokens
 from ttt.errors import UserError
 from ttt.knobs import PRIME_INITS
-from ttt.model import loop, published, warm_start
+from ttt.model import loop, published
 from ttt.model.transformer import MetaModel
+from ttt.training import warm_start
 
 CHUNK = MODEL.mini_batch_size
 PLAIN = replace(TRAINING, train_mode="pretrain")

@@ -14,8 +14,7 @@ import jax
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
-from ttt.bench import here, numerics, report, timing
-from ttt.bench.plan import Plan, choose
+from ttt.bench import numerics, report, timing
 from ttt.bench.timing import Result
 from ttt.config import compose, resolve, to_dict
 from ttt.entry import hydra_entry
@@ -24,6 +23,8 @@ from ttt.infra import distributed
 from ttt.infra.mesh import check_divides, device_mesh
 from ttt.infra.record import RunRecord
 from ttt.knobs import Config
+from ttt.plan import hardware
+from ttt.plan.fit import Plan, choose
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def fit_memory(configs: Mapping[str, Config]) -> dict[str, Plan]:
     Nothing is refused: training is what is predicted, a variant may only be read, and one that
     finds no room becomes a failed result.
     """
-    found = {name: choose(config, here.machine(config)) for name, config in configs.items()}
+    found = {name: choose(config, hardware.machine(config)) for name, config in configs.items()}
     for name, plan in found.items():
         level = logging.INFO if plan.fits else logging.WARNING
         context = plan.config.training.seq_length

@@ -20,6 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ttt import mixers
 from ttt.errors import UserError
 from ttt.globs import matches
 from ttt.knobs import Config, Rule
@@ -56,9 +57,27 @@ def _learns(mode: str, spec: tuple[str, ...]) -> bool:
 
 _RELATIONS = (
     Relation(
-        ("model.hidden_size", "model.num_attention_heads"),
-        lambda width, heads: width % (2 * heads) == 0,
-        "heads must have one even width; make hidden_size a multiple of 2 x num_attention_heads",
+        ("model.head_dim", "model.hidden_size", "model.num_attention_heads"),
+        lambda head_dim, width, heads: head_dim % 2 == 0,
+        "rotation turns pairs, so heads must have an even width; make hidden_size a multiple of "
+        "2 x num_attention_heads, or set head_dim",
+    ),
+    Relation(
+        ("model.num_attention_heads", "model.num_key_value_heads"),
+        lambda heads, kv_heads: heads % kv_heads == 0,
+        "every head of keys and values must serve as many query heads; make num_key_value_heads a "
+        "divisor of num_attention_heads",
+    ),
+    Relation(
+        ("model.seq_modeling_block", "model.layer_types"),
+        lambda short, names: (short == "") != (names == ()),
+        "the layers have one mixer or a cycle of several; set one of the two, and "
+        "model.seq_modeling_block='' or model.layer_types=[] for the other",
+    ),
+    Relation(
+        ("model.layer_types", "model.num_hidden_layers"),
+        lambda names, layers: len(names) <= layers,
+        "no layer reaches the last entries of the cycle; shorten layer_types",
     ),
     Relation(
         ("model.suffix_len", "model.num_hidden_layers"),
@@ -94,9 +113,12 @@ _RELATIONS = (
         "the light modes run in one process; set backend.distributed=false, or runtime_mode=jax",
     ),
     Relation(
-        ("training.train_mode", "model.seq_modeling_block"),
-        lambda mode, mixer: mode != "meta" or mixer == "SWA",
-        "test-time training runs on sliding-window attention; set model.seq_modeling_block=SWA",
+        ("training.train_mode", "model.seq_modeling_block", "model.layer_types"),
+        lambda mode, short, names: (
+            not (short or names) or mode in mixers.train_modes(mixers.cycle(short, names))
+        ),
+        "test-time training runs on sliding-window attention; set model.seq_modeling_block=SWA "
+        "and model.layer_types=[]",
     ),
     Relation(
         ("training.train_mode", "model.suffix_len"),
@@ -171,7 +193,7 @@ _RELATIONS = (
         "processes must join to share a run; set backend.distributed=true",
     ),
     Relation(
-        ("backend.state_parallel", "model.num_attention_heads", "model.intermediate_size"),
+        ("backend.state_parallel", "model.num_key_value_heads", "model.intermediate_size"),
         lambda state, heads, inner: heads % state == 0 and inner % state == 0,
         "devices that share tensors must get whole heads and equal parts of the MLPs; "
         "make state_parallel a divisor of both",
@@ -420,11 +442,20 @@ def with_stored(config: Config, stored: Mapping[str, Any]) -> Config:
 
     What `stored` lacks, and the choice of programs, stays as `config` has it. Raises ConfigError.
     """
-    nested = to_dict(config)
+    nested, stored = to_dict(config), upgraded(stored)
     for section in ("model", "training"):
         known = {k: v for k, v in stored.get(section, {}).items() if k in nested[section]}
         nested[section] |= {k: v for k, v in known.items() if k not in _PROGRAMS}
     return resolve(OmegaConf.create(nested))
+
+
+def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A `to_dict` result with what older versions did where they had no setting."""
+    model = dict(stored.get("model", {}))
+    if heads := model.get("num_attention_heads"):
+        since = {"layer_types": [], "num_key_value_heads": heads, "attention_bias": False}
+        model = since | {"head_dim": model["hidden_size"] // heads} | model
+    return {**stored, "model": model}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -432,7 +463,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[A
 
     A setting that one of them lacks counts as None there.
     """
-    left, right = _flat(a), _flat(b)
+    left, right = _flat(upgraded(a)), _flat(upgraded(b))
     return {
         key: (left.get(key), right.get(key))
         for key in sorted(left.keys() | right.keys())
@@ -538,6 +569,13 @@ def extension_batch_size(batch: int, seq_length: int, extended_length: int) -> i
     return max(1, 2 * batch * seq_length // extended_length)
 
 
+def head_dim(width: int, heads: int) -> int:
+    """The width of each of `heads` heads that share `width`."""
+    if heads < 1 or width % heads:
+        raise ValueError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+    return width // heads
+
+
 def share_of_steps(steps: int, share: float) -> int:
     """The whole steps nearest to a share of `steps`, and 1 at least."""
     return max(1, round(steps * share))
@@ -549,7 +587,7 @@ def _cache_dir(name: str) -> str:
     return os.path.join(root, "ttt", name)
 
 
-for _resolver in (mlp_width, full_attention_rope_theta, extension_batch_size):
+for _resolver in (head_dim, mlp_width, full_attention_rope_theta, extension_batch_size):
     OmegaConf.register_new_resolver(f"ttt.{_resolver.__name__}", _resolver, replace=True)
 OmegaConf.register_new_resolver("ttt.share", share_of_steps, replace=True)
 OmegaConf.register_new_resolver("ttt.floordiv", lambda number, by: number // by, replace=True)

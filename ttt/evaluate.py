@@ -12,14 +12,14 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from ttt import mixers
 from ttt.config import to_dict
 from ttt.dataloader import token_store
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
-from ttt.evaluation import held_out, result, runs, suite
+from ttt.evaluation import held_out, result, suite
 from ttt.evaluation.machine import Machine
 from ttt.evaluation.result import Row
-from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, Told
 from ttt.evaluation.suites import SUITES
 from ttt.infra import distributed
@@ -27,6 +27,8 @@ from ttt.infra.mesh import device_mesh
 from ttt.infra.progress import Progress
 from ttt.infra.record import RunRecord
 from ttt.knobs import Config
+from ttt.model import trained
+from ttt.model.trained import TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def run(config: Config) -> int | None:
             "to false"
         )
     distributed.start(config.backend)
-    subjects = runs.load(config)
+    subjects = trained.load(config)
     for subject in subjects:
         logger.info("%s", _told(subject))
     machine = Machine(device_mesh())
@@ -52,7 +54,7 @@ def run(config: Config) -> int | None:
     record = RunRecord(folder_of(config, subjects))
     devices = [device.device_kind for device in jax.devices()]
     record.start(to_dict(config), devices=devices, data=fingerprints(config))
-    record.restored({"runs": [runs.describe(subject) for subject in subjects]})
+    record.restored({"runs": [trained.describe(subject) for subject in subjects]})
     status = "failed"
     try:
         rows = suite.measure(
@@ -75,7 +77,7 @@ def run(config: Config) -> int | None:
     return 1 if failed else None
 
 
-def folder_of(config: Config, subjects: Sequence[Run]) -> Path:
+def folder_of(config: Config, subjects: Sequence[TrainedModel]) -> Path:
     """Where the results go, beside the training's own record and never over it."""
     asked = config.evaluation
     root = Path(config.deploy_paths.experiments) / config.training.exp_folder
@@ -93,10 +95,10 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 
 def save(
-    record: RunRecord, which: AbstractSuite, rows: Sequence[Row], subjects: Sequence[Run]
+    record: RunRecord, which: AbstractSuite, rows: Sequence[Row], subjects: Sequence[TrainedModel]
 ) -> None:
     """Keep what is known so far."""
-    notes = {**which.notes(), "runs": [runs.describe(subject) for subject in subjects]}
+    notes = {**which.notes(), "runs": [trained.describe(subject) for subject in subjects]}
     result.save(record.folder, which.name, rows, notes)
     for name, text in which.files().items():
         result.write_whole(record.folder / name, text)
@@ -106,7 +108,7 @@ def show(
     record: RunRecord,
     suites: Sequence[AbstractSuite],
     rows: dict[str, list[Row]],
-    subjects: Sequence[Run],
+    subjects: Sequence[TrainedModel],
 ) -> None:
     """Tables to stdout, pictures into the record."""
     console = Console()
@@ -119,18 +121,18 @@ def show(
         logger.info("numbers: %s", record.folder / f"{which.name}.csv")
 
 
-def _told(subject: Run) -> str:
-    parts = runs.describe(subject)
+def _told(subject: TrainedModel) -> str:
+    parts = trained.describe(subject)
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[str(parts["compute_dtype"])]
     return (
-        f"{subject.name}: step {subject.step}, {runs.LABELS[subject.method]}, "
+        f"{subject.name}: step {subject.step}, {mixers.LABELS[subject.method]}, "
         f"{parts['parameters'] / 1e6:.2f}M parameters, trained at {parts['seq_length']} tokens; "
         f"matrix products in {dtype}, losses and means in float32"
     )
 
 
 @contextmanager
-def _progress(which: AbstractSuite, subject: Run, job: Job) -> Generator[Told]:
+def _progress(which: AbstractSuite, subject: TrainedModel, job: Job) -> Generator[Told]:
     """A line of progress for each job."""
     with Progress(job.steps, f"{which.name} {subject.name} {job}") as progress:
         yield progress.update

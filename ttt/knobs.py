@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from ttt.globs import is_glob
+from ttt.mixers import MIXERS, SHORT_NAMES
 
 ATTENTION_BACKENDS = ("auto", "blocks", "naive", "cudnn")
-MIXERS = ("self_attention", "SWA")
 FEED_FORWARDS = ("swiglu",)
 DTYPES = ("fp32", "bf16")
 TRAIN_MODES = ("pretrain", "meta")
@@ -100,7 +100,14 @@ FolderNames = Annotated[
 BenchmarkCalls = Annotated[tuple[str, ...], _some_of(BENCHMARK_CALLS)]
 Suites = Annotated[tuple[str, ...], _some_of(SUITES)]
 NeedleTasks = Annotated[tuple[str, ...], _some_of(NEEDLE_TASKS)]
-Mixer = Annotated[str, _one_of(MIXERS)]
+ShortMixer = Annotated[str, _one_of(("", *SHORT_NAMES))]
+LayerTypes = Annotated[
+    tuple[str, ...],
+    Rule(
+        lambda names: set(names) <= MIXERS.keys(),
+        f"must name mixers, one for each layer of a cycle; there are {', '.join(MIXERS)}",
+    ),
+]
 FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
 DType = Annotated[str, _one_of(DTYPES)]
 TrainMode = Annotated[str, _one_of(TRAIN_MODES)]
@@ -139,11 +146,19 @@ class ModelConfig:
     parent's function is kept."""
     num_hidden_layers: Count
     num_attention_heads: Count
+    num_key_value_heads: Count
+    """Heads of keys and values; each serves as many consecutive query heads."""
+    head_dim: Count
+    attention_bias: bool
+    """Whether queries, keys and values have biases."""
     mini_batch_size: Count
     """Tokens in a chunk: the span of one test-time step, and of one loss mean."""
     sliding_window_size: Count
     """Keys that a query of `SWA` sees, itself included."""
-    seq_modeling_block: Mixer
+    seq_modeling_block: ShortMixer
+    """The mixer of all layers, by the name in the paper's code; empty where `layer_types` says."""
+    layer_types: LayerTypes
+    """Names of mixers, repeated over the layers; none: that of `seq_modeling_block` for all."""
     suffix_len: Natural
     """Last blocks that run chunk by chunk; they hold the prime MLPs."""
     prime: bool
@@ -172,7 +187,7 @@ class ModelConfig:
     remat_prefix: RematPolicy
     """What a prefix block (any block, in `pretrain`) keeps for its backward pass.
 
-    `auto`, here and below: the cheapest choice whose predicted peak fits (ttt/bench/plan.py)."""
+    `auto`, here and below: the cheapest choice whose predicted peak fits (ttt/plan/fit.py)."""
     remat_suffix: RematPolicy
     """What a suffix block keeps for its backward pass within a chunk."""
 
@@ -266,7 +281,7 @@ class TrainingConfig:
     load_part: LoadPart
     """What to take from `resume_exp_name` at step 0: nothing, the parameters, or all the state."""
     prime_init: PrimeInit
-    """How prime MLPs begin that a parent has not (ttt/model/warm_start.py)."""
+    """How prime MLPs begin that a parent has not (ttt/training/warm_start.py)."""
     resume_exp_folder: FolderName
     resume_exp_name: MaybeFolderName
     resume_step: Step

@@ -19,7 +19,6 @@ import jax
 from jaxtyping import PyTree
 from rich.console import Console
 
-from ttt import light
 from ttt.config import differences, to_dict
 from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset, text, token_store
@@ -29,7 +28,6 @@ from ttt.errors import RunError, Stopped, UserError
 from ttt.evaluation import result
 from ttt.evaluation.loss_by_position import Comparison, PositionLoss
 from ttt.evaluation.result import Row
-from ttt.evaluation.runs import method_of
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.lock import RunLock
@@ -38,10 +36,12 @@ from ttt.infra.progress import Progress, Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import CompositeTracker, RecordTracker, Tracker, WandbTracker
 from ttt.knobs import Config
-from ttt.light import CountLearner, CountState
 from ttt.model.loop import Scores, TrainState
-from ttt.network import Network
-from ttt.start import Parent, Start, check_parent, token_loss
+from ttt.model.trained import method_of
+from ttt.training import light
+from ttt.training.light import CountLearner, CountState
+from ttt.training.network import Network
+from ttt.training.start import Parent, Start, check_parent, token_loss
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from ttt.bench import costs
+from ttt import mixers
 from ttt.core import compiling
 from ttt.core.batch import Batch, from_tokens
 from ttt.inference.engine import CHUNK_OF_FULL_ATTENTION, TOKENS_PER_CALL, Engine
@@ -30,6 +30,7 @@ from ttt.infra.mesh import Layout, shard_batch
 from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model import loop
 from ttt.model.transformer import MetaModel
+from ttt.plan import costs
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class EngineProgram:
         training, model = config.training, config.model
         self._call, self._config = call, config
         self._sequences, self._context = training.global_batch_size, training.seq_length
-        full = model.seq_modeling_block == "self_attention"
+        full = mixers.grows(model)
         room = self._context + 2 * CHUNK_OF_FULL_ATTENTION if full else 1
         # The engine reads neither of the two; without them, contexts share it.
         alike = replace(training, seq_length=1, global_batch_size=1)

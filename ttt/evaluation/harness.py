@@ -17,11 +17,12 @@ from jaxtyping import Int
 
 from ttt.config import compose, resolve
 from ttt.errors import UserError
-from ttt.evaluation import held_out, runs
+from ttt.evaluation import held_out
 from ttt.evaluation.machine import Machine, in_batches
 from ttt.inference.sampling import Sampling
 from ttt.infra.mesh import device_mesh
 from ttt.infra.progress import Progress
+from ttt.model import trained
 
 try:
     from lm_eval.api.model import LM
@@ -74,7 +75,7 @@ class HarnessModel(LM):
         config = resolve(
             compose([f"+experiment={experiment}", f"evaluation.step={step}", *overrides])
         )
-        (self._run,) = runs.load(config)
+        (self._run,) = trained.load(config)
         self._tokenizer = held_out.tokenizer(config, self._run)
         self.max_length = max_length or self._run.training.seq_length
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 4

@@ -7,8 +7,8 @@ from ttt.dataloader import lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
-from ttt.evaluation.runs import Run
 from ttt.knobs import Config
+from ttt.model.trained import TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def root_of(config: Config) -> Path:
     return root
 
 
-def source(config: Config, run: Run, length: int) -> Source:
+def source(config: Config, run: TrainedModel, length: int) -> Source:
     """Samples of `length` + 1 held-out tokens for a run; raises a UserError if there are none."""
     dummy = config.training.dummy_dataset
     root = "" if dummy else root_of(config)
@@ -47,7 +47,7 @@ def source(config: Config, run: Run, length: int) -> Source:
         raise UserError(f"{run.name} at {length} tokens: {error}") from error
 
 
-def tokenizer(config: Config, run: Run) -> AbstractTokenizer:
+def tokenizer(config: Config, run: TrainedModel) -> AbstractTokenizer:
     """The tokenizer behind the text, which must fit the run's vocabulary; raises a UserError."""
     asked = config.evaluation.tokenizer
     try:

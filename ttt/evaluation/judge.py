@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
 from ttt.evaluation.machine import Machine, in_batches
-from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import Told
+from ttt.model.trained import TrainedModel
 
 FOREIGN = "hf:"
 
@@ -43,7 +43,7 @@ class OwnJudge(AbstractJudge):
 
     unit = "nats per token"
 
-    def __init__(self, run: Run, machine: Machine, batch_size: int):
+    def __init__(self, run: TrainedModel, machine: Machine, batch_size: int):
         self.name = run.name
         self._run, self._machine, self._batch_size = run, machine, batch_size
 

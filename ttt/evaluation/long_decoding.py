@@ -17,16 +17,17 @@ import numpy as np
 from jaxtyping import Float, Int
 from rich.table import Table
 
+from ttt import figures
 from ttt.errors import UserError
-from ttt.evaluation import drawing, held_out, repetition
-from ttt.evaluation.intervals import bootstrap
+from ttt.evaluation import held_out, repetition
 from ttt.evaluation.judge import FOREIGN, AbstractJudge, ForeignJudge, Judged, OwnJudge
 from ttt.evaluation.machine import Machine, in_batches
 from ttt.evaluation.result import Key, Row
-from ttt.evaluation.runs import Run, load_one
 from ttt.evaluation.suite import AbstractSuite, Job, Told
 from ttt.inference.sampling import Sampling
+from ttt.intervals import bootstrap
 from ttt.knobs import Config
+from ttt.model.trained import TrainedModel, load_one
 
 BINS = 8
 """Stretches of each half whose loss is told."""
@@ -38,7 +39,7 @@ class LongDecoding(AbstractSuite):
 
     name = "long_decoding"
 
-    def __init__(self, config: Config, runs: Sequence[Run], machine: Machine):
+    def __init__(self, config: Config, runs: Sequence[TrainedModel], machine: Machine):
         self._config, self._machine, self._runs = config, machine, list(runs)
         self._asked = asked = config.evaluation.long_decoding
         self._context = asked.prefill + asked.decode
@@ -47,7 +48,7 @@ class LongDecoding(AbstractSuite):
         self._true: list[Row] = []
         self._written: list[tuple[str, bool, int, str]] = []
 
-    def _held_out(self, run: Run) -> list[np.ndarray]:
+    def _held_out(self, run: TrainedModel) -> list[np.ndarray]:
         """The texts, prefix and what follows it."""
         source = held_out.source(self._config, run, self._context)
         if len(source) < self._asked.sequences:
@@ -58,7 +59,7 @@ class LongDecoding(AbstractSuite):
             )
         return [source[i][: self._context] for i in range(self._asked.sequences)]
 
-    def _find_judge(self, config: Config, runs: Sequence[Run]) -> AbstractJudge:
+    def _find_judge(self, config: Config, runs: Sequence[TrainedModel]) -> AbstractJudge:
         asked = self._asked.evaluator
         if asked.startswith(FOREIGN):
             tokenizers = [held_out.tokenizer(config, run) for run in runs]
@@ -74,7 +75,7 @@ class LongDecoding(AbstractSuite):
                 )
         return OwnJudge(judge, self._machine, config.evaluation.batch_size)
 
-    def jobs(self, run: Run) -> Iterator[Job]:
+    def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each mode."""
         for learn in run.modes(self._config.evaluation.without_learning):
 
@@ -84,7 +85,7 @@ class LongDecoding(AbstractSuite):
             steps = 2 * self._asked.sequences
             yield Job(self._context, {"learning": learn and run.learns}, steps, work)
 
-    def _measure(self, run: Run, learn: bool, told: Told) -> list[Row]:
+    def _measure(self, run: TrainedModel, learn: bool, told: Told) -> list[Row]:
         prefix = self._asked.prefill
         truth = self._texts[run.name]
         written = self._write(run, learn, told)
@@ -101,7 +102,7 @@ class LongDecoding(AbstractSuite):
             rows += self._repetition_rows(run, [t[prefix:] for t in truth], keys)
         return rows
 
-    def _write(self, run: Run, learn: bool, told: Told) -> list[np.ndarray]:
+    def _write(self, run: TrainedModel, learn: bool, told: Told) -> list[np.ndarray]:
         asked, evaluation = self._asked, self._config.evaluation
         engine = self._machine.engine(run, self._context, learn=learn)
         sampling = Sampling(
@@ -121,7 +122,9 @@ class LongDecoding(AbstractSuite):
 
     # ---- rows ----
 
-    def _loss_rows(self, run: Run, judged: Sequence[Judged], keys: Mapping[str, Key]) -> list[Row]:
+    def _loss_rows(
+        self, run: TrainedModel, judged: Sequence[Judged], keys: Mapping[str, Key]
+    ) -> list[Row]:
         asked, evaluation = self._asked, self._config.evaluation
         halves = {"prefill": (0, asked.prefill), "decoded": (asked.prefill, self._context)}
         rows = []
@@ -149,7 +152,7 @@ class LongDecoding(AbstractSuite):
         return rows
 
     def _repetition_rows(
-        self, run: Run, texts: Sequence[np.ndarray], keys: Mapping[str, Key]
+        self, run: TrainedModel, texts: Sequence[np.ndarray], keys: Mapping[str, Key]
     ) -> list[Row]:
         found = {
             f"distinct_{n}": ([repetition.distinct(t, n) for t in texts], "share of n-grams")
@@ -172,7 +175,7 @@ class LongDecoding(AbstractSuite):
             rows.append(self.row(run, self._context, measure, **own, **numbers))
         return rows
 
-    def _keep(self, run: Run, learning: bool, written: Sequence[np.ndarray]) -> None:
+    def _keep(self, run: TrainedModel, learning: bool, written: Sequence[np.ndarray]) -> None:
         try:
             tokenizer = held_out.tokenizer(self._config, run)
         except UserError:  # a store without a tokenizer: ids are all there is
@@ -228,7 +231,7 @@ class LongDecoding(AbstractSuite):
         good = [row for row in rows if row.measure == "log_loss_at" and row.value is not None]
         if not good:
             return []
-        plt = drawing.pyplot()
+        plt = figures.pyplot()
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         order = {run.name: index for index, run in enumerate(self._runs)}
         curves = list(_by_text(good, self._runs))
@@ -236,7 +239,7 @@ class LongDecoding(AbstractSuite):
             first = there[0]
             if number < len(curves):  # what was read is the same for all: the last one shows it
                 there = [row for row in there if row.keys["half"] == "decoded"]
-            look = drawing.style(order[first.run], learns=not _is_off(first, self._runs))
+            look = figures.style(order[first.run], learns=not _is_off(first, self._runs))
             if first.keys["text"] == TRUE:
                 look |= {"color": "0.5", "marker": "x", "lw": 1.2}
             x = [
@@ -251,13 +254,13 @@ class LongDecoding(AbstractSuite):
             place = {"xy": (self._asked.prefill, 1.0), "xycoords": ("data", "axes fraction")}
             align = {"ha": "right" if side < 0 else "left", "va": "top"}
             axes.annotate(text, **place, **align, color="0.4", fontsize=8)
-        drawing.tidy(axes)
+        figures.tidy(axes)
         axes.set_xlim(0, self._context)
         axes.set_xlabel("token position")
         axes.set_ylabel(f"log-loss ({self._judge.unit}), by {self._judge.name}")
         axes.legend(frameon=False, fontsize=8)
         path = folder / "long_decoding.png"
-        drawing.finish(figure, path, title)
+        figures.finish(figure, path, title)
         return [path]
 
 
@@ -279,12 +282,12 @@ def binned(
     return sums, np.bincount(place[inside], minlength=bins).astype(np.float64)
 
 
-def _is_off(row: Row, runs: Sequence[Run]) -> bool:
+def _is_off(row: Row, runs: Sequence[TrainedModel]) -> bool:
     learns = {run.name: run.learns for run in runs}[row.run]
     return learns and not row.keys["learning"]
 
 
-def _by_text(rows: Sequence[Row], runs: Sequence[Run]) -> Iterator[tuple[str, list[Row]]]:
+def _by_text(rows: Sequence[Row], runs: Sequence[TrainedModel]) -> Iterator[tuple[str, list[Row]]]:
     """(label, rows) of each text: written by each run and mode, and the held-out one."""
     groups: dict[tuple[str, Key, Key], list[Row]] = {}
     for row in rows:

@@ -7,18 +7,19 @@ from typing import Any
 
 from rich.table import Table
 
+from ttt import figures
 from ttt.dataloader import lm_dataset
 from ttt.dataloader.lm_dataset import Source
 from ttt.errors import UserError
-from ttt.evaluation import drawing, held_out
+from ttt.evaluation import held_out
 from ttt.evaluation.loss_by_position import PositionLoss
 from ttt.evaluation.machine import Machine
 from ttt.evaluation.result import Row
-from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, Told
 from ttt.infra.mesh import Layout, check_divides
 from ttt.knobs import Config
 from ttt.model.loop import Evaluator
+from ttt.model.trained import TrainedModel
 
 Curve = tuple[str, bool]
 """A run's name, and whether it was learning."""
@@ -31,7 +32,7 @@ class LossByContext(AbstractSuite):
 
     name = "loss_by_context"
 
-    def __init__(self, config: Config, runs: Sequence[Run], machine: Machine):
+    def __init__(self, config: Config, runs: Sequence[TrainedModel], machine: Machine):
         self._asked, self._machine = config.evaluation, machine
         own = config.evaluation.loss_by_context
         self._contexts = own.contexts or _default_contexts(config.training.seq_length, runs)
@@ -63,7 +64,7 @@ class LossByContext(AbstractSuite):
         for context in self._contexts:
             check_divides(machine.mesh, self._batch_size(context))
 
-    def jobs(self, run: Run) -> Iterator[Job]:
+    def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each context and mode."""
         for context in self._contexts:
             for learn in run.modes(self._asked.without_learning):
@@ -74,7 +75,7 @@ class LossByContext(AbstractSuite):
                 steps = self._sequences(context) // self._batch_size(context)
                 yield Job(context, {"learning": learn and run.learns}, steps, work)
 
-    def _measure(self, run: Run, context: int, learn: bool, told: Told) -> list[Row]:
+    def _measure(self, run: TrainedModel, context: int, learn: bool, told: Told) -> list[Row]:
         size = self._batch_size(context)
         batches = self._sequences(context) // size
         found = PositionLoss.measure(
@@ -115,7 +116,7 @@ class LossByContext(AbstractSuite):
                 return run.name, False
         return self._runs[0].name, False
 
-    def _evaluator(self, run: Run, context: int, size: int) -> Evaluator:
+    def _evaluator(self, run: TrainedModel, context: int, size: int) -> Evaluator:
         """One program serves both modes; those of other runs and lengths are let go."""
         if (run.name, context) not in self._compiled:
             training = replace(run.training, eval_batch_size=size)
@@ -123,7 +124,7 @@ class LossByContext(AbstractSuite):
             self._compiled = {(run.name, context): evaluator}
         return self._compiled[run.name, context]
 
-    def _batches(self, source: Source, size: int, batches: int, run: Run) -> Any:
+    def _batches(self, source: Source, size: int, batches: int, run: TrainedModel) -> Any:
         bos = run.config.bos_token_id
         return lm_dataset.eval_batches(
             source, batch_size=size, max_batches=batches, bos_token_id=bos
@@ -188,7 +189,7 @@ class LossByContext(AbstractSuite):
         self, rows: Sequence[Row], contexts: Sequence[int], path: Path, title: str
     ) -> None:
         measures = self._panels(rows)
-        figure, panels = drawing.pyplot().subplots(
+        figure, panels = figures.pyplot().subplots(
             *(len(measures), len(contexts)),
             figsize=(max(5.5, 1.4 + 3 * len(contexts)), 0.8 + 2.7 * len(measures)),
             sharey="row",
@@ -201,23 +202,23 @@ class LossByContext(AbstractSuite):
                 here = [r for r in rows if (r.measure, r.context) == (f"{measure}_at", context)]
                 self._plot(axes, here, _middle, band=measure == "difference")
                 ticks = (16, 64, 256, 1024, 4096, 16384, 65536)
-                drawing.log_tokens(axes, [n for n in ticks if n <= context])
+                figures.log_tokens(axes, [n for n in ticks if n <= context])
                 for window in {run.window for run in self._runs if run.window}:
                     if window < context:
-                        drawing.mark(axes, window, "window")
+                        figures.mark(axes, window, "window")
             axes_row[0].set_ylabel(label)
         for axes, context in zip(panels[0], contexts, strict=True):
-            axes.set_title(f"context {drawing.short(context)}", fontsize=9, loc="left")
+            axes.set_title(f"context {figures.short(context)}", fontsize=9, loc="left")
         for axes in panels[-1]:
             axes.set_xlabel("token position")
-        drawing.legend_below(figure, panels[0][0])
-        drawing.finish(figure, path, title)
+        figures.legend_below(figure, panels[0][0])
+        figures.finish(figure, path, title)
 
     def _draw_contexts(
         self, rows: Sequence[Row], contexts: Sequence[int], path: Path, title: str
     ) -> None:
         measures = self._panels(rows)
-        figure, panels = drawing.pyplot().subplots(
+        figure, panels = figures.pyplot().subplots(
             *(1, len(measures)),
             figsize=(1 + 4 * len(measures), 4),
             squeeze=False,
@@ -226,13 +227,13 @@ class LossByContext(AbstractSuite):
         for axes, (measure, label) in zip(panels[0], measures.items(), strict=True):
             here = [row for row in rows if row.measure == measure]
             self._plot(axes, here, lambda row: row.context, band=measure == "difference")
-            drawing.log_tokens(axes, contexts)
+            figures.log_tokens(axes, contexts)
             for trained in set(self._trained.values()):
-                drawing.mark(axes, trained, "trained length")
+                figures.mark(axes, trained, "trained length")
             axes.set_xlabel("context (tokens)")
             axes.set_ylabel(label)
-        drawing.legend_below(figure, panels[0][0])
-        drawing.finish(figure, path, title)
+        figures.legend_below(figure, panels[0][0])
+        figures.finish(figure, path, title)
 
     def _panels(self, rows: Sequence[Row]) -> dict[str, str]:
         """Measures to draw, with the labels of their axes."""
@@ -251,7 +252,7 @@ class LossByContext(AbstractSuite):
                 there = [row for row in rows if _curve(row) == (run.name, learning)]
                 if not there:
                     continue
-                look = drawing.style(index, learns=learning or not run.learns)
+                look = figures.style(index, learns=learning or not run.learns)
                 at = [x(row) for row in there]
                 label = self._label((run.name, learning))
                 axes.plot(at, [row.value for row in there], label=label, **look)
@@ -260,7 +261,7 @@ class LossByContext(AbstractSuite):
                     axes.fill_between(at, low, high, color=look["color"], alpha=0.15, lw=0)
         if band:
             axes.axhline(0, color="0.4", lw=1)
-        drawing.tidy(axes)
+        figures.tidy(axes)
 
     def _label(self, curve: Curve) -> str:
         """Its name in pictures and tables."""
@@ -273,7 +274,7 @@ class LossByContext(AbstractSuite):
         return self._label(reference) if len(self._runs) > 1 else "not learning"
 
 
-def _default_contexts(length: int, runs: Sequence[Run]) -> tuple[int, ...]:
+def _default_contexts(length: int, runs: Sequence[TrainedModel]) -> tuple[int, ...]:
     """Half the trained length, it, and twice it, where these are whole chunks of every run."""
     chunks = [run.config.mini_batch_size for run in runs if run.window is not None]
     wanted = (length // 2, length, 2 * length)

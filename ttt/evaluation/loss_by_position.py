@@ -15,8 +15,8 @@ from rich.table import Table
 
 from ttt.core.batch import Batch
 from ttt.evaluation.bins import log_edges
-from ttt.evaluation.intervals import Interval, bootstrap
 from ttt.evaluation.result import Key, Row
+from ttt.intervals import Interval, bootstrap
 from ttt.model.loop import Scores
 
 # Of a CVD-safe palette (Okabe and Ito); the same curve has the same colour in every picture.

@@ -4,9 +4,9 @@ from collections import OrderedDict
 
 from jax.sharding import Mesh
 
-from ttt.evaluation.runs import Run
 from ttt.inference.engine import Engine
 from ttt.infra.mesh import replicate
+from ttt.model.trained import TrainedModel
 from ttt.model.transformer import MetaModel
 
 _KEPT = 2
@@ -21,11 +21,11 @@ class Machine:
         self._models: OrderedDict[str, MetaModel] = OrderedDict()
         self._engines: dict[tuple[str, bool, int], Engine] = {}
 
-    def model(self, run: Run, context: int) -> MetaModel:
+    def model(self, run: TrainedModel, context: int) -> MetaModel:
         """The run for sequences of `context` tokens, whole on every device."""
         return run.at(context, self._weights(run))
 
-    def engine(self, run: Run, context: int, *, learn: bool = True) -> Engine:
+    def engine(self, run: TrainedModel, context: int, *, learn: bool = True) -> Engine:
         """An engine for sequences of up to `context` tokens, compiled once for its run."""
         learn = learn and run.learns
         model = self._weights(run)
@@ -35,7 +35,7 @@ class Machine:
             self._engines[key] = Engine(model, run.training, context=context, learn=learn)
         return self._engines[key]
 
-    def _weights(self, run: Run) -> MetaModel:
+    def _weights(self, run: TrainedModel) -> MetaModel:
         if run.name not in self._models:
             while len(self._models) >= _KEPT:
                 name, _ = self._models.popitem(last=False)

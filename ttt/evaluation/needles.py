@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ttt.evaluation import drawing, held_out, ruler
-from ttt.evaluation.intervals import share
+from ttt import figures
+from ttt.evaluation import held_out, ruler
 from ttt.evaluation.machine import Machine, in_batches
 from ttt.evaluation.result import Key, Row
 from ttt.evaluation.ruler import Haystack, Prompt
-from ttt.evaluation.runs import Run
 from ttt.evaluation.suite import AbstractSuite, Job, Told
 from ttt.inference.sampling import Sampling
 from ttt.infra.progress import Progress
+from ttt.intervals import share
 from ttt.knobs import Config
+from ttt.model.trained import TrainedModel
 
 LABELS = {
     "niah_single_1": "S-NIAH-1: passkey in noise",
@@ -55,7 +56,7 @@ class Needles(AbstractSuite):
 
     name = "needles"
 
-    def __init__(self, config: Config, runs: Sequence[Run], machine: Machine):
+    def __init__(self, config: Config, runs: Sequence[TrainedModel], machine: Machine):
         self._config, self._machine, self._runs = config, machine, list(runs)
         self._asked = asked = config.evaluation.needles
         self._lengths = asked.lengths or (config.training.seq_length,)
@@ -87,7 +88,7 @@ class Needles(AbstractSuite):
             seed=self._config.evaluation.seed,
         )
 
-    def jobs(self, run: Run) -> Iterator[Job]:
+    def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each length, task and mode."""
         for length in self._lengths:
             for learn in run.modes(self._config.evaluation.without_learning):
@@ -102,7 +103,9 @@ class Needles(AbstractSuite):
                     steps = len(self._prompts[task, length])
                     yield Job(length, {"task": task, "learning": learning}, steps, work)
 
-    def _measure(self, run: Run, task: str, length: int, learn: bool, told: Told) -> list[Row]:
+    def _measure(
+        self, run: TrainedModel, task: str, length: int, learn: bool, told: Told
+    ) -> list[Row]:
         answers = self._ask(run, self._prompts[task, length], length, learn, told)
         keys: dict[str, Key] = {"task": task, "learning": learn and run.learns}
         kept = self._answers.setdefault((run.name, learn and run.learns, task), [])
@@ -119,7 +122,7 @@ class Needles(AbstractSuite):
 
     def _row(
         self,
-        run: Run,
+        run: TrainedModel,
         length: int,
         answers: Sequence[Answer],
         keys: Mapping[str, Key],
@@ -159,7 +162,7 @@ class Needles(AbstractSuite):
         return rows
 
     def _ask(
-        self, run: Run, prompts: Sequence[Prompt], length: int, learn: bool, told: Told
+        self, run: TrainedModel, prompts: Sequence[Prompt], length: int, learn: bool, told: Told
     ) -> list[Answer]:
         evaluation, tokenizer = self._config.evaluation, self._tokenizers[run.name]
         engine = self._machine.engine(run, length, learn=learn)
@@ -248,7 +251,7 @@ class Needles(AbstractSuite):
     def _draw_distances(self, rows: Sequence[Row], path: Path, title: str) -> None:
         """A panel for each task, a line for each run and mode."""
         tasks = [task for task in self._asked.tasks if any(r.keys["task"] == task for r in rows)]
-        figure, panels = drawing.pyplot().subplots(
+        figure, panels = figures.pyplot().subplots(
             *(1, len(tasks)),
             figsize=(max(5.5, 1 + 3 * len(tasks)), 3.4),
             sharey=True,
@@ -264,28 +267,28 @@ class Needles(AbstractSuite):
                     if there:
                         off = run.learns and not learning
                         x = [int(row.keys["distance_from"]) * 2**0.5 for row in there]
-                        look = drawing.style(index, learns=not off)
+                        look = figures.style(index, learns=not off)
                         label = f"{run.name}{', not learning' * off}"
                         axes.plot(x, [row.value for row in there], label=label, **look)
                         bounds = [[row.low for row in there], [row.high for row in there]]
                         axes.fill_between(x, *bounds, color=look["color"], alpha=0.1, lw=0)
             for window in {run.window for run in self._runs if run.window}:
                 if starts[0] < window < 2 * starts[-1]:
-                    drawing.mark(axes, window, "window")
-            drawing.tidy(axes)
-            drawing.log_tokens(axes, [*starts, 2 * starts[-1]])
+                    figures.mark(axes, window, "window")
+            figures.tidy(axes)
+            figures.log_tokens(axes, [*starts, 2 * starts[-1]])
             axes.set_ylim(-0.03, 1.03)
             axes.set_title(LABELS[task], fontsize=9, loc="left")
             axes.set_xlabel("needle to answer (tokens)")
         panels[0][0].set_ylabel("needles found (share, 95 % band)")
-        drawing.legend_below(figure, panels[0][0])
-        drawing.finish(figure, path, title)
+        figures.legend_below(figure, panels[0][0])
+        figures.finish(figure, path, title)
 
     def _draw_depths(self, good: Sequence[Row], path: Path, title: str) -> None:
         """A heat map of depth and length for every run, mode and task."""
         lines = list(dict.fromkeys((r.run, bool(r.keys["learning"])) for r in good))
         tasks = [task for task in self._asked.tasks if any(r.keys["task"] == task for r in good)]
-        plt = drawing.pyplot()
+        plt = figures.pyplot()
         width, height = 0.55 * len(self._lengths) + 1.7, 0.22 * len(self._depths) + 1.0
         figure, panels = plt.subplots(
             *(len(lines), len(tasks)),
@@ -313,7 +316,7 @@ class Needles(AbstractSuite):
             axes.set_xlabel("length (tokens)", fontsize=8)
         figure.colorbar(image, ax=panels, label="needles found (share)", shrink=0.8, aspect=30)
         note = "; above a white line the needle lies beyond the window"
-        drawing.finish(figure, path, title + note * any(run.window for run in self._runs))
+        figures.finish(figure, path, title + note * any(run.window for run in self._runs))
 
     def _heat(self, axes: Any, rows: Mapping[tuple, Row]) -> Any:
         """One panel: colours, figures where they can be read, and the window's edge."""
@@ -338,7 +341,7 @@ class Needles(AbstractSuite):
                     colour = "black" if value > 0.6 else "white"
                     text = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
                     axes.text(x, y, f"{value:.2g}", **text)
-        axes.set_xticks(range(len(self._lengths)), [drawing.short(n) for n in self._lengths])
+        axes.set_xticks(range(len(self._lengths)), [figures.short(n) for n in self._lengths])
         every = max(1, len(self._depths) // 10)
         ticks = range(0, len(self._depths), every)
         axes.set_yticks(ticks, [f"{self._depths[i]:g}" for i in ticks])

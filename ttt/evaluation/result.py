@@ -16,13 +16,6 @@ from typing import Any
 Key = str | int | float | bool
 
 
-def method_of(seq_modeling_block: str, train_mode: str) -> str:
-    """`fa`, `swa` or `e2e`, from a run's settings of these names."""
-    if train_mode == "meta":
-        return "e2e"
-    return "swa" if seq_modeling_block == "SWA" else "fa"
-
-
 @dataclass(frozen=True)
 class Row:
     """One number, what it is of, and how far it can be trusted."""

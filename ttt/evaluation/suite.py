@@ -12,8 +12,8 @@ from rich.table import Table
 
 from ttt.evaluation.machine import Machine
 from ttt.evaluation.result import Key, Row
-from ttt.evaluation.runs import Run
 from ttt.knobs import Config
+from ttt.model.trained import TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,11 @@ class AbstractSuite(ABC):
     name: str
 
     @abstractmethod
-    def __init__(self, config: Config, runs: Sequence[Run], machine: Machine):
+    def __init__(self, config: Config, runs: Sequence[TrainedModel], machine: Machine):
         """Check and prepare."""
 
     @abstractmethod
-    def jobs(self, run: Run) -> Iterator[Job]:
+    def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """What to measure of a run."""
 
     @abstractmethod
@@ -73,16 +73,16 @@ class AbstractSuite(ABC):
         """More files to keep beside the rows: name -> text."""
         return {}
 
-    def row(self, run: Run, context: int, measure: str, **fields: Any) -> Row:
+    def row(self, run: TrainedModel, context: int, measure: str, **fields: Any) -> Row:
         """A row of this suite."""
         return Row(self.name, run.name, run.method, run.step, context, measure, **fields)
 
 
 def measure(
     suites: Sequence[AbstractSuite],
-    runs: Iterable[Run],
+    runs: Iterable[TrainedModel],
     *,
-    progress: Callable[[AbstractSuite, Run, Job], AbstractContextManager[Told]],
+    progress: Callable[[AbstractSuite, TrainedModel, Job], AbstractContextManager[Told]],
     saved: Callable[[AbstractSuite, Sequence[Row]], None],
 ) -> dict[str, list[Row]]:
     """Do every job of every run; returns rows by suite, failed ones included.
@@ -102,7 +102,7 @@ def measure(
     return rows
 
 
-def attempt(suite: AbstractSuite, run: Run, job: Job, told: Told) -> list[Row]:
+def attempt(suite: AbstractSuite, run: TrainedModel, job: Job, told: Told) -> list[Row]:
     """The job's rows, or one that says why there are none."""
     try:
         return [row.checked() for row in job.work(told)]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ttt import mixers
 from ttt.core.precision import Precision
 from ttt.errors import UserError
 from ttt.inference import state as states
@@ -65,7 +66,7 @@ class Engine:
         """
         if context < 1:
             raise UserError(f"context={context}: a sequence has at least one token; raise it")
-        self.full_attention = model.config.seq_modeling_block == "self_attention"
+        self.full_attention = mixers.grows(model.config)
         self.learns = learn and training.train_mode == "meta"
         self.chunk = model.config.mini_batch_size
         if self.full_attention:

@@ -17,10 +17,10 @@ from ttt.core.batch import Batch
 from ttt.core.scan import mean_over
 from ttt.infra.mesh import DATA_AXIS, Layout, check_divides, device_mesh, divide_batch
 from ttt.knobs import Config, TrainingConfig
-from ttt.model import sharding
 from ttt.model.inner_loop import InnerRule, warmup_scale
 from ttt.model.transformer import Gather, Learning, MetaModel, SequenceLoss, as_it_is
 from ttt.optimizers import make_optimizer, make_schedule
+from ttt.plan import sharding
 
 
 def lay_out(config: Config) -> Layout:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
 
+from ttt import mixers
 from ttt.core import tree
 from ttt.core.batch import AnyArray, Batch
 from ttt.core.precision import Precision
@@ -295,7 +296,7 @@ class MetaModel(eqx.Module):
             return x.reshape(len(x), -1, chunk)
 
         inputs = batch.inputs
-        if config.seq_modeling_block == "self_attention":  # each window on its own
+        if mixers.windows_apart(config):
             inputs = inputs.reshape(-1, chunk)
         x = jax.vmap(hidden)(inputs).reshape(*batch.inputs.shape, -1)
         table = model.language_model.table

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ttt.evaluation.intervals import student
+from ttt.intervals import student
 from ttt.report.manifest import Manifest, PlannedPath
 from ttt.report.records import Run
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt.evaluation import drawing
+from ttt import figures
 from ttt.report.comparisons import REFERENCE, Comparison
 from ttt.report.curves import CostCurve, PositionCurve
 from ttt.report.manifest import MATCHED
@@ -121,7 +121,7 @@ def _gate(report: Report, path: Path) -> list[Path]:
         return []
     panels = [panel for panel, there in (("points", points), ("bars", bars)) if there]
     widths = [{"points": 1.5, "bars": 1.0}[panel] for panel in panels]
-    figure, found = drawing.pyplot().subplots(
+    figure, found = figures.pyplot().subplots(
         *(1, len(panels)),
         figsize=(1 + 3.2 * sum(widths), 4.2),
         width_ratios=widths,
@@ -136,7 +136,7 @@ def _gate(report: Report, path: Path) -> list[Path]:
     if points:
         figure.draw_without_rendering()  # names keep clear of each other where the axes come to lie
         _name_points(found[0, 0], points)
-    return drawing.finish(figure, path, "the warm-start gate (means and 95 % intervals)", SUFFIXES)
+    return figures.finish(figure, path, "the warm-start gate (means and 95 % intervals)", SUFFIXES)
 
 
 def _gate_points(axes: Any, points: Sequence[Comparison]) -> None:
@@ -144,7 +144,7 @@ def _gate_points(axes: Any, points: Sequence[Comparison]) -> None:
         if c.saving is not None and c.delta is not None:
             at = 100 * c.saving.mean, c.delta.mean
             axes.errorbar(*at, xerr=_error(c.saving, 100), yerr=_error(c.delta), **_point(c))
-    drawing.tidy(axes)
+    figures.tidy(axes)
     axes.grid(axis="x", color="0.92")
     x0, x1 = axes.get_xlim()
     y0, y1 = axes.get_ylim()
@@ -270,7 +270,7 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
                     mfc=looks[curve.path]["color"] if last else "white",
                     zorder=3,
                 )
-        drawing.tidy(axes)
+        figures.tidy(axes)
         axes.set_xlim(left=0)
     low = min(np.nanmin(curve.loss) for curve in curves)
     ends = [e.mean for curve in curves for _, _, e in curve.ends]
@@ -306,8 +306,8 @@ def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
             panels[1].fill_between(middle, low, high, color=tint, alpha=0.12, lw=0)
     context = max(curve.context for curve in curves)
     for axes in panels:
-        drawing.tidy(axes)
-        drawing.log_tokens(axes, [16 * 4**i for i in range(10) if 16 * 4**i <= context])
+        figures.tidy(axes)
+        figures.log_tokens(axes, [16 * 4**i for i in range(10) if 16 * 4**i <= context])
         axes.set_xlabel("token position")
     panels[0].set_ylabel("held-out loss (nats per token)")
     _subtitle(panels[0], "mean over seeds, learning while reading where the model learns")
@@ -331,7 +331,7 @@ def _subtitle(axes: Any, text: str) -> None:
 
 
 def _panels(count: int, *, sharey: bool) -> tuple[Any, Any]:
-    figure, panels = drawing.pyplot().subplots(
+    figure, panels = figures.pyplot().subplots(
         *(1, count),
         figsize=(1.2 + 4.1 * count, 4.2),
         sharey=sharey,
@@ -348,10 +348,10 @@ def _finish(
     room = (0.6 * 8 * max(len(text) for _, text, _ in ends) + 6) / 72  # inches
     figure.get_layout_engine().set(rect=(0, 0, 1 - room / figure.get_figwidth(), 1))
     figure.canvas.draw()
-    drawing.label_ends(panels[-1], ends)
+    figures.label_ends(panels[-1], ends)
     for text in panels[-1].texts:
         text.set_in_layout(False)
-    return drawing.finish(figure, path, title, SUFFIXES)
+    return figures.finish(figure, path, title, SUFFIXES)
 
 
 def colour(path: str) -> str:

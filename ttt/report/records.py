@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from ttt.bench import costs
-from ttt.evaluation.result import method_of
+from ttt import mixers
 from ttt.infra.record import RunRecord
 from ttt.knobs import ModelConfig
+from ttt.plan import costs
 from ttt.report.manifest import Manifest, Planned
 
 TRAINING = ("step", "data_wait", "save")
@@ -340,7 +340,9 @@ def _settings(settings: Mapping[str, Any], mode: str) -> dict[str, Fact]:
     known = "train_mode" in training and "seq_modeling_block" in model
     return {
         "size": _or(model.get("name"), why),
-        "method": method_of(model["seq_modeling_block"], training["train_mode"])
+        "method": mixers.method(
+            model["seq_modeling_block"], model.get("layer_types", ()), training["train_mode"]
+        )
         if known
         else Unknown(why),
         "runtime_mode": mode if training else Unknown(why),

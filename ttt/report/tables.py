@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ttt.evaluation.drawing import short
+from ttt.figures import short
 from ttt.report.comparisons import REFERENCE, Comparison, Reach, Stage
 from ttt.report.manifest import MATCHED
 from ttt.report.pictures import Picture

@@ -16,20 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt import mixers
 from ttt.config import with_stored
 from ttt.core import tree
 from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset
 from ttt.dataloader.lm_dataset import Source
 from ttt.errors import UserError
-from ttt.evaluation.runs import Run
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.infra.mesh import Layout
 from ttt.knobs import Config, ModelConfig
-from ttt.model import loop, published, warm_start
+from ttt.model import loop, published
 from ttt.model.loop import Evaluator, Scores, TrainState
+from ttt.model.trained import TrainedModel
 from ttt.model.transformer import MetaModel
+from ttt.training import warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +185,9 @@ def restore_parameters(
 # ---- the parent ------------------------------------------------------------------------
 
 
-def stored_run(config: Config, step_folder: Path, stored: dict[str, np.ndarray]) -> Run | None:
+def stored_run(
+    config: Config, step_folder: Path, stored: dict[str, np.ndarray]
+) -> TrainedModel | None:
     """The parent as it was trained; None for a checkpoint that does not say how that was."""
     try:
         settings = checkpoint.read_json(step_folder, "manifest")["config"]
@@ -195,7 +199,7 @@ def stored_run(config: Config, step_folder: Path, stored: dict[str, np.ndarray])
     training = replace(
         own.training, eval_batch_size=config.training.eval_batch_size, inner_remat_freq=1
     )
-    return Run(own.training.exp_name, int(step_folder.name), training, model)
+    return TrainedModel(own.training.exp_name, int(step_folder.name), training, model)
 
 
 def check_heads(parent: ModelConfig, own: ModelConfig, step_folder: Path) -> None:
@@ -208,7 +212,7 @@ def check_heads(parent: ModelConfig, own: ModelConfig, step_folder: Path) -> Non
         )
 
 
-def changes(parent: Run, config: Config) -> dict[str, list[Any]]:
+def changes(parent: TrainedModel, config: Config) -> dict[str, list[Any]]:
     """Settings of the function that differ, as [parent's, own]."""
     model, training = config.model, config.training
     both_learn = parent.learns and training.train_mode == "meta"
@@ -220,26 +224,21 @@ def changes(parent: Run, config: Config) -> dict[str, list[Any]]:
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
 
 
-def model_slides(model: ModelConfig) -> bool:
-    """Whether attention is over a window."""
-    return model.seq_modeling_block == "SWA"
-
-
-def common_context(parent: Run, config: Config) -> int:
+def common_context(parent: TrainedModel, config: Config) -> int:
     """Tokens of a sequence that both models see in the same way, in whole chunks of both."""
     model = config.model
-    windows = {parent.window, model.sliding_window_size if model_slides(model) else None}
+    windows = {parent.window, mixers.window(model)}
     length = min(parent.training.seq_length, config.training.seq_length)
     if len(windows) > 1:
         length = min([length, *(window for window in windows if window is not None)])
-    sliding = [part for part in (parent.config, model) if model_slides(part)]
+    sliding = [part for part in (parent.config, model) if mixers.window(part) is not None]
     chunk = math.lcm(*(part.mini_batch_size for part in sliding))
     return length // chunk * chunk
 
 
 def measure_parent(
     config: Config,
-    parent: Run | None,
+    parent: TrainedModel | None,
     account: checkpoint.RestoreAccount,
     evaluation: Source,
     layout: Layout,
@@ -293,7 +292,7 @@ def warm_loss(config: Config, start: Start, evaluation: Source, layout: Layout) 
     if parent is None or parent.loss is None:
         return None
     training = replace(config.training, inner_remat_freq=1)
-    own = Run(training.exp_name, 0, training, start.state.model)
+    own = TrainedModel(training.exp_name, 0, training, start.state.model)
     batches = start_batches(config, evaluation, parent.context)
     model = own.at(parent.context)
     return token_loss(Evaluator(training, layout), model, batches, learn=parent.learns)
@@ -308,7 +307,7 @@ def is_to_narrow(parent: ModelConfig, own: ModelConfig) -> bool:
     return wider and own.prime and own.width_policy == "narrow"
 
 
-def narrow(config: Config, parent: Run, train: Source) -> dict[str, np.ndarray]:
+def narrow(config: Config, parent: TrainedModel, train: Source) -> dict[str, np.ndarray]:
     """The parent's MLPs at this model's width, under their published names."""
     count = min(len(train), CALIBRATION_SEQUENCES)
     length = min(parent.training.seq_length, config.training.seq_length)
@@ -320,7 +319,7 @@ def narrow(config: Config, parent: Run, train: Source) -> dict[str, np.ndarray]:
     return warm_start.narrow(parent.at(length), ids, config.model.intermediate_size)
 
 
-def _width_remedy(parent: Run | None, own: ModelConfig) -> str:
+def _width_remedy(parent: TrainedModel | None, own: ModelConfig) -> str:
     if parent is None or parent.config.intermediate_size == own.intermediate_size:
         return ""
     return (

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from ttt import mixers
 from ttt.config import with_stored
 from ttt.errors import UserError
-from ttt.evaluation import result
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.knobs import Config, ModelConfig, TrainingConfig
@@ -20,14 +20,13 @@ from ttt.model.transformer import MetaModel
 
 logger = logging.getLogger(__name__)
 
-LABELS = {"fa": "full attention", "swa": "sliding window", "e2e": "TTT-E2E"}
 _FULL_ATTENTION_BLOCK = 1024
 """Queries at once where a run with full attention states no block: a whole context's scores would
 not fit long contexts."""
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedModel:
     """A trained model as it lies in its checkpoint, in host memory."""
 
     name: str
@@ -54,8 +53,7 @@ class Run:
     @property
     def window(self) -> int | None:
         """Tokens that a query sees directly; None: all before it."""
-        sliding = self.config.seq_modeling_block == "SWA"
-        return self.config.sliding_window_size if sliding else None
+        return mixers.window(self.config)
 
     def modes(self, without_learning: bool) -> tuple[bool, ...]:
         """Learning on, and off where that is another thing."""
@@ -93,10 +91,10 @@ def method_of(model: ModelConfig, training: TrainingConfig) -> str:
     """`fa`, `swa` or `e2e`; or `token_stats`, the count model in place of any of them."""
     if training.runtime_mode == "token_stats":
         return "token_stats"
-    return result.method_of(model.seq_modeling_block, training.train_mode)
+    return mixers.method(model.seq_modeling_block, model.layer_types, training.train_mode)
 
 
-def load(config: Config) -> list[Run]:
+def load(config: Config) -> list[TrainedModel]:
     """The runs that `config.evaluation` asks for.
 
     Raises a UserError for a run or step that is not there (naming those that are), parameters that
@@ -106,7 +104,7 @@ def load(config: Config) -> list[Run]:
     return [load_one(config, name, config.evaluation.step) for name in names]
 
 
-def load_one(config: Config, name: str, step: int = -1) -> Run:
+def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
     """One run of `training.exp_folder`, with the settings in its checkpoint's manifest."""
     root, folder = config.deploy_paths.checkpoint, config.training.exp_folder
     checkpoints = Checkpoints(checkpoint.run_folder(root, folder, name))
@@ -136,7 +134,7 @@ def load_one(config: Config, name: str, step: int = -1) -> Run:
     training = replace(
         own.training, eval_batch_size=config.evaluation.batch_size, inner_remat_freq=1
     )
-    return Run(name, int(step_folder.name), training, weights)
+    return TrainedModel(name, int(step_folder.name), training, weights)
 
 
 def _others(checkpoints: Checkpoints) -> str:
@@ -151,7 +149,7 @@ def _shapes(config: ModelConfig) -> MetaModel:
     return jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: TrainedModel) -> dict[str, Any]:
     """What a result says of its run."""
     config = run.config
     return {

@@ -2,7 +2,7 @@
 
 Cheap is what has the fewest hardware FLOPs (`costs.hardware_flops`); among equals, what keeps most
 comes first. What a user has set is honoured. Nothing here changes a run's numbers beyond the order
-of its sums. No JAX: what the machine has is asked elsewhere (ttt/bench/here.py).
+of its sums. No JAX: what the machine has is asked elsewhere (ttt/plan/hardware.py).
 """
 
 import math
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from ttt.bench import costs
 from ttt.errors import UserError
 from ttt.knobs import REMAT_POLICIES, Config
+from ttt.plan import costs
 
 TOLERANCE = 1.25
 """How far an actual peak may lie from its prediction (tests/test_costs.py): a step is refused only

@@ -20,9 +20,9 @@ from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints, RestoreAccount
 from ttt.infra.progress import Progress
 from ttt.knobs import Config
-from ttt.model.count_model import CountModel
 from ttt.model.loop import Scores
-from ttt.start import Parent, Start, parents_checkpoints, start_batches, token_loss
+from ttt.training.count_model import CountModel
+from ttt.training.start import Parent, Start, parents_checkpoints, start_batches, token_loss
 
 logger = logging.getLogger(__name__)
 

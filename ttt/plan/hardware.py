@@ -1,4 +1,4 @@
-"""The machine that this process runs on, as ttt/bench/plan.py asks for it."""
+"""The machine that this process runs on, as ttt/plan/fit.py asks for it."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ttt.bench.plan import Machine
 from ttt.core.precision import Precision
 from ttt.knobs import Config
 from ttt.ops.dot_attention import choose
+from ttt.plan.fit import Machine
 
 MARGIN = 0.9
 """The share of a device's memory that a step may take, where the user does not say."""

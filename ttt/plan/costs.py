@@ -21,7 +21,7 @@ from typing import Any
 from ttt.errors import UserError
 from ttt.globs import matches
 from ttt.knobs import Config, ModelConfig, TrainingConfig
-from ttt.model.sharding import shares
+from ttt.plan.sharding import shares
 
 BYTES = {"fp32": 4, "bf16": 2}
 

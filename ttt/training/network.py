@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ttt.bench import costs, here, plan
+from ttt import mixers
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.dataloader.lm_dataset import Source
@@ -18,7 +18,8 @@ from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.loop import Evaluator, Scores, TrainState
 from ttt.model.transformer import MetaModel
-from ttt.start import Start, as_items, find_start, warm_loss
+from ttt.plan import costs, fit, hardware
+from ttt.training.start import Start, as_items, find_start, warm_loss
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ class Network:
     @property
     def window(self) -> int:
         """That of sliding attention, else all of the sequence."""
-        sliding = self.config.model.seq_modeling_block == "SWA"
-        return self.config.model.sliding_window_size if sliding else self.config.training.seq_length
+        return mixers.window(self.config.model) or self.config.training.seq_length
 
     def find_start(
         self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
@@ -90,10 +90,10 @@ class Network:
 
 def fit_memory(config: Config) -> Config:
     """`config` with every `auto` chosen for this machine's memory; a UserError if nothing fits."""
-    fitted = plan.fit(config, here.machine(config))
+    fitted = fit.fit(config, hardware.machine(config))
     logger.info("%s", fitted.describe())
     if not fitted.fits:
-        logger.warning("it may not fit. %s", plan.advice(config, fitted))
+        logger.warning("it may not fit. %s", fit.advice(config, fitted))
     return fitted.config
 
 
@@ -117,7 +117,7 @@ def compile_step(
     compiled = step.lower(state, batch).compile()
     logger.info("compiled in %.0f s", time.monotonic() - began)
     if memory := compiled.memory_analysis():  # not every backend tells
-        predicted = plan.predict(config, here.machine(config)).total
+        predicted = fit.predict(config, hardware.machine(config)).total
         actual = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         logger.info(
             "a step needs %.0f MB beside the %.0f MB of its state; %.0f MB were predicted in all, "

@@ -1,0 +1,1 @@
+"""What a training step costs, and how it is fitted into memory: FLOPs, bytes, plan, hardware."""

@@ -203,7 +203,7 @@ def read(
     began = time.perf_counter()
     with Progress(len(prompt), what, console=Console(stderr=True)) as progress:
         state, nll = engine.read(
-            state, [prompt], told=lambda tokens: progress.update(min(tokens, len(prompt)))
+            state, [prompt], on_progress=lambda tokens: progress.update(min(tokens, len(prompt)))
         )
     return state, time.perf_counter() - began, nll[0]
 
@@ -259,7 +259,7 @@ def write(
         request.sampling,
         seed=asked.seed,
         stop=asked.stop,
-        told=told,
+        on_progress=told,
     )
     seconds = time.perf_counter() - began
     shown.end()

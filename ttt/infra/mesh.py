@@ -57,7 +57,7 @@ def check_divides(mesh: Mesh, sequences: int) -> None:
     if sequences % devices:
         raise UserError(
             f"{sequences} sequences cannot be divided evenly among {devices} devices: make the "
-            f"batch (global_batch_size / accum_steps, or eval_batch_size) a multiple of {devices}"
+            f"batch (training.global_batch_size / accum_steps) a multiple of {devices}"
         )
 
 

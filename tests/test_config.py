@@ -474,3 +474,13 @@ def test_config_dir_is_found_in_the_checkout_and_in_the_wheel(monkeypatch, tmp_p
 def test_config_and_entry_do_not_import_jax():
     code = "import sys, ttt.config, ttt.entry; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_published_run_is_validated_ten_times_on_a_part_of_the_split():
+    training = resolve(compose(["+experiment=760m/extension/ext-760m-e2e-32K"])).training
+    assert training.eval_every_steps == training.total_steps // 10 > 0
+    assert 0 < training.eval_batches * training.eval_batch_size <= 256
+    assert (
+        resolve(compose(["+experiment=tiny/pretrain/pretrain-tiny-e2e"])).training.eval_every_steps
+        == 0
+    )

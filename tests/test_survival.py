@@ -376,7 +376,11 @@ def test_a_run_goes_on_from_its_newest_good_checkpoint_and_says_so(
 
 @pytest.fixture
 def file_size_limit():
-    """Lets the system refuse to write beyond so many bytes of a file."""
+    """Lets the system refuse to write beyond so many bytes of a file.
+
+    The compile cache would be such a file too, when a busy machine is slow to compile.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -385,6 +389,7 @@ def file_size_limit():
 
     yield limit
     limit(None)
+    jax.config.update("jax_enable_compilation_cache", True)
     signal.signal(signal.SIGXFSZ, handler)
 
 

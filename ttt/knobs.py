@@ -262,7 +262,7 @@ class TrainingConfig:
     eval_every_steps: Natural
     """0: only at the end."""
     eval_batches: Natural
-    """Batches of the evaluation split to score; 0: all of it."""
+    """Batches of the evaluation split to score, the first; 0: all of it."""
     eval_start_batches: Count
     """Batches of the evaluation split to score before the first step, by the parent too."""
     count_model_tokens: Natural

@@ -140,7 +140,7 @@ def run(config: Config) -> None:
     lock = RunLock(record.folder, checkpoints.folder, active=first)
     with ExitStack() as held:
         distributed.first_does(lambda: held.enter_context(lock))
-        own = checkpoints.find_good() if checkpoints.steps() else None
+        own = checkpoints.newest_good()
         check_continues(config, data, checkpoints, record, own)
         if own is None and training.load_part != "none":
             check_parent(config)

@@ -27,7 +27,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
@@ -35,6 +34,7 @@ from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, with_leaves
 from ttt.errors import RunError, UserError
 from ttt.globs import matches
+from ttt.infra import distributed
 
 _logger = logging.getLogger(__name__)
 
@@ -105,34 +105,35 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} has no step {step}: choose one of {there}")
         return self.folder / str(steps[-1] if step == -1 else step)
 
+    def newest_good(self) -> int | None:
+        """The newest undamaged step; None: the first process, which decides for all, sees none."""
+        return self.find_good() if distributed.from_first(bool(self.steps())) else None
+
     def find_good(self, step: int = -1) -> int:
-        """The newest whole and undamaged step, or `step` if it is that; damage is told loudly.
+        """The newest whole and undamaged step, or `step` if it is that; damage is a loud warning.
 
         Every file is read and compared with `hashes.json`; a checkpoint with neither hashes nor
-        manifest is a published one and taken as it is. Nothing is changed.
+        manifest is a published one and taken as it is. Nothing is changed. The first process looks,
+        for all: on a shared file system another may see less.
         Raises CheckpointError if no checkpoint, or not the one asked for, is good.
         """
-        asked = int(self.find(step).name)
-        candidates = [asked] if step != -1 else self.steps()[::-1]
-        found = np.int32(-1)
+        return distributed.from_first(distributed.first_does(lambda: self._find_good(step)) or 0)
+
+    def _find_good(self, step: int) -> int:
+        newest = int(self.find(step).name)
         damage: dict[int, str] = {}
-        if jax.process_index() == 0:
-            for candidate in candidates:
-                if not (fault := _damage(self.folder / str(candidate))):
-                    found = np.int32(candidate)
-                    break
-                damage[candidate] = fault
-                _logger.warning("CHECKPOINT %d IS BROKEN: %s", candidate, fault)
-        found = int(multihost_utils.broadcast_one_to_all(found))
-        if found == -1:
-            listed = _listed(f"no checkpoint in {self.folder} can be used", damage.values())
-            raise CheckpointError(
-                f"{listed}\nBring one back from a copy, or move the folder away to start anew. "
-                "Nothing was changed."
-            )
-        if damage:
-            _logger.warning("FALLING BACK TO THE CHECKPOINT OF STEP %d", found)
-        return found
+        for candidate in [newest] if step != -1 else self.steps()[::-1]:
+            if not (fault := _damage(self.folder / str(candidate))):
+                if damage:
+                    _logger.warning("FALLING BACK TO THE CHECKPOINT OF STEP %d", candidate)
+                return candidate
+            damage[candidate] = fault
+            _logger.warning("CHECKPOINT %d IS BROKEN: %s", candidate, fault)
+        listed = _listed(f"no checkpoint in {self.folder} can be used", damage.values())
+        raise CheckpointError(
+            f"{listed}\nBring one back from a copy, or move the folder away to start anew. "
+            "Nothing was changed."
+        )
 
     def put_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps, which `find_good` found broken, to STEP.broken."""

@@ -11,13 +11,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, nested, with_leaves
 from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import RestoreAccount
+from ttt.infra.mesh import joined
 from ttt.knobs import ModelConfig
 from ttt.model.transformer import MetaModel
 
@@ -28,15 +29,18 @@ _STACKS = "language_model.model.h."
 _PRIME = ("feed_forward_prime", "ffn_prime_norm", "ffn_prime_post_norm")
 
 
-def to_published(tree: PyTree) -> dict[str, Array]:
-    """A model-shaped tree (parameters, moments, gradients) as published name -> array."""
+def to_published(tree: PyTree) -> dict[str, AnyArray]:
+    """A model-shaped tree (parameters, moments, gradients) as published name -> array.
+
+    What two stacks share is joined in host memory: see `ttt.infra.mesh.joined`.
+    """
     leaves = named_leaves(tree)
     published = {name: leaf for name, leaf in leaves.items() if not name.startswith(_STACKS)}
     for name in leaves:
         if name.startswith(_STACKS):
             target = published_name(name)
             parts = [leaves[part] for part in own_names(target) if part in leaves]
-            published[target] = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+            published[target] = joined(parts)
     return published
 
 

@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ttt import mixers
+from ttt import experiment_rules, mixers
 from ttt.errors import UserError
 from ttt.globs import matches
 from ttt.knobs import Config, Rule
@@ -535,14 +535,21 @@ def explain(error: HydraException) -> UserError:
 
 
 def _choices(group: str) -> tuple[str, ...]:
-    """Names of a config group's files, sorted."""
+    """Names of a config group, sorted: its files, and experiments that rules make."""
+    made = experiment_rules.names(config_dir()) if group == "experiment" else ()
+    return tuple(sorted({*_files(group), *made}))
+
+
+def _files(group: str) -> list[str]:
     folder = config_dir() / group
     files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
-    return tuple(sorted(path.with_suffix("").as_posix() for path in files))
+    return sorted(path.with_suffix("").as_posix() for path in files)
 
 
 def _experiment_list() -> str:
-    return "\n".join(f"  {name}" for name in experiments())
+    """The files by name, then all that rules make, with what a name can hold in braces."""
+    made = experiment_rules.short_list(config_dir())
+    return "\n".join(f"  {name}" for name in [*_files("experiment"), *made])
 
 
 # ---- rules that the files in configs/ follow -----------------------------------------

@@ -36,7 +36,8 @@ def exit_codes() -> Generator[None]:
     except UserError as error:
         _leave(2, f"error: {error}")
     except HydraException as error:
-        _leave(2, f"error: {explain(error)}")
+        overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+        _leave(2, f"error: {explain(error, overrides)}")
     except KeyboardInterrupt as interrupt:
         _leave(130, str(interrupt) or "interrupted")
     except Exception:

@@ -8,15 +8,18 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 
 import cloudpickle
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ttt import config as config_module
+from ttt import entry
 from ttt.config import (
     ConfigError,
     compose,
@@ -31,6 +34,7 @@ from ttt.config import (
 from ttt.entry import Job, exit_codes, hydra_entry
 from ttt.errors import RunError, Stopped, UserError
 from ttt.globs import is_glob, matches
+from ttt.infra import distributed
 
 E2E = "tiny/pretrain/pretrain-tiny-e2e"
 
@@ -512,6 +516,51 @@ def test_exit_codes_serve_scripts_as_well(capsys):
         raise UserError("no such folder")
     assert leaving.value.code == 2
     assert capsys.readouterr().err == "error: no such folder\n"
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine whose driver shows one GPU."""
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr(entry, "_DRIVER", tmp_path / "gpus")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_is_visible_unless_it_is_hidden(gpu, monkeypatch, hidden):
+    assert entry.gpu_is_visible()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert not entry.gpu_is_visible()
+
+
+@pytest.mark.parametrize(("said", "visible"), [("GPU 0: NVIDIA H100", True), ("no devices", False)])
+def test_without_a_proc_of_the_driver_its_program_is_asked(monkeypatch, tmp_path, said, visible):
+    monkeypatch.setattr(entry, "_DRIVER", tmp_path / "none")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not entry.gpu_is_visible()
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert entry.gpu_is_visible() is visible
+
+
+@pytest.mark.parametrize(
+    ("platforms", "platform", "warnings"), [(None, "auto", 1), ("cpu", "auto", 0), (None, "cpu", 0)]
+)
+def test_a_gpu_that_jax_does_not_use_is_warned_of_once(
+    gpu, monkeypatch, caplog, platforms, platform, warnings
+):
+    before = jax.config.jax_platforms
+    backend = replace(resolve(composed(E2E)).backend, platform=platform, compilation_cache_dir="")
+    try:
+        jax.config.update("jax_platforms", platforms)
+        with caplog.at_level(logging.WARNING):
+            distributed.start(backend)
+    finally:
+        jax.config.update("jax_platforms", before)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warnings
+    assert all("uv run --exact --extra cuda13" in line for line in said)
 
 
 def test_config_dir_is_found_in_the_checkout_and_in_the_wheel(monkeypatch, tmp_path):

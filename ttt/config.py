@@ -509,7 +509,7 @@ def config_dir() -> Path:
 
 def experiments() -> tuple[str, ...]:
     """Names for `+experiment=NAME`, sorted."""
-    return _choices("experiment")
+    return choices("experiment")
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -550,7 +550,7 @@ def explain(error: HydraException, overrides: Sequence[str] = ()) -> UserError:
     message = str(error)
     if isinstance(error, MissingConfigException) and "/" in (file := error.missing_cfg_file or ""):
         group, name = file.split("/", 1)
-        options = _choices(group)
+        options = choices(group)
         close = difflib.get_close_matches(name, options, n=3, cutoff=0.5) or options
         return UserError(
             f"{group}={name}: no such choice; take one that exists, such as {', '.join(close)}"
@@ -584,7 +584,7 @@ def _unknown_settings(error: HydraException, overrides: Sequence[str]) -> Iterat
             error = following
 
 
-def _choices(group: str) -> tuple[str, ...]:
+def choices(group: str) -> tuple[str, ...]:
     """Names of a config group, sorted: its files, and experiments that rules make."""
     made = experiment_rules.names(config_dir()) if group == "experiment" else ()
     return tuple(sorted({*_files(group), *made}))
@@ -651,4 +651,4 @@ OmegaConf.register_new_resolver("ttt.floordiv", lambda number, by: number // by,
 OmegaConf.register_new_resolver("ttt.times", lambda number, by: number * by, replace=True)
 OmegaConf.register_new_resolver("ttt.cache_dir", _cache_dir, replace=True)
 OmegaConf.register_new_resolver("ttt.experiments", _experiment_list, replace=True)
-OmegaConf.register_new_resolver("ttt.choices", lambda g: ", ".join(_choices(g)), replace=True)
+OmegaConf.register_new_resolver("ttt.choices", lambda g: ", ".join(choices(g)), replace=True)

@@ -100,7 +100,7 @@ def _content(configs: Path, name: str, fields: dict[str, str]) -> dict[str, Any]
     if stage != "pretrain":
         start = f"pretrain-{size}-{parent or fields.get('method', 'fa')}"
         if "-bridge" in run:
-            start = adaptation(size, _own(configs, size), parent or "", share)
+            start = adaptation(size, pretraining_context(configs, size), parent or "", share)
         training["resume_exp_name"] = start
     if run.endswith("-direct"):  # as in an adaptation: its prime MLPs have not learned to learn yet
         training["ilr_init"] = 0.1
@@ -135,7 +135,7 @@ def _regex(configs: Path, size: str, pattern: str) -> str:
 
 def _choices(configs: Path, size: str, pattern: str) -> dict[str, Sequence[str]]:
     """What each field of a pattern can be for a size, in the fields' order."""
-    own = _own(configs, size)
+    own = pretraining_context(configs, size)
     contexts = sorted(_files(configs, "context"), key=_thousands)
     choices = {
         "size": (size,),
@@ -163,11 +163,15 @@ def _setting(path: Path, key: str) -> Any:
     return OmegaConf.select(OmegaConf.load(path), key)
 
 
-def _own(configs: Path, size: str) -> str:
-    """The size's context in pretraining, by name."""
-    key = "size.pretrain_seq_length"
+def size_setting(configs: Path, size: str, key: str) -> Any:
+    """What the size's file states for `key`, else the default."""
     stated = _setting(configs / "model" / f"{size}.yaml", key)
-    return context_name(stated or _setting(configs / "config.yaml", key))
+    return _setting(configs / "config.yaml", key) if stated is None else stated
+
+
+def pretraining_context(configs: Path, size: str) -> str:
+    """The size's context in pretraining and adaptation, by name."""
+    return context_name(size_setting(configs, size, "size.pretrain_seq_length"))
 
 
 def _thousands(context: str) -> int:
@@ -177,5 +181,5 @@ def _thousands(context: str) -> int:
 def _fits(configs: Path, size: str, method: str) -> bool:
     """Whether every mixer of the method's cycle has a layer in a network of this size."""
     cycle = _setting(configs / "method" / f"{method}.yaml", "model.layer_types")
-    layers = _setting(configs / "model" / f"{size}.yaml", "model.num_hidden_layers")
+    layers = size_setting(configs, size, "model.num_hidden_layers")
     return len(cycle or ()) <= layers

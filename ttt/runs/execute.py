@@ -23,7 +23,7 @@ from ttt.infra.lock import RunLock
 from ttt.infra.progress import Progress
 from ttt.runs import compose, gates, records
 from ttt.runs.manifest import Manifest
-from ttt.runs.plan import Order, Plan, Run, build
+from ttt.runs.plan import Plan, PlannedRun, PlanRequest, build
 
 TRAIN = (sys.executable, "-m", "ttt.train")
 """The command of a run, before its arguments."""
@@ -37,7 +37,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 class Execution:
     """A plan under way in one folder."""
 
-    order: Order
+    request: PlanRequest
     matchings: tuple[str, ...]
     folder: Path
     """`<experiments>/<exp_folder>`."""
@@ -70,7 +70,7 @@ class Execution:
             with self._listening():
                 self._work(plan, manifest)
                 if "wall_clock" in self.matchings and manifest.seconds_per_token is None:
-                    timed = build(self.order, ["tokens"], compose.facts)
+                    timed = build(self.request, ["tokens"], compose.facts)
                     manifest.freeze(records.measure(timed.runs, self.folder))
                     self._say("seconds per token are measured; now the wall-clock-matched runs")
                     plan = self._plan(manifest)
@@ -82,7 +82,7 @@ class Execution:
         """All that can be planned by now."""
         per_token = manifest.seconds_per_token
         known = [how for how in self.matchings if how != "wall_clock" or per_token is not None]
-        return build(self.order, known, compose.facts, per_token)
+        return build(self.request, known, compose.facts, per_token)
 
     def _check_disk(self, plan: Plan, manifest: Manifest) -> None:
         """Refuse records that are none of this plan's, or no longer what the manifest says."""
@@ -125,14 +125,14 @@ class Execution:
             if self._asked is not None:  # as the run ended
                 self._stop(run)
 
-    def _done(self, run: Run, manifest: Manifest) -> bool:
+    def _done(self, run: PlannedRun, manifest: Manifest) -> bool:
         """Whether a run's record is finished; then its gates are looked at, if they were not."""
         if records.find(self.folder, run).status != "finished":
             return False
         self._judge(run, manifest)
         return True
 
-    def _judge(self, run: Run, manifest: Manifest) -> None:
+    def _judge(self, run: PlannedRun, manifest: Manifest) -> None:
         """Write the gates of a finished run down; raise RunError if one does not hold."""
         verdicts = gates.check(run, records.evidence(self.folder / run.name))
         manifest.note(run.name, "finished", verdicts)
@@ -144,7 +144,7 @@ class Execution:
                     f"verdicts are in {manifest.path}."
                 )
 
-    def _train(self, run: Run, manifest: Manifest) -> None:
+    def _train(self, run: PlannedRun, manifest: Manifest) -> None:
         """The run's command, to its end."""
         log = self._log(run)
         log.parent.mkdir(exist_ok=True)
@@ -166,7 +166,7 @@ class Execution:
             "same command again: it goes on from here."
         )
 
-    def _watch(self, run: Run, command: Sequence[str], log: Any) -> int:
+    def _watch(self, run: PlannedRun, command: Sequence[str], log: Any) -> int:
         """Start the command, show how far it is, return its exit code."""
         # Its own process group: a terminal's Ctrl-C would reach it twice, and the second ends it
         # at once.
@@ -214,7 +214,7 @@ class Execution:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _stop(self, run: Run) -> None:
+    def _stop(self, run: PlannedRun) -> None:
         """Leave as a signal asked, with a word on how to go on."""
         told = (
             f"the plan stopped in {run.name}; its output is in {self._log(run)}. The same command "
@@ -225,10 +225,10 @@ class Execution:
             raise KeyboardInterrupt
         raise Stopped(told, self._asked or 0)
 
-    def _log(self, run: Run) -> Path:
+    def _log(self, run: PlannedRun) -> Path:
         return self.folder / "logs" / f"{run.name}.log"
 
-    def _clock_line(self, run: Run, left: Sequence[Run]) -> str:
+    def _clock_line(self, run: PlannedRun, left: Sequence[PlannedRun]) -> str:
         """Time that has passed, and what may be left from this run on, at the pace so far."""
         passed = timedelta(seconds=round(self.clock() - self._began))
         if not self._paces:
@@ -238,7 +238,7 @@ class Execution:
             paces.setdefault(kind, []).append(pace)
         all_paces = [pace for _, pace in self._paces]
 
-        def expected(other: Run) -> float:
+        def expected(other: PlannedRun) -> float:
             known = paces.get(other.kind, all_paces)
             return other.tokens * sum(known) / len(known)
 

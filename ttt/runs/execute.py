@@ -51,7 +51,7 @@ class Execution:
     def __post_init__(self):
         self._began = self.clock()
         self._paces: list[tuple[str, float]] = []  # (kind, wall seconds per token) of runs done now
-        self._asked: int | None = None
+        self._signal: int | None = None
         self._child: subprocess.Popen | None = None
 
     def run(self) -> None:
@@ -88,18 +88,18 @@ class Execution:
         """Refuse records that are none of this plan's, or no longer what the manifest says."""
         faults = []
         for run in plan.runs:
-            found = records.find(self.folder, run)
+            record = records.find(self.folder, run)
             status = manifest.status(run.name)
-            if found.status == "absent":
+            if record.status == "absent":
                 if status == "finished":
                     faults.append(f"{run.name}: finished says the manifest, but its record is gone")
             elif status == "pending" and not self.skip_existing:
                 faults.append(
-                    f"{run.name}: is there ({found.status}), but not by this plan; --skip-existing "
-                    "takes it as it is if its settings are the plan's"
+                    f"{run.name}: is there ({record.status}), but not by this plan; "
+                    "--skip-existing takes it as it is if its settings are the plan's"
                 )
-            elif found.changed:
-                changes = (f"{key} {was} -> {now}" for key, (was, now) in found.changed.items())
+            elif record.changed:
+                changes = (f"{key} {was} -> {now}" for key, (was, now) in record.changed.items())
                 faults.append(f"{run.name}: is there with other settings: {', '.join(changes)}")
         if faults:
             listed = "\n".join(f"  {fault}" for fault in faults)
@@ -122,7 +122,7 @@ class Execution:
             self._train(run, manifest)
             self._paces.append((run.kind, (self.clock() - began) / run.tokens))
             self._judge(run, manifest)
-            if self._asked is not None:  # as the run ended
+            if self._signal is not None:  # as the run ended
                 self._stop(run)
 
     def _done(self, run: PlannedRun, manifest: Manifest) -> bool:
@@ -152,16 +152,16 @@ class Execution:
             file.write(f"$ {run.command}\n".encode())
             file.flush()
             code = self._watch(run, [*self.train, *run.arguments], file)
-        found = records.find(self.folder, run).status
-        if code == 0 and found == "finished":
+        recorded = records.find(self.folder, run).status
+        if code == 0 and recorded == "finished":
             return
-        if self._asked is not None or code == ASKED_TO_STOP:
+        if self._signal is not None or code == ASKED_TO_STOP:
             manifest.note(run.name, "interrupted")
             self._stop(run)
         manifest.note(run.name, "failed")
         end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
         raise RunError(
-            f"{run.name} ended with exit code {code}, its record says {found}. The plan stops "
+            f"{run.name} ended with exit code {code}, its record says {recorded}. The plan stops "
             f"here. The whole output is in {log}; its end:\n{end}\nMend the cause and give the "
             "same command again: it goes on from here."
         )
@@ -174,8 +174,8 @@ class Execution:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
         )
         try:
-            if self._asked is not None:
-                self._child.send_signal(self._asked)
+            if self._signal is not None:
+                self._child.send_signal(self._signal)
             step = 0
             with Progress(run.steps, "  step", console=self.console) as progress:
                 while True:
@@ -201,9 +201,9 @@ class Execution:
         """Hand requests to stop on to the run that is under way."""
 
         def hear(number: int, frame: Any) -> None:
-            if self._asked is None:
+            if self._signal is None:
                 self._say(f"{signal.Signals(number).name}: the run is asked to save and stop …")
-            self._asked = self._asked or number
+            self._signal = self._signal or number
             if self._child is not None and self._child.poll() is None:
                 self._child.send_signal(number)
 
@@ -216,14 +216,14 @@ class Execution:
 
     def _stop(self, run: PlannedRun) -> None:
         """Leave as a signal asked, with a word on how to go on."""
-        told = (
+        message = (
             f"the plan stopped in {run.name}; its output is in {self._log(run)}. The same command "
             "goes on from there."
         )
-        if self._asked == signal.SIGINT:
-            self._say(told)
+        if self._signal == signal.SIGINT:
+            self._say(message)
             raise KeyboardInterrupt
-        raise Stopped(told, self._asked or 0)
+        raise Stopped(message, self._signal or 0)
 
     def _log(self, run: PlannedRun) -> Path:
         return self.folder / "logs" / f"{run.name}.log"

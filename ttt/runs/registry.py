@@ -242,11 +242,11 @@ def _faults(content: Any) -> Iterator[str]:
 
 def _missing_experiments(registry: Registry) -> Iterator[str]:
     """Paths that no experiments make up, each with the first that is missing."""
-    there = experiments()
+    known = experiments()
     for path in registry.paths.values():
         needed = (s.experiment(size) for size in registry.sizes.values() for s in path.stages)
-        if missing := next((name for name in needed if name not in there), None):
-            close = difflib.get_close_matches(missing, there, n=1)
+        if missing := next((name for name in needed if name not in known), None):
+            close = difflib.get_close_matches(missing, known, n=1)
             yield (
                 f"paths.{path.name}: needs the experiment {missing}, which no file or rule makes; "
                 f"correct its method, parent or adapt (there is {', '.join(close)})"

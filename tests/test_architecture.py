@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     (
         *("ttt", "ttt.errors", "ttt.globs", "ttt.mixers", "ttt.knobs", "ttt.config", "ttt.entry"),
-        *("ttt.figures", "ttt.intervals"),
+        *("ttt.experiment_rules", "ttt.figures", "ttt.intervals"),
     ),
     ("ttt.core", "hydra_plugins"),
     ("ttt.ops", "ttt.optimizers", "ttt.dataloader", "ttt.infra"),
@@ -32,6 +32,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 JAX_FREE = (
     "ttt.knobs",
     "ttt.mixers",
+    "ttt.experiment_rules",
     "ttt.config",
     "ttt.errors",
     "ttt.globs",

@@ -54,6 +54,7 @@ def _some_of(names: Sequence[str]) -> Rule:
     return Rule(
         lambda v: bool(v) and set(v) <= set(names) and len(set(v)) == len(v),
         f"must be some of {', '.join(names)}, each once; choose from them",
+        names,
     )
 
 
@@ -106,6 +107,7 @@ LayerTypes = Annotated[
     Rule(
         lambda names: set(names) <= MIXERS.keys(),
         f"must name mixers, one for each layer of a cycle; there are {', '.join(MIXERS)}",
+        tuple(MIXERS),
     ),
 ]
 FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]

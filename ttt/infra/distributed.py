@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ttt.entry import UNUSED_GPU, gpu_is_visible
 from ttt.errors import UserError
 from ttt.knobs import BackendConfig
 
@@ -48,6 +49,8 @@ def start(backend: BackendConfig) -> None:
         _join(backend)
     if platform != "auto":
         _check(platform)
+    elif not jax.config.jax_platforms and jax.default_backend() == "cpu" and gpu_is_visible():
+        logging.getLogger(__name__).warning(UNUSED_GPU)
     if not is_first():  # what all have to say, one says
         logging.getLogger("ttt").setLevel(logging.WARNING)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttt.globs import matches
-from ttt.runs.plan import Run
+from ttt.runs.plan import PlannedRun as Run
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 """Nats between a parent's loss and its child's before the first step, by the compute dtype."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from ttt.errors import UserError
 from ttt.runs.gates import Gate
-from ttt.runs.plan import Plan, Run
+from ttt.runs.plan import Plan
+from ttt.runs.plan import PlannedRun as Run
 
 NAME = "manifest.json"
 _ELSE = "Choose another --exp-folder for the new plan, or ask for the same as before."

@@ -14,7 +14,7 @@ from ttt.errors import UserError
 from ttt.infra.record import RunRecord
 from ttt.runs import compose, matching
 from ttt.runs.gates import Evidence
-from ttt.runs.plan import Run
+from ttt.runs.plan import PlannedRun as Run
 
 _TAIL_BYTES = 1 << 16
 

@@ -1,0 +1,78 @@
+"""Experiments without a file: Hydra finds those that `ttt.experiment_rules` makes from a name."""
+
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+
+from ttt import experiment_rules
+from ttt.config import config_dir
+
+_GROUP = "experiment"
+
+
+class ExperimentSource(ConfigSource):
+    """The config group `experiment`, made by rule; files of the same name come first."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Of the address `ttt://FOLDER`, where FOLDER holds the configs."""
+        return "ttt"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The experiment at `experiment/NAME`, which `is_config` accepts."""
+        content = OmegaConf.create(experiment_rules.make(Path(self.path), _name(config_path)) or {})
+        address = f"{self.scheme()}://{self.path}"
+        return ConfigResult(self.provider, address, content, {"package": "_global_"})
+
+    def available(self) -> bool:
+        """Whether the config folder is there."""
+        return Path(self.path).is_dir()
+
+    def is_group(self, config_path: str) -> bool:
+        """Whether it is a folder of experiments."""
+        folder = config_path.strip("/")
+        if folder in ("", _GROUP):
+            return True
+        return folder.startswith(f"{_GROUP}/") and _name(folder) in self._folders()
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether a rule makes the experiment."""
+        if not config_path.startswith(f"{_GROUP}/"):
+            return False
+        return experiment_rules.make(Path(self.path), _name(config_path)) is not None
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Folders and experiments directly in a folder, sorted."""
+        folder = config_path.strip("/")
+        if folder == "":
+            return [_GROUP] if results_filter != ObjectType.CONFIG else []
+        inside = {
+            ObjectType.GROUP: self._folders(),
+            ObjectType.CONFIG: experiment_rules.names(Path(self.path)),
+        }
+        wanted = inside if results_filter is None else [results_filter]
+        above = "" if folder == _GROUP else _name(folder)
+        split = (name.rpartition("/") for kind in wanted for name in inside[kind])
+        return sorted(own for folder_of, _, own in split if folder_of == above)
+
+    def _folders(self) -> frozenset[str]:
+        return experiment_rules.folders(Path(self.path))
+
+
+class ExperimentSearchPath(SearchPathPlugin):
+    """Adds the rules to the commands of this package, and to no other Hydra application."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Behind the files, which come first where both have a name."""
+        folder = str(config_dir())
+        if any(element.path in (folder, f"file://{folder}") for element in search_path.get_path()):
+            search_path.append("ttt", f"{ExperimentSource.scheme()}://{folder}")
+
+
+def _name(config_path: str) -> str:
+    """`experiment/NAME.yaml` -> NAME."""
+    return config_path.strip("/").removeprefix(f"{_GROUP}/").removesuffix(".yaml")

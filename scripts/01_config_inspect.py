@@ -20,7 +20,7 @@ from ttt.config import compose, resolve
 from ttt.entry import exit_codes
 from ttt.errors import UserError
 from ttt.knobs import Config
-from ttt.plan import costs, fit
+from ttt.report.inspection import inspect, readable
 
 
 def composed(overrides: list[str]) -> Config:
@@ -66,14 +66,14 @@ def main() -> None:
         if args.out and (args.out.exists() or not args.out.parent.is_dir()):
             raise UserError(f"--out {args.out}: must be a new file in a folder that exists")
         config, full = composed(args.override), with_full_attention(args.override)
-        told = {"paths": places(config)} | fit.inspect(config, args.devices, args.memory_gb, full)
-        for title, rows in told.items():
+        sections = {"paths": places(config)} | inspect(config, args.devices, args.memory_gb, full)
+        for title, rows in sections.items():
             table = Table(title, "")
             for name, value in rows.items():
-                table.add_row(name, costs.readable(title, value))
+                table.add_row(name, readable(title, value))
             Console().print(table)
         if args.out:
-            args.out.write_text(json.dumps(told, indent=2) + "\n")
+            args.out.write_text(json.dumps(sections, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ttt.infra import mesh
 from ttt.infra.mesh import Layout
 from ttt.model import loop
 from ttt.model.transformer import MetaModel
-from ttt.plan import costs, sharding
+from ttt.plan import parameters, sharding
 
 # Before the first use of a device.
 jax.config.update("jax_platforms", "cpu")
@@ -119,7 +119,7 @@ def compare(method: str) -> dict:
     (state, metrics, scores), _ = steps(model, training, Layout(one), evaluate=True)
     report = {}
     for way, (how, parallel) in WAYS[method].items():
-        layout = Layout(mesh.device_mesh(parallel), sharding.rules(how, tied=True))
+        layout = Layout(mesh.device_mesh(parallel), sharding.rules(model, how))
         last = way == list(WAYS[method])[-1]
         (state2, metrics2, scores2), compiled = steps(model, training, layout, evaluate=last)
         memory = compiled.memory_analysis()
@@ -135,7 +135,9 @@ def compare(method: str) -> dict:
             "all fast weights": bool(re.search(r"f32\[8,2,16,(24|12)\]", text)),
             "arguments": memory.argument_size_in_bytes,
             "held": sum(x.addressable_shards[0].data.size for x in held),
-            "predicted": costs.Devices(8, how, parallel).held(costs.parameter_sizes(model)),
+            "predicted": sharding.DeviceSharding(8, how, parallel).held(
+                parameters.parameters(model)
+            ),
         }
     return report
 

@@ -125,8 +125,8 @@ def test_what_auto_became_is_measured_and_recorded(measure, sound, monkeypatch):
         seen.extend(settings)
         return [result(name) for name in configs]
 
-    machine = hardware.machine(resolve(compose(SMALL)))
-    monkeypatch.setattr(hardware, "machine", lambda config: replace(machine, budget=1))
+    machine = hardware.find_hardware(resolve(compose(SMALL)))
+    monkeypatch.setattr(hardware, "find_hardware", lambda config: replace(machine, budget=1))
     monkeypatch.setattr(timing, "measure", timed)
     auto = ["model.remat_prefix=auto", "training.inner_remat_freq=0"]
     code, record = measure(*auto, "+benchmark.variants.set='model.remat_prefix=dots'", TWO[0])

@@ -22,12 +22,12 @@ def test_all_numbers_are_shown_and_written(inspect, tmp_path):
     out = tmp_path / "costs.json"
     code, said = inspect(E2E, options=["--devices", 8, "--out", out])
     assert code == 0
-    told = json.loads(out.read_text())
-    assert told["tokens"]["per step"] == 64 * 8192
-    assert told["parameters"]["total"] == pytest.approx(184e6, rel=0.01)
-    assert told["FLOPs per token"]["of full attention"] > 1.2
-    assert f"{told['parameters']['total']:,}" in said.out
-    assert set(told) == {section for section in told if section in said.out}
+    numbers = json.loads(out.read_text())
+    assert numbers["tokens"]["per step"] == 64 * 8192
+    assert numbers["parameters"]["total"] == pytest.approx(184e6, rel=0.01)
+    assert numbers["FLOPs per token"]["of full attention"] > 1.2
+    assert f"{numbers['parameters']['total']:,}" in said.out
+    assert set(numbers) == {section for section in numbers if section in said.out}
 
 
 def test_more_devices_need_less_memory_each(inspect, tmp_path):
@@ -63,7 +63,7 @@ def test_a_run_with_full_attention_is_not_compared_with_itself(inspect):
     assert "of full attention" not in said.out
 
 
-def test_paths_that_lead_nowhere_are_told(inspect, tmp_path):
+def test_paths_that_lead_nowhere_are_numbers(inspect, tmp_path):
     code, said = inspect(
         "+experiment=tiny/pretrain/pretrain-tiny-e2e",
         "training.dataset_name=elsewhere",

@@ -18,8 +18,9 @@ from ttt.errors import UserError
 from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.transformer import MetaModel, run_blocks
-from ttt.plan import costs, fit, hardware
-from ttt.plan.fit import Machine
+from ttt.plan import hardware, memory_plan
+from ttt.plan.flops import hardware_flops
+from ttt.plan.memory_plan import Hardware, MemoryPlan, choose, fit, remedies
 
 ROOT = Path(__file__).parents[1]
 AUTO = {"model.remat_prefix", "model.remat_suffix", "training.inner_remat_freq"}
@@ -40,28 +41,28 @@ def full() -> Config:
     return experiment("125m/extension/ext-125m-fa-32K")
 
 
-def on(gigabytes: float, devices: int = 1, attention: str = "cudnn") -> Machine:
-    return Machine(devices, int(gigabytes * GB), "a test", attention)
+def on(gigabytes: float, devices: int = 1, attention: str = "cudnn") -> Hardware:
+    return Hardware(devices, int(gigabytes * GB), "a test", attention)
 
 
-def flops(found: fit.Plan) -> float:
-    return costs.hardware_flops(found.config.model, found.config.training).total
+def flops(found: MemoryPlan) -> float:
+    return hardware_flops(found.config.model, found.config.training).total
 
 
 # ---- choices -----------------------------------------------------------------------------
 
 
 def test_published_experiments_choose_and_the_tiny_ones_do_not(e2e):
-    assert set(fit.choose(e2e, on(141)).chosen) == AUTO
+    assert set(choose(e2e, on(141)).chosen) == AUTO
     tiny = experiment("tiny/pretrain/pretrain-tiny-e2e")
-    found = fit.choose(tiny, on(141))
+    found = choose(tiny, on(141))
     assert found.chosen == {}
     assert found.config == tiny
 
 
 def test_with_room_for_everything_nothing_is_computed_again(e2e, full):
     for config in (e2e, full):
-        found = fit.choose(config, on(1e6))
+        found = choose(config, on(1e6))
         assert found.chosen == {
             "model.remat_prefix": "none",
             "model.remat_suffix": "none",
@@ -73,7 +74,7 @@ def test_settings_of_the_user_are_honoured_whatever_the_room(e2e):
     model = replace(e2e.model, remat_prefix="chunk")
     config = replace(e2e, model=model, training=replace(e2e.training, inner_remat_freq=2))
     for gigabytes in (1, 141, 1e6):
-        found = fit.choose(config, on(gigabytes))
+        found = choose(config, on(gigabytes))
         assert found.chosen.keys() == {"model.remat_suffix"}
         assert found.config.model.remat_prefix == "chunk"
         assert found.config.training.inner_remat_freq == 2
@@ -82,11 +83,11 @@ def test_settings_of_the_user_are_honoured_whatever_the_room(e2e):
 @pytest.mark.parametrize("gigabytes", [160, 200, 300])
 def test_no_choice_that_fits_is_cheaper_than_the_chosen(e2e, gigabytes):
     machine = on(gigabytes)
-    chosen = fit.choose(e2e, machine)
+    chosen = choose(e2e, machine)
     assert chosen.fits
-    assert fit.predict(chosen.config, machine) == chosen.memory
+    assert memory_plan.predict(chosen.config, machine) == chosen.memory
     others = [
-        fit.choose(
+        choose(
             replace(
                 e2e,
                 model=replace(e2e.model, remat_prefix=prefix, remat_suffix=suffix),
@@ -104,14 +105,14 @@ def test_no_choice_that_fits_is_cheaper_than_the_chosen(e2e, gigabytes):
 
 def test_a_larger_budget_never_costs_more(e2e, full):
     for config in (e2e, full):
-        found = [fit.choose(config, on(gigabytes)) for gigabytes in range(20, 800, 20)]
+        found = [choose(config, on(gigabytes)) for gigabytes in range(20, 800, 20)]
         work = [flops(each) for each in found if each.fits]
         assert work == sorted(work, reverse=True)
         assert work[0] > work[-1]
 
 
 def test_devices_share_the_batch_and_so_the_choice(e2e):
-    one, many = (fit.choose(e2e, on(141, devices)) for devices in (1, 16))
+    one, many = (choose(e2e, on(141, devices)) for devices in (1, 16))
     assert not one.fits
     assert many.fits
     assert flops(many) < flops(one)
@@ -119,39 +120,39 @@ def test_devices_share_the_batch_and_so_the_choice(e2e):
 
 def test_scores_take_no_memory_where_cudnn_attends(full):
     scores = 12 * 32768**2 * 4 * full.training.global_batch_size
-    blocks, cudnn = (fit.choose(full, on(141, attention=name)) for name in ("blocks", "cudnn"))
+    blocks, cudnn = (choose(full, on(141, attention=name)) for name in ("blocks", "cudnn"))
     assert blocks.memory.total - cudnn.memory.total > scores
     naive = replace(full, model=replace(full.model, attention="naive", attention_block=256))
-    assert fit.choose(naive, on(141)).memory.total > scores
+    assert choose(naive, on(141)).memory.total > scores
 
 
 # ---- refusals ----------------------------------------------------------------------------
 
 
 def test_what_may_fit_within_the_predictions_error_passes_with_its_smallest_settings(e2e):
-    smallest = fit.choose(e2e, on(1)).memory.total
-    tight = fit.fit(e2e, Machine(1, int(smallest / 1.2), "a test", "cudnn"))
+    smallest = choose(e2e, on(1)).memory.total
+    tight = fit(e2e, Hardware(1, int(smallest / 1.2), "a test", "cudnn"))
     assert not tight.fits
     assert tight.memory.total == smallest
     with pytest.raises(UserError, match=r"must not need more than 1\.25 x"):
-        fit.fit(e2e, Machine(1, int(smallest / 1.3), "a test", "cudnn"))
+        fit(e2e, Hardware(1, int(smallest / 1.3), "a test", "cudnn"))
 
 
 @pytest.mark.parametrize("gigabytes", [16, 40])
 def test_proposals_fit_by_the_same_prediction(e2e, full, gigabytes):
     for config in (e2e, full):
         machine = on(gigabytes)
-        found = fit.remedies(config, fit.choose(config, machine))
+        found = remedies(config, choose(config, machine))
         assert found
         with pytest.raises(UserError) as refused:
-            fit.fit(config, machine)
+            fit(config, machine)
         for change, other in found:
-            size = fit.gigabytes(other.memory.total)
+            size = memory_plan.gigabytes(other.memory.total)
             assert f"  {change}: {size}" in str(refused.value)
             overrides = [part for part in change.split() if "=" in part]
             devices = 1 if overrides else int(change.split()[0])
             name = f"{config.model.name}/extension/{config.training.exp_name}"
-            again = fit.fit(experiment(name, *overrides), on(gigabytes, devices))
+            again = fit(experiment(name, *overrides), on(gigabytes, devices))
             assert again.fits
             assert again.memory == other.memory
 
@@ -159,13 +160,13 @@ def test_proposals_fit_by_the_same_prediction(e2e, full, gigabytes):
 def test_explicit_settings_are_among_what_can_be_given_up(full):
     wasteful = replace(full, model=replace(full.model, remat_prefix="none"))
     machine = on(300)
-    found = dict(fit.remedies(wasteful, fit.choose(wasteful, machine)))
-    assert found["model.remat_prefix=auto"].memory == fit.choose(full, machine).memory
+    found = dict(remedies(wasteful, choose(wasteful, machine)))
+    assert found["model.remat_prefix=auto"].memory == choose(full, machine).memory
 
 
 def test_where_nothing_helps_the_state_is_named(e2e):
     with pytest.raises(UserError, match=r"No setting .* gradients alone take 3\.69 GB"):
-        fit.fit(e2e, on(1))
+        fit(e2e, on(1))
 
 
 def test_a_tiny_budget_is_refused_before_anything_is_compiled(tmp_path):
@@ -198,11 +199,11 @@ def test_a_tiny_budget_is_refused_before_anything_is_compiled(tmp_path):
 def test_the_budget_is_the_users_or_most_of_the_available_memory(monkeypatch):
     config = experiment("tiny/pretrain/pretrain-tiny-e2e")
     monkeypatch.setattr(hardware, "available_memory", lambda: 10 * GB)
-    found = hardware.machine(config)
+    found = hardware.find_hardware(config)
     assert (found.devices, found.attention) == (jax.device_count(), "blocks")
     assert found.budget == 9 * GB // jax.local_device_count()
     assert "available memory" in found.source
-    asked = hardware.machine(replace(config, backend=replace(config.backend, memory_gb=2.5)))
+    asked = hardware.find_hardware(replace(config, backend=replace(config.backend, memory_gb=2.5)))
     assert (asked.budget, asked.source) == (2.5 * GB, "backend.memory_gb=2.5")
 
 

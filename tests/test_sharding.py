@@ -13,8 +13,10 @@ from builders import MODEL, TRAINING, full_attention
 from ttt.core import tree
 from ttt.infra.mesh import Layout, device_mesh
 from ttt.model import loop
-from ttt.plan import costs, sharding
-from ttt.plan.costs import Devices
+from ttt.plan import sharding
+from ttt.plan.memory import memory
+from ttt.plan.parameters import parameters
+from ttt.plan.sharding import DeviceSharding
 
 WAYS = {
     "fa": ("replicated", "both"),
@@ -112,17 +114,29 @@ def test_every_rule_finds_an_array_and_every_matrix_a_rule(model, how):
     state = jax.eval_shape(
         lambda: loop.start_from(loop.MetaModel(model, key=jax.random.key(0)), TRAINING)
     )
-    rules = sharding.rules(how, tied=model.tie_word_embeddings)
+    rules = sharding.rules(model, how)
     Layout(device_mesh(), rules).check(state, large=64)  # norms of 3 layers have 48 numbers
 
 
 def test_a_matrix_that_nobody_gave_a_rule_is_named():
     state = jax.eval_shape(lambda: loop.MetaModel(MODEL, key=jax.random.key(0)))
-    rules = [rule for rule in sharding.rules("fsdp", tied=True) if "w3" not in rule[0]]
+    rules = [rule for rule in sharding.rules(MODEL, "fsdp") if "w3" not in rule[0]]
     with pytest.raises(ValueError, match=r"suffix_blocks\.feed_forward_prime\.w3\.weight .* rule"):
         Layout(device_mesh(), tuple(rules)).check(state, large=64)
+    untied = replace(MODEL, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"lm_head\.weight matches nothing"):
-        Layout(device_mesh(), sharding.rules("fsdp", tied=False)).check(state)
+        Layout(device_mesh(), sharding.rules(untied, "fsdp")).check(state)
+
+
+def test_biases_are_divided_as_the_outputs_they_belong_to():
+    biased = replace(MODEL, attention_bias=True)
+    found = dict(sharding.rules(biased, "fsdp"))
+    assert found.keys() - dict(sharding.rules(MODEL, "fsdp")).keys() == {
+        f"**.seq_modeling_block.{w}.bias" for w in ("wq", "wk", "wv")
+    }
+    assert found["**.seq_modeling_block.wk.bias"] == ("state",)
+    assert found["**.seq_modeling_block.wk.weight"] == ("data", "state")
+    assert found["**.seq_modeling_block.wo.weight"] == ("state", "data")
 
 
 # ---- the prediction --------------------------------------------------------------------------
@@ -131,22 +145,18 @@ def test_a_matrix_that_nobody_gave_a_rule_is_named():
 def test_fully_sharded_state_takes_a_share_of_the_memory_and_what_is_in_use():
     training = replace(TRAINING, global_batch_size=16, accum_steps=2)
     deep = replace(MODEL, num_hidden_layers=8)
-    whole = costs.memory(deep, training, Devices(8))
-    shared = costs.memory(deep, training, Devices(8, "fsdp"))
-    norms = sum(n for name, n in costs.parameter_sizes(deep).items() if "norm" in name)
-    norms += deep.hidden_size  # the final one
+    whole = memory(deep, training, DeviceSharding(8))
+    shared = memory(deep, training, DeviceSharding(8, "fsdp"))
+    norms = sum(p.size for p in parameters(deep) if "norm" in p.name or "ln_f" in p.name)
     assert shared.parameters - 4 * norms == (whole.parameters - 4 * norms) // 8
     assert shared.optimizer == 2 * shared.parameters
     assert shared.gradients == 2 * shared.parameters
     assert whole.gathered == 0 < shared.gathered < 2 * whole.parameters
     assert shared.learning == whole.learning
-    pairs = costs.memory(deep, training, Devices(8, "replicated", 2))
+    pairs = memory(deep, training, DeviceSharding(8, "replicated", 2))
     assert pairs.kept_blocks == 2 * whole.kept_blocks  # four places for the sequences
 
 
-def test_parameters_by_hand_are_those_of_the_shapes():
-    sizes = costs.parameter_sizes(MODEL)
-    assert Devices().held(sizes) == sum(sizes.values())
-    assert tree.count(jax.eval_shape(lambda: loop.MetaModel(MODEL, key=jax.random.key(0)))) == sum(
-        sizes.values()
-    )
+def test_one_device_holds_every_parameter_of_the_model():
+    model = jax.eval_shape(lambda: loop.MetaModel(MODEL, key=jax.random.key(0)))
+    assert DeviceSharding().held(parameters(MODEL)) == tree.count(model)

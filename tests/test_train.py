@@ -18,7 +18,9 @@ from ttt.dataloader import token_store
 from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.record import RunRecord
-from ttt.plan import costs, fit, hardware
+from ttt.plan import hardware
+from ttt.plan.flops import model_flops
+from ttt.plan.memory_plan import choose
 
 SMALL = [
     "size.intermediate_size=32",
@@ -102,7 +104,7 @@ def test_a_run_learns_and_leaves_a_whole_record(configure):
     assert rows[0]["loss"] == pytest.approx(np.log(258), rel=0.05)
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     assert [row["step"] for row in record.metrics() if "eval_loss" in row] == [20]
-    flops = costs.model_flops(config.model, config.training).total  # per token
+    flops = model_flops(config.model, config.training).total  # per token
     for row in rows:
         speed = flops * row["tokens_per_second"] / jax.device_count() / 1e12
         assert row["model_tflops_per_second"] == pytest.approx(speed)
@@ -128,13 +130,11 @@ def test_what_auto_became_is_logged_and_stands_in_the_record(configure, monkeypa
     auto = ["model.remat_prefix=auto", "model.remat_suffix=auto", "training.inner_remat_freq=0"]
     fa = "pretrain/pretrain-tiny-fa"
     config = configure(*auto, "training.total_steps=1", experiment=fa)
-    machine = hardware.machine(config)
-    roomy, tight = (
-        fit.choose(config, replace(machine, budget=size)) for size in (machine.budget, 0)
-    )
+    machine = hardware.find_hardware(config)
+    roomy, tight = (choose(config, replace(machine, budget=size)) for size in (machine.budget, 0))
     assert roomy.chosen != tight.chosen
     budget = int(tight.memory.total / 1.1)
-    monkeypatch.setattr(hardware, "machine", lambda config: replace(machine, budget=budget))
+    monkeypatch.setattr(hardware, "find_hardware", lambda config: replace(machine, budget=budget))
     with caplog.at_level("INFO"):
         train.run(config)
     recorded = OmegaConf.load(record_of(config).folder / "config.yaml")

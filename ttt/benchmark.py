@@ -24,7 +24,7 @@ from ttt.infra.mesh import check_divides, device_mesh
 from ttt.infra.record import RunRecord
 from ttt.knobs import Config
 from ttt.plan import hardware
-from ttt.plan.fit import Plan, choose
+from ttt.plan.memory_plan import MemoryPlan, choose
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,15 @@ def check_batches(configs: Mapping[str, Config]) -> None:
         check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
 
 
-def fit_memory(configs: Mapping[str, Config]) -> dict[str, Plan]:
+def fit_memory(configs: Mapping[str, Config]) -> dict[str, MemoryPlan]:
     """The variants with every `auto` chosen for this machine's memory, each as if it were alone.
 
     Nothing is refused: training is what is predicted, a variant may only be read, and one that
     finds no room becomes a failed result.
     """
-    found = {name: choose(config, hardware.machine(config)) for name, config in configs.items()}
+    found = {
+        name: choose(config, hardware.find_hardware(config)) for name, config in configs.items()
+    }
     for name, plan in found.items():
         level = logging.INFO if plan.fits else logging.WARNING
         context = plan.config.training.seq_length
@@ -137,7 +139,7 @@ def measure(config: Config, configs: Mapping[str, Config], call: str) -> list[Re
 def save(
     record: RunRecord,
     config: Config,
-    plans: Sequence[Mapping[str, Plan]],
+    plans: Sequence[Mapping[str, MemoryPlan]],
     results: Sequence[Result],
 ) -> None:
     """Write what is known so far."""

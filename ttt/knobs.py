@@ -189,7 +189,7 @@ class ModelConfig:
     remat_prefix: RematPolicy
     """What a prefix block (any block, in `pretrain`) keeps for its backward pass.
 
-    `auto`, here and below: the cheapest choice whose predicted peak fits (ttt/plan/fit.py)."""
+    `auto`, here and below: the cheapest choice whose predicted peak fits (`ttt.plan`)."""
     remat_suffix: RematPolicy
     """What a suffix block keeps for its backward pass within a chunk."""
 

@@ -44,6 +44,8 @@ class Mixer(ABC):
     """Whether its state grows with the context."""
     family: ClassVar[str]
     """Mixers of one family have the same weights, under the same names on disk."""
+    backward: ClassVar[float]
+    """Work of the backward pass between tokens, in forward passes."""
 
     @classmethod
     @abstractmethod
@@ -75,8 +77,21 @@ class Mixer(ABC):
         """The same as the program runs it, `block` tokens at a time."""
 
     @abstractmethod
-    def scores(self, length: int, block: int) -> int:
-        """Numbers that exist for pairs of tokens at once, `block` tokens at a time."""
+    def gradient_flops(self, length: int, chunk: int) -> float:
+        """The activation gradients of `flops`, where `chunk` tokens read a state as an input."""
+
+    @abstractmethod
+    def scores(self, length: int, block: int | None) -> int:
+        """Numbers that exist for pairs of tokens at once, `block` tokens at a time; None: all."""
+
+    @property
+    @abstractmethod
+    def result(self) -> int:
+        """Numbers per token of what the last product reads."""
+
+    @abstractmethod
+    def intermediates(self) -> tuple[int, int]:
+        """Numbers per token that its backward pass reads: in the compute dtype, in float32."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,7 @@ class _Attention(Mixer):
     """Softmax attention: H query heads share G heads of keys and values."""
 
     family = "attention"
+    backward = 2.5  # 5 products against 2, for the scores are computed again
 
     width: int
     heads: int
@@ -113,8 +129,20 @@ class _Attention(Mixer):
     def flops_in_blocks(self, length: int, block: int) -> float:
         return 4 * self.heads * self.head_dim * self.keys_of_block(length, block)
 
-    def scores(self, length: int, block: int) -> int:
-        return self.heads * block * self.keys_of_block(length, block)
+    def gradient_flops(self, length: int, chunk: int) -> float:
+        return self.flops(length) + self.flops(min(chunk, length))  # by queries; by own keys
+
+    def scores(self, length: int, block: int | None) -> int:
+        pairs = length * length if block is None else block * self.keys_of_block(length, block)
+        return self.heads * pairs
+
+    @property
+    def result(self) -> int:
+        return self.heads * self.head_dim
+
+    def intermediates(self) -> tuple[int, int]:
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2 * queries + 2 * keys, 5 * queries + 5 * keys
 
     def keys(self, length: int) -> float:
         """Keys that a query sees, itself included: mean over a sequence of `length` tokens."""

@@ -30,7 +30,8 @@ from ttt.infra.mesh import Layout, shard_batch
 from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model import loop
 from ttt.model.transformer import MetaModel
-from ttt.plan import costs
+from ttt.plan.flops import learned, model_flops, reading_flops
+from ttt.plan.hardware import peak_flops
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Result:
     """Memory of a device beside arguments and results; of the engine's calls, that of reading, the
     sequences' states included. None where the backend does not tell."""
     flops: float | None = None
-    """Of a call, as the mathematics needs them (`costs`, model FLOPs)."""
+    """Of a call, as the mathematics needs them (`ttt.plan.flops`, model FLOPs)."""
     mfu: float | None = None
     """Share of the devices' peak; None where that is unknown."""
     failed: str | None = None
@@ -319,7 +320,7 @@ def _result(
     training = config.training
     tokens = training.seq_length * training.global_batch_size
     flops = None if program.tokens else tokens * _flops_per_token(config, call)
-    peak = costs.peak_flops(jax.devices()[0].device_kind, config.model.compute_dtype)
+    peak = peak_flops(jax.devices()[0].device_kind, config.model.compute_dtype)
     devices = jax.device_count() if call in _CALLS else 1
     speed = (flops or 0) / float(np.median(seconds)) / devices
     return Result(
@@ -336,7 +337,6 @@ def _result(
 def _flops_per_token(config: Config, call: str) -> float:
     model, training = config.model, config.training
     if call in ("train_step", "gradient"):
-        return costs.model_flops(model, training).total
-    learned = training.spec_inner if training.train_mode == "meta" else ()
+        return model_flops(model, training).total
     score = call == "evaluate"
-    return costs.reading_flops(model, training.seq_length, learned, score=score).total
+    return reading_flops(model, training.seq_length, learned(training), score=score).total

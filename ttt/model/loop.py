@@ -25,7 +25,7 @@ from ttt.plan import sharding
 
 def lay_out(config: Config) -> Layout:
     """Where a run's state and batches lie on all devices; a UserError where they cannot."""
-    rules = sharding.rules(config.backend.sharding, tied=config.model.tie_word_embeddings)
+    rules = sharding.rules(config.model, config.backend.sharding)
     layout = Layout(device_mesh(config.backend.state_parallel), rules)
     layout.check(jax.eval_shape(lambda: init_state(config)))
     return layout

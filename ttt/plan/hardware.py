@@ -1,4 +1,4 @@
-"""The machine that this process runs on, as ttt/plan/fit.py asks for it."""
+"""The hardware that this process runs on, and what is known of accelerators."""
 
 import os
 from pathlib import Path
@@ -8,24 +8,39 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ttt.core.precision import Precision
-from ttt.knobs import Config
+from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.ops.dot_attention import choose
-from ttt.plan.fit import Machine
+from ttt.plan.flops import model_flops
+from ttt.plan.memory_plan import Hardware
 
 MARGIN = 0.9
 """The share of a device's memory that a step may take, where the user does not say."""
 _PROC_MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Dense bf16 operations per second as the makers state them, by what a device's kind contains; the
+# first that matches.
+_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,  # GH200 too
+    "B200": 2.25e15,  # GB200 too
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
-def machine(config: Config) -> Machine:
+def find_hardware(config: Config) -> Hardware:
     """All devices of all processes, and the memory that each may take; the same on every process.
 
     JAX must have been started (`ttt.infra.distributed.start`).
     """
     budget, source = _budget(config.backend.memory_gb)
     attention = choose(config.model.attention, Precision.of(config.model).compute)
-    return Machine(jax.device_count(), budget, source, attention)
+    return Hardware(jax.device_count(), budget, source, attention)
 
 
 def _budget(memory_gb: float) -> tuple[int, str]:
@@ -55,3 +70,25 @@ def available_memory() -> int:
     if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()).isdigit():
         sizes.append(int(limit))
     return min(sizes)
+
+
+def speed(
+    model: ModelConfig, training: TrainingConfig, seconds: float, devices: int, kind: str
+) -> dict[str, float]:
+    """Of a training step that takes so long: model TFLOP/s of a device, and MFU if it is known.
+
+    kind: of the devices, as in `peak_flops`.
+    """
+    tokens = training.global_batch_size * training.seq_length
+    rate = tokens * model_flops(model, training).total / seconds / devices
+    peak = peak_flops(kind, model.compute_dtype)
+    return {"model_tflops_per_second": rate / 1e12} | ({"mfu": rate / peak} if peak else {})
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Operations per second that a device can do in `dtype`, such as bf16; None if not known.
+
+    `device_kind` is what JAX calls the device, such as "NVIDIA H200".
+    """
+    known = (peak for name, peak in _PEAKS.items() if name in device_kind)
+    return next(known, None) if dtype == "bf16" else None

@@ -17,9 +17,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ttt import mixers
+from ttt.config import upgraded
 from ttt.infra.record import RunRecord
 from ttt.knobs import ModelConfig
-from ttt.plan import costs
+from ttt.plan.parameters import parameter_sizes
 from ttt.report.manifest import Manifest, Planned
 
 TRAINING = ("step", "data_wait", "save")
@@ -360,10 +361,11 @@ def _parameters(model: Mapping[str, Any], mode: str) -> int | Unknown:
     """Of the network, in closed form from its settings."""
     if mode != "jax":
         return Unknown(f"runtime_mode {mode} has no network")
+    model = upgraded({"model": model})["model"]
     known: dict[str, Any] = {f.name: model.get(f.name) for f in fields(ModelConfig)}
     try:
-        return costs.parameters(ModelConfig(**known)).total
-    except (TypeError, ZeroDivisionError):
+        return sum(parameter_sizes(ModelConfig(**known)).values())
+    except (TypeError, KeyError, ZeroDivisionError):
         return Unknown("config.yaml does not describe the network")
 
 

@@ -18,7 +18,7 @@ from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.loop import Evaluator, Scores, TrainState
 from ttt.model.transformer import MetaModel
-from ttt.plan import costs, fit, hardware
+from ttt.plan import hardware, memory_plan
 from ttt.training.start import Start, as_items, find_start, warm_loss
 
 logger = logging.getLogger(__name__)
@@ -85,15 +85,15 @@ class Network:
         """Model TFLOP/s of a device, and MFU if its peak is known."""
         kind = jax.local_devices()[0].device_kind
         model, training = self.config.model, self.config.training
-        return costs.speed(model, training, seconds, jax.device_count(), kind)
+        return hardware.speed(model, training, seconds, jax.device_count(), kind)
 
 
 def fit_memory(config: Config) -> Config:
     """`config` with every `auto` chosen for this machine's memory; a UserError if nothing fits."""
-    fitted = fit.fit(config, hardware.machine(config))
+    fitted = memory_plan.fit(config, hardware.find_hardware(config))
     logger.info("%s", fitted.describe())
     if not fitted.fits:
-        logger.warning("it may not fit. %s", fit.advice(config, fitted))
+        logger.warning("it may not fit. %s", memory_plan.advice(config, fitted))
     return fitted.config
 
 
@@ -117,7 +117,7 @@ def compile_step(
     compiled = step.lower(state, batch).compile()
     logger.info("compiled in %.0f s", time.monotonic() - began)
     if memory := compiled.memory_analysis():  # not every backend tells
-        predicted = fit.predict(config, hardware.machine(config)).total
+        predicted = memory_plan.predict(config, hardware.find_hardware(config)).total
         actual = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         logger.info(
             "a step needs %.0f MB beside the %.0f MB of its state; %.0f MB were predicted in all, "

@@ -37,6 +37,7 @@ JAX_FREE = (
     "ttt.globs",
     "ttt.entry",
     "ttt.infra.record",
+    "ttt.infra.plan_manifest",
     "ttt.infra.progress",
     "ttt.dataloader.token_store",
     "ttt.dataloader.text",

@@ -591,5 +591,36 @@ def test_dry_run_writes_nothing(script, small, tmp_path):
     more = ["--dry-run", "--out", tmp_path / "out", "--csv-out", tmp_path / "a.csv"]
     code, said = script(*asked(small, *more))
     assert code == 0
-    assert str(tmp_path / "out") in said.out
+    assert f"would report on 10 runs of {small / 'ladder'}" in said.out
+    assert f"would write {tmp_path / 'out'}\n" in said.out
+    assert f"would write {tmp_path / 'a.csv'}\n" in said.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_folder_every_run_below_is_reported(script, small, copied, tmp_path, monkeypatch):
+    shutil.copytree(small / "ladder", copied / "deep" / "er" / "ladder")
+    write_run(copied / "alone", Made("pretrain-x", "pretrain", "fa", 0, 5, 3.0))
+    monkeypatch.setenv("TTT_EXPERIMENTS", str(copied))
+    code, said = script("--format", "csv")
+    assert code == 0
+    rows = list(csv.DictReader(io.StringIO(said.out)))
+    folders = ["alone/ladder", *["deep/er/ladder"] * 10, *["ladder"] * 10]
+    assert [row["exp_folder"] for row in rows] == folders
+    code, said = script("--exp-dir", copied, "--format", "json", "--out", tmp_path / "out")
+    assert [len(report["runs"]) for report in json.loads(said.out)] == [1, 10, 10]
+    pages = sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("report.md"))
+    assert pages == ["out/alone/ladder", "out/deep/er/ladder", "out/ladder"]
+    code, said = script("--exp-dir", copied / "alone" / "ladder" / "pretrain-x")
+    assert (code, "holds no run" in said.err) == (2, True)
+
+
+def test_wall_clock_is_from_start_to_end_of_every_attempt_and_shown(tmp_path):
+    record = write_run(tmp_path, Made("pretrain-x", "pretrain", "fa", 0, 8, 3.0))
+    amend(record, started="2026-01-01T10:00:00+00:00", finished="2026-01-01T12:30:00+00:00")
+    report = read(tmp_path)
+    assert named(report, "pretrain-x").wall_hours == 2.5
+    assert "| wall-clock |" in tables.to_markdown(report)
+    assert "| 2.5 h |" in tables.to_markdown(report)
+    # Of a killed attempt the steps tell what was spent at least.
+    amend(record, finished=None, seconds=None)
+    assert named(read(tmp_path), "pretrain-x").wall_hours == pytest.approx(8 * 1.01 / 3600)

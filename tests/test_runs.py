@@ -22,9 +22,9 @@ from ttt.config import compose, config_dir
 from ttt.errors import RunError, Stopped, UserError
 from ttt.experiment_rules import context_name
 from ttt.infra.lock import RunLock
+from ttt.infra.record import StoredRun
 from ttt.runs import compose as composing
 from ttt.runs import gates, matching, pilot, registry, request
-from ttt.runs.gates import Evidence
 from ttt.runs.matching import Cost
 from ttt.runs.pilot import Flags
 from ttt.runs.plan import Facts, PlannedRun, PlanRequest, build
@@ -418,7 +418,7 @@ def evidence(mode="jax", dtype="fp32", account=ACCOUNT, start=START, metrics=Non
         "start": start,
     }
     own = {"restored": {"part": "all", "from": "/c/f/child/2", "restored": ["a"]}, "start": None}
-    return Evidence(settings, [began, own], metrics)
+    return StoredRun(Path("child"), {"attempts": [began, own]}, settings, metrics)
 
 
 def test_gates_hold_for_a_sound_warm_start_that_was_interrupted_once():

@@ -6,10 +6,13 @@ for the same number of trained tokens, with intervals paired over seeds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ttt.report.comparisons import REFERENCE, Comparison, Estimate
-from ttt.report.manifest import MATCHED
-from ttt.report.records import Run
+import pandas as pd
+
+from ttt.infra.plan_manifest import MATCHINGS
+from ttt.report.compare import REFERENCE, Estimate, no_merit
+from ttt.report.frame import rows_of
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
 MOST_ABOVE = 0.01
@@ -31,12 +34,13 @@ class Verdict:
     """Whether it counts towards the whole: a path that ends in TTT-E2E and did not begin so."""
 
 
-def judge(comparisons: Sequence[Comparison]) -> list[Verdict]:
+def judge(comparisons: pd.DataFrame) -> list[Verdict]:
     """One of each path but B1, of the token-matched comparison."""
+    rows = rows_of(comparisons)
     return [
-        _of_path(found, [c for c in comparisons if c.path == found.path])
-        for found in comparisons
-        if found.matching == "tokens" and found.path != REFERENCE
+        _of_path(row, [other for other in rows if other.path == row.path])
+        for row in rows
+        if row.matching == "tokens" and row.path != REFERENCE
     ]
 
 
@@ -66,17 +70,16 @@ def overall(verdicts: Sequence[Verdict], why_none: str = "") -> Verdict:
     return Verdict(answer, tuple(said))
 
 
-def without_merit(runs: Sequence[Run]) -> list[str]:
+def without_merit(runs: pd.DataFrame) -> list[str]:
     """Trained models whose held-out loss is not below the count model's, in words."""
     return [
-        f"{run.name}: {run.validation_loss:.4f} against {run.count_model_loss:.4f} of the count "
-        "model"
-        for run in runs
-        if run.runtime_mode == "jax" and run.beats_count_model is False
+        f"{run.name}: {text} of the count model"
+        for run in rows_of(runs)
+        if run.runtime_mode == "jax" and (text := no_merit(run))
     ]
 
 
-def _of_path(found: Comparison, all_matchings: Sequence[Comparison]) -> Verdict:
+def _of_path(found: Any, all_matchings: Sequence[Any]) -> Verdict:
     loss, said_loss = _loss(found.delta)
     time, said_time = _time(found)
     evidence = [said_loss, said_time]
@@ -90,9 +93,9 @@ def _of_path(found: Comparison, all_matchings: Sequence[Comparison]) -> Verdict:
         answer = HOLDS if sure else UNKNOWN
     evidence += [f"nothing is won with it: {text}" for text in found.without_merit]
     evidence += [
-        f"beside it, {MATCHED.get(c.matching, c.matching)}: loss {told(c.delta, '+.4f')} nats"
+        f"beside it, {MATCHINGS.get(c.matching, c.matching)}: loss {told(c.delta, '+.4f')} nats"
         for c in all_matchings
-        if c.matching != found.matching and c.delta is not None
+        if c.matching != found.matching and c.delta
     ]
     return Verdict(answer, tuple(evidence), found.path, found.method == "e2e")
 
@@ -108,7 +111,7 @@ def _loss(delta: Estimate | None) -> tuple[str, str]:
     return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
 
 
-def _time(found: Comparison) -> tuple[str, str]:
+def _time(found: Any) -> tuple[str, str]:
     saving = found.saving
     said = f"training time: {told(saving, '.1%')} saved, at least {LEAST_SAVED:.0%} asked"
     if found.mixed:

@@ -20,9 +20,10 @@ from rich.console import Console
 from ttt.entry import ASKED_TO_STOP
 from ttt.errors import RunError, Stopped, UserError
 from ttt.infra.lock import RunLock
+from ttt.infra.plan_manifest import PlanManifest
 from ttt.infra.progress import Progress
+from ttt.infra.record import RunRecord
 from ttt.runs import compose, gates, records
-from ttt.runs.manifest import Manifest
 from ttt.runs.plan import Plan, PlannedRun, PlanRequest, build
 
 TRAIN = (sys.executable, "-m", "ttt.train")
@@ -62,9 +63,9 @@ class Execution:
         Stopped or KeyboardInterrupt where a signal asked for an end.
         """
         with RunLock(self.folder, named_by="--exp-folder") as lock:
-            manifest = Manifest(self.folder, self.flags, self.head)
+            manifest = PlanManifest.open(self.folder, self.flags, self.head)
             plan = self._plan(manifest)
-            manifest.adopt(plan)
+            manifest.adopt(*records.entries(plan))
             self._check_disk(plan, manifest)
             lock.make()
             with self._listening():
@@ -74,17 +75,17 @@ class Execution:
                     manifest.freeze(records.measure(timed.runs, self.folder))
                     self._say("seconds per token are measured; now the wall-clock-matched runs")
                     plan = self._plan(manifest)
-                    manifest.adopt(plan)
+                    manifest.adopt(*records.entries(plan))
                     self._check_disk(plan, manifest)
                     self._work(plan, manifest)
 
-    def _plan(self, manifest: Manifest) -> Plan:
+    def _plan(self, manifest: PlanManifest) -> Plan:
         """All that can be planned by now."""
         per_token = manifest.seconds_per_token
         known = [how for how in self.matchings if how != "wall_clock" or per_token is not None]
         return build(self.request, known, compose.facts, per_token)
 
-    def _check_disk(self, plan: Plan, manifest: Manifest) -> None:
+    def _check_disk(self, plan: Plan, manifest: PlanManifest) -> None:
         """Refuse records that are none of this plan's, or no longer what the manifest says."""
         faults = []
         for run in plan.runs:
@@ -108,7 +109,7 @@ class Execution:
                 "--exp-folder, or move them away."
             )
 
-    def _work(self, plan: Plan, manifest: Manifest) -> None:
+    def _work(self, plan: Plan, manifest: PlanManifest) -> None:
         """Every run that is not done, in order."""
         left = [run for run in plan.runs if not self._done(run, manifest)]
         total = len(plan.runs)
@@ -125,14 +126,14 @@ class Execution:
             if self._signal is not None:  # as the run ended
                 self._stop(run)
 
-    def _done(self, run: PlannedRun, manifest: Manifest) -> bool:
+    def _done(self, run: PlannedRun, manifest: PlanManifest) -> bool:
         """Whether a run's record is finished; then its gates are looked at, if they were not."""
         if records.find(self.folder, run).status != "finished":
             return False
         self._judge(run, manifest)
         return True
 
-    def _judge(self, run: PlannedRun, manifest: Manifest) -> None:
+    def _judge(self, run: PlannedRun, manifest: PlanManifest) -> None:
         """Write the gates of a finished run down; raise RunError if one does not hold."""
         verdicts = gates.check(run, records.evidence(self.folder / run.name))
         manifest.note(run.name, "finished", verdicts)
@@ -144,7 +145,7 @@ class Execution:
                     f"verdicts are in {manifest.path}."
                 )
 
-    def _train(self, run: PlannedRun, manifest: Manifest) -> None:
+    def _train(self, run: PlannedRun, manifest: PlanManifest) -> None:
         """The run's command, to its end."""
         log = self._log(run)
         log.parent.mkdir(exist_ok=True)
@@ -183,7 +184,7 @@ class Execution:
                         code = self._child.wait(_POLL_SECONDS)
                     except subprocess.TimeoutExpired:
                         code = None
-                    now, loss = records.progress(self.folder / run.name)
+                    now, loss = RunRecord(self.folder / run.name).last_step()
                     if now > step:
                         tokens = (now - step) * run.tokens_per_step
                         progress.update(now, loss=loss, tokens=tokens)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden import read as read_golden
 
 from ttt.core.tree import named_leaves
 from ttt.errors import RunError
@@ -326,9 +327,8 @@ def test_a_published_checkpoint_reads_by_name(golden):
     checkpoints = Checkpoints(golden / "published_checkpoint")
     assert checkpoints.steps() == [7]
     flat = read_flat(checkpoints.find(), "model_weights")
-    with np.load(golden / "e2e_meta.npz") as case:
-        names = [key for key in case.files if key.startswith("param.")]
-        expected = {key.removeprefix("param."): case[key] for key in names}
+    _, case = read_golden(golden, "e2e_meta")
+    expected = {k.removeprefix("param."): a for k, a in case.items() if k.startswith("param.")}
     assert flat.keys() == expected.keys()
     for name, array in flat.items():
         np.testing.assert_array_equal(array, expected[name])

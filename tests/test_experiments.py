@@ -1,7 +1,6 @@
 """Every experiment resolves, the published ones to their published values."""
 
 import json
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -17,13 +16,7 @@ from ttt.config import compose, config_dir, experiments, resolve, to_dict
 from ttt.errors import UserError
 from ttt.knobs import Config
 
-BESIDE = Path(__file__).parents[2] / "shared" / "published_experiments.json"
-PUBLISHED = Path(os.environ.get("TTT_PUBLISHED", BESIDE))
-EXPECTED = json.loads(PUBLISHED.read_text()) if PUBLISHED.is_file() else {}
-
-needs_published = pytest.mark.skipif(
-    not EXPECTED, reason=f"no published values at {PUBLISHED}: set TTT_PUBLISHED"
-)
+EXPECTED = json.loads((Path(__file__).parent / "data" / "published_experiments.json").read_text())
 
 
 @cache
@@ -42,19 +35,16 @@ def contradictions(expected: dict, actual: dict, prefix: str = "") -> dict:
     return found
 
 
-@needs_published
 def test_all_22_published_experiments_are_there():
     assert len(EXPECTED) == 22
     assert EXPECTED.keys() <= set(experiments())
 
 
-@needs_published
 @pytest.mark.parametrize("name", EXPECTED)
 def test_published_experiment_resolves_to_its_published_values(name):
     assert contradictions(EXPECTED[name], to_dict(experiment(name))) == {}
 
 
-@needs_published
 def test_a_differing_and_an_absent_value_would_be_found():
     actual = {"training": {"seq_length": 8192, "optimizer_outer": {}}}
     expected = {"training": {"seq_length": 4096, "optimizer_outer": {"lr": 1e-3, "b1": "???"}}}

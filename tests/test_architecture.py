@@ -49,7 +49,6 @@ JAX_FREE = (
     "ttt.plan.costs",
     "ttt.plan.fit",
     "ttt.evaluation.result",
-    "ttt.evaluation.bins",
     "ttt.figures",
     "ttt.intervals",
     "ttt.evaluation.repetition",

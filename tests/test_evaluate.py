@@ -19,7 +19,7 @@ from ttt.dataloader.text import ByteTokenizer
 from ttt.errors import UserError
 from ttt.evaluation import suite
 from ttt.evaluation.judge import ForeignJudge
-from ttt.evaluation.machine import Machine
+from ttt.evaluation.resources import LoadedModels
 from ttt.inference.engine import Written
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
@@ -160,7 +160,7 @@ def test_command_leaves_tables_notes_pictures_and_a_record_of_its_own(evaluated)
 def test_loss_of_every_method_at_other_lengths_is_that_of_reading_token_by_token(evaluated, root):
     """Two programs: the evaluation's over whole sequences, and the engine's over pieces."""
     rows = rows_of(evaluated[1], "loss_by_context")
-    machine = Machine(evaluate.device_mesh())
+    machine = LoadedModels(evaluate.device_mesh())
     store = token_store.open_split(root / "text", "val")
     for method in ("e2e", "fa"):
         (run,) = trained.load(configure(root, method))
@@ -246,7 +246,7 @@ def scripted(monkeypatch):
                 said = [np.frombuffer(answer(text).encode(), np.uint8) for text in state]
                 return state, Written(said, [])
 
-        monkeypatch.setattr(Machine, "engine", lambda *_, **__: Scripted())
+        monkeypatch.setattr(LoadedModels, "engine", lambda *_, **__: Scripted())
 
     return use
 

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from ttt.evaluation.bins import log_edges
+from ttt.evaluation.result import log_edges
 from ttt.intervals import Interval, student
 from ttt.report.comparisons import Branch, Estimate, reference_of
 from ttt.report.records import Curve, Run

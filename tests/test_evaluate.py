@@ -1,5 +1,6 @@
 """`evaluate` from start to end: rows, records, pictures, failures, refusals, the harness."""
 
+import copy
 import csv
 import json
 import shutil
@@ -409,6 +410,21 @@ def test_a_run_has_the_settings_of_its_own_manifest(root):
     jax.tree.map(np.testing.assert_array_equal, full.model, full.model)
     wide = trained.load(configure(root, "fa", "evaluation.compute_dtype=bf16"))[0]
     assert (full.config.compute_dtype, wide.config.compute_dtype) == ("fp32", "bf16")
+
+
+def test_only_a_run_with_full_attention_in_every_layer_is_cut_to_one_chunk_of_any_length(root):
+    (full,) = trained.load(configure(root, "fa"))
+    cycle = {"seq_modeling_block": "", "layer_types": ("sliding_attention", "full_attention")}
+    config = replace(full.config, mini_batch_size=16, **cycle)
+    network = copy.copy(full.model)
+    object.__setattr__(network, "config", config)
+    mixed = replace(full, model=network)
+    assert (mixed.method, mixed.window) == ("hybrid", None)
+    assert mixed.at(128) is mixed.model
+    assert (mixed.whole_chunks(100), full.whole_chunks(100)) == (112, 100)
+    full.check_context(100, "context")
+    with pytest.raises(UserError, match=r"context=100: .* chunks of 16 tokens"):
+        mixed.check_context(100, "context")
 
 
 def test_a_published_checkpoint_without_manifest_can_be_used_where_settings_are_auto(

@@ -192,9 +192,11 @@ def _draw_call(axes: Any, timings: Sequence[Timing], call: str) -> None:
     for row, ((_, ours, theirs), tokens) in enumerate(inside.items()):
         axes.axvline(tokens, color="0.5", lw=1, ls=":")
         axes.annotate(
-            f" {ours} below {theirs}\n from {tokens:,.0f}",
-            (tokens, 0.02 + 0.12 * row),
+            f"{ours} below {theirs} \nfrom {tokens:,.0f} ",
+            (tokens, 1 - 0.1 * row),  # left of the lines and above: no curve comes there
             xycoords=("data", "axes fraction"),
+            ha="right",
+            va="top",
             fontsize=7,
             color="0.3",
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from ttt import figures, mixers
+from ttt import figures
 from ttt.dataloader import lm_dataset
 from ttt.errors import UserError
 from ttt.evaluation.loss_by_position import PositionLoss
@@ -37,7 +37,7 @@ class LossByContext(AbstractSuite):
         self._contexts = asked.contexts or _default_contexts(config.training.seq_length, runs)
         self._evaluators: dict[tuple[str, int], Evaluator] = {}
         self._scored: dict[tuple[Reader, int], PositionLoss] = {}
-        full = [reader for reader in self.readers if mixers.windows_apart(reader.run.config)]
+        full = [reader for reader in self.readers if reader.run.one_chunk]
         still = [reader for reader in self.readers_of(runs[0]) if not reader.learning]
         self._reference = next(iter([*full, *still]), None)
         for run in runs:

@@ -53,7 +53,6 @@ JAX_FREE = (
     "ttt.plan.memory",
     "ttt.plan.memory_plan",
     "ttt.evaluation.result",
-    "ttt.evaluation.bins",
     "ttt.figures",
     "ttt.intervals",
     "ttt.evaluation.repetition",

@@ -5,9 +5,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# A CVD-safe palette (Okabe and Ito), taken by runs in their order, and marks for print.
+# A CVD-safe palette (Okabe and Ito), taken by runs in their order, and marks for print. One mark
+# more than colours, so that a colour that comes again has another mark.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = "os^Dv<>"
+MARKS = "os^Dv<>P"
 PATH_COLOURS = {
     "B1": "#000000",
     "B2": "#E69F00",

@@ -26,7 +26,7 @@ from ttt.dataloader.lm_dataset import Source
 from ttt.entry import hydra_entry
 from ttt.errors import RunError, Stopped, UserError
 from ttt.evaluation import result
-from ttt.evaluation.loss_by_position import Comparison, PositionLoss
+from ttt.evaluation.loss_by_position import LearningComparison, PositionLoss
 from ttt.evaluation.result import Row
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
@@ -567,7 +567,7 @@ def score(run: Run, state: State, *, learn: bool, batches: int | None = None) ->
     most = training.eval_batches if batches is None else batches
     total = min(most or available, available)
 
-    def told(batch: int, loss: float) -> None:
+    def on_progress(batch: int, loss: float) -> None:
         progress.update(batch, loss=loss)
         if asked_to_stop(run):
             raise stopped(run, int(state.step))
@@ -579,7 +579,7 @@ def score(run: Run, state: State, *, learn: bool, batches: int | None = None) ->
             state.model,
             eval_batches(run, most),
             learn=learn,
-            told=told,
+            on_progress=on_progress,
         )
 
 
@@ -601,7 +601,7 @@ def evaluate(run: Run, state: State) -> None:
         still = score(run, state, learn=False) if run.learner.learns else None
     if not distributed.is_first():  # one process draws and writes
         return
-    comparison = Comparison(learning, still, run.learner.window)
+    comparison = LearningComparison(learning, still, run.learner.window)
     summary = comparison.summary()
     if training.runtime_mode == "jax" and training.count_model_tokens:
         with run.spent("evaluation"):

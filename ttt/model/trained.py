@@ -42,7 +42,7 @@ class TrainedModel:
 
     @property
     def method(self) -> str:
-        """`fa`, `swa` or `e2e`."""
+        """Its label: `fa`, `swa`, `hybrid`, … or `e2e`."""
         return method_of(self.config, self.training)
 
     @property
@@ -59,10 +59,15 @@ class TrainedModel:
         """Learning on, and off where that is another thing."""
         return (True, False) if self.learns and without_learning else (True,)
 
+    @property
+    def one_chunk(self) -> bool:
+        """Whether its chunk is the whole sequence, so that a sequence may have any length."""
+        return mixers.windows_apart(self.config)
+
     def check_context(self, context: int, key: str) -> None:
         """Raise a UserError unless a sequence of `context` tokens is whole chunks; `key` asked."""
         chunk = self.config.mini_batch_size
-        if self.window is not None and context % chunk:
+        if self.whole_chunks(context) != context:
             raise UserError(
                 f"{key}={context}: {self.name} reads in chunks of {chunk} tokens; give a multiple"
             )
@@ -70,7 +75,7 @@ class TrainedModel:
     def whole_chunks(self, tokens: int) -> int:
         """The smallest context with room for `tokens` that this run can have."""
         chunk = self.config.mini_batch_size
-        return tokens if self.window is None else -(-tokens // chunk) * chunk
+        return tokens if self.one_chunk else -(-tokens // chunk) * chunk
 
     def at(self, context: int, weights: MetaModel | None = None) -> MetaModel:
         """The model for sequences of `context` tokens: full attention has one chunk.
@@ -78,7 +83,7 @@ class TrainedModel:
         weights: the same parameters where they lie elsewhere, such as on devices.
         """
         weights = self.model if weights is None else weights
-        if self.window is not None:
+        if not self.one_chunk:
             return weights
         block = self.config.attention_block or _FULL_ATTENTION_BLOCK
         config = replace(
@@ -88,7 +93,7 @@ class TrainedModel:
 
 
 def method_of(model: ModelConfig, training: TrainingConfig) -> str:
-    """`fa`, `swa` or `e2e`; or `token_stats`, the count model in place of any of them."""
+    """A label of `ttt.mixers`; or `token_stats`, the count model in place of any of them."""
     if training.runtime_mode == "token_stats":
         return "token_stats"
     return mixers.method(model.seq_modeling_block, model.layer_types, training.train_mode)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ttt.evaluation.bins import log_edges
+from ttt.evaluation.result import log_edges
 from ttt.intervals import Interval, student
 from ttt.report.compare import Estimate, alike, estimate
 from ttt.report.frame import Curve, rows_of

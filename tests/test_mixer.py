@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import MODEL, full_attention
+from builders import GROUPED, MODEL, full_attention
 
 from ttt import mixers
 from ttt.model.pattern import MAKERS

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, with_leaves
@@ -98,8 +98,10 @@ def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
     return Layout(mesh).place(tree)
 
 
-def joined(parts: Sequence[AnyArray]) -> AnyArray:
+def joined(parts: Sequence[AnyArray], order: Int[np.ndarray, " N"] | None = None) -> AnyArray:
     """Arrays one after another along the first axis, joined in host memory to be saved.
+
+    order: of the joined rows; None: as they come.
 
     No device holds anything twice for it. Arrays that are divided among devices, each in the same
     way and not along the first axis, come back as a global array whose parts lie in the host memory
@@ -109,14 +111,15 @@ def joined(parts: Sequence[AnyArray]) -> AnyArray:
     if len(parts) == 1:
         return first
     if any(isinstance(part, Tracer) for part in parts):
-        return jnp.concatenate(parts)
+        whole = jnp.concatenate(parts)
+        return whole if order is None else whole[order]
     divided = [part for part in parts if isinstance(part, jax.Array)]
     if not isinstance(first, jax.Array) or first.is_fully_replicated:
-        return np.concatenate([np.asarray(part) for part in parts])
+        return _rows([np.asarray(part) for part in parts], order)
     in_host_memory = "pinned_host"
     pieces = [
         jax.device_put(
-            np.concatenate([np.asarray(shard.data) for shard in shards]),
+            _rows([np.asarray(shard.data) for shard in shards], order),
             SingleDeviceSharding(shards[0].device, memory_kind=in_host_memory),
         )
         for shards in zip(*(part.addressable_shards for part in divided), strict=True)
@@ -126,6 +129,11 @@ def joined(parts: Sequence[AnyArray]) -> AnyArray:
         first.sharding.with_memory_kind(in_host_memory),
         pieces,
     )
+
+
+def _rows(parts: Sequence[np.ndarray], order: Int[np.ndarray, " N"] | None) -> np.ndarray:
+    whole = np.concatenate(parts)
+    return whole if order is None else whole[order]
 
 
 @dataclass(frozen=True)

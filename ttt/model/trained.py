@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from ttt import mixers
 from ttt.config import with_stored
@@ -48,7 +47,12 @@ class TrainedModel:
     @property
     def learns(self) -> bool:
         """Whether it goes on learning while it reads."""
-        return self.training.train_mode == "meta"
+        return learns(self.training)
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether it reads chunk by chunk; else a whole context is one chunk."""
+        return not mixers.windows_apart(self.config)
 
     @property
     def window(self) -> int | None:
@@ -62,7 +66,7 @@ class TrainedModel:
     def check_context(self, context: int, key: str) -> None:
         """Raise a UserError unless a sequence of `context` tokens is whole chunks; `key` asked."""
         chunk = self.config.mini_batch_size
-        if self.window is not None and context % chunk:
+        if self.in_chunks and context % chunk:
             raise UserError(
                 f"{key}={context}: {self.name} reads in chunks of {chunk} tokens; give a multiple"
             )
@@ -70,7 +74,7 @@ class TrainedModel:
     def whole_chunks(self, tokens: int) -> int:
         """The smallest context with room for `tokens` that this run can have."""
         chunk = self.config.mini_batch_size
-        return tokens if self.window is None else -(-tokens // chunk) * chunk
+        return -(-tokens // chunk) * chunk if self.in_chunks else tokens
 
     def at(self, context: int, weights: MetaModel | None = None) -> MetaModel:
         """The model for sequences of `context` tokens: full attention has one chunk.
@@ -78,13 +82,18 @@ class TrainedModel:
         weights: the same parameters where they lie elsewhere, such as on devices.
         """
         weights = self.model if weights is None else weights
-        if self.window is not None:
+        if self.in_chunks:
             return weights
         block = self.config.attention_block or _FULL_ATTENTION_BLOCK
         config = replace(
             self.config, mini_batch_size=context, attention_block=math.gcd(context, block)
         )
         return jax.tree.unflatten(jax.tree.structure(_shapes(config)), jax.tree.leaves(weights))
+
+
+def learns(training: TrainingConfig) -> bool:
+    """Whether a model trained so goes on learning while it reads."""
+    return training.train_mode == "meta"
 
 
 def method_of(model: ModelConfig, training: TrainingConfig) -> str:
@@ -130,7 +139,6 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
             f"{step_folder} has parameters that the model has not: {', '.join(account.unused)}. "
             "Choose the experiment that trained it"
         )
-    weights = jax.tree.map(np.asarray, weights)
     training = replace(
         own.training, eval_batch_size=config.evaluation.batch_size, inner_remat_freq=1
     )
@@ -139,10 +147,10 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
 
 def _others(checkpoints: Checkpoints) -> str:
     siblings = checkpoints.folder.parent
-    found = sorted(
+    names = sorted(
         path.name for path in siblings.glob("*") if Checkpoints(path).latest() is not None
     )
-    return f"there are {', '.join(found)}" if found else f"{siblings} has none at all"
+    return f"there are {', '.join(names)}" if names else f"{siblings} has none at all"
 
 
 def _shapes(config: ModelConfig) -> MetaModel:

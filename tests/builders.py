@@ -123,7 +123,12 @@ HYBRID = replace(
 )
 """Two turns of two sliding-window layers and a full one, and a sliding one behind them."""
 
-GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "attention_bias": True}
+GROUPED = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "attention_bias": True,
+}
 """Attention as in pretrained models: fewer key heads, H·K ≠ D, biases."""
 
 

@@ -13,12 +13,6 @@ from builders import GROUPED, MODEL, full_attention
 from ttt import mixers
 from ttt.model.pattern import MAKERS
 
-GROUPED = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "attention_bias": True,
-}
 CONFIGS = {
     f"{name}{suffix}": (name, replace(config, **changes))
     for name, config in (

@@ -1,4 +1,4 @@
-"""What must happen before JAX wakes its backend: platform, devices, compile cache, processes."""
+"""What must happen before JAX starts its backend: platform, devices, compile cache, processes."""
 
 import logging
 import os
@@ -148,14 +148,14 @@ def _has_the_node() -> bool:
 
 def _check(platform: str) -> None:
     try:
-        found = jax.devices()[0].platform
+        present = jax.devices()[0].platform
     except RuntimeError as error:
         raise UserError(
             f"backend.platform={platform} does not start ({error}): {_REMEDIES[platform]}, "
             "or set backend.platform=cpu"
         ) from error
-    if found != _DEVICE_NAMES[platform]:
+    if present != _DEVICE_NAMES[platform]:
         raise UserError(
-            f"backend.platform={platform}, but JAX has only {found} here: {_REMEDIES[platform]}, "
+            f"backend.platform={platform}, but JAX has only {present} here: {_REMEDIES[platform]}, "
             "or set backend.platform=auto"
         )

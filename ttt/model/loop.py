@@ -92,11 +92,23 @@ def init_state(config: Config) -> TrainState:
     return start_from(model, config.training)
 
 
-def start_from(model: MetaModel, training: TrainingConfig) -> TrainState:
-    """A model at step 0 with a fresh optimizer."""
-    trained = eqx.filter(model, tree.select(model, training.spec_outer))
-    opt_state = make_optimizer(training.optimizer_outer).init(trained)
-    return TrainState(model, opt_state, jnp.zeros((), jnp.int32))
+def start_from(
+    model: MetaModel, training: TrainingConfig, layout: Layout | None = None
+) -> TrainState:
+    """A model at step 0 with a fresh optimizer, whose moments are made where they are to lie.
+
+    layout: None: the default device.
+    """
+
+    def moments(model: MetaModel) -> PyTree:
+        trained = eqx.filter(model, tree.select(model, training.spec_outer))
+        return make_optimizer(training.optimizer_outer).init(trained)
+
+    step = jnp.zeros((), jnp.int32)
+    if layout is None:
+        return TrainState(model, moments(model), step)
+    shardings = layout.shardings(jax.eval_shape(moments, model))
+    return TrainState(model, jax.jit(moments, out_shardings=shardings)(model), layout.place(step))
 
 
 def make_gradient(

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PyTree
 
@@ -118,7 +117,7 @@ def to_stored(tree: PyTree) -> PyTree:
 def from_stored(like: PyTree, stored: PyTree) -> PyTree:
     """The inverse of `to_stored`; `like` gives the structure, and may hold shapes alone."""
     return jax.tree.map(
-        lambda part, found: from_published(part, named_leaves(found)) if _is_model(part) else found,
+        lambda part, saved: from_published(part, named_leaves(saved)) if _is_model(part) else saved,
         like,
         stored,
         is_leaf=_is_model,
@@ -133,44 +132,37 @@ def load_model(config: ModelConfig, step_folder: Path) -> tuple[MetaModel, Resto
     """
     config = replace(config, remat_prefix="none", remat_suffix="none")
     shapes = jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
-    return load_parameters(shapes, step_folder)
-
-
-def load_parameters(
-    like: MetaModel, step_folder: Path, *, may_initialise: Sequence[str] = ()
-) -> tuple[MetaModel, RestoreAccount]:
-    """Parameters by published name, and what became of each.
-
-    like: gives the structure, and the values of those that `may_initialise` (dotted globs of
-        published names) allows to be missing; without any, shapes suffice.
-    Raises CheckpointError for parameters that are missing or do not fit, all at once, and UserError
-    for those that are not finite.
-    """
-    stored = checkpoint.read_flat(step_folder, "model_weights")
-    return take(like, stored, step_folder, may_initialise=may_initialise)
+    return take(shapes, checkpoint.read_flat(step_folder, "model_weights"), step_folder)
 
 
 def take(
     like: MetaModel,
-    stored: Mapping[str, AnyArray],
+    stored: Mapping[str, np.ndarray],
     step_folder: Path,
     *,
     may_initialise: Sequence[str] = (),
 ) -> tuple[MetaModel, RestoreAccount]:
-    """`load_parameters` from arrays that have been read from `step_folder` already."""
-    taken, account = checkpoint.account(
-        jax.eval_shape(to_published, like), stored, may_initialise=may_initialise
-    )
+    """The model `like` (shapes suffice) with leaves from `stored`, and what became of each.
+
+    stored: read from `step_folder`, by published name; leaves are views of it where they can be.
+    may_initialise: dotted globs of published names that may be missing. Such leaves are zeros that
+        take no memory; the caller replaces them.
+    Raises CheckpointError for parameters that are missing or do not fit, all at once, and UserError
+    for those that are not finite.
+    """
+    wanted = jax.eval_shape(to_published, like)
+    taken, account = checkpoint.account(wanted, stored, may_initialise=may_initialise)
     broken = [name for name, array in taken.items() if not np.all(np.isfinite(array))]
     if broken:
         raise UserError(
             f"{step_folder} holds weights that are not finite: {', '.join(broken)}. The run has "
             "diverged; choose an earlier step or another checkpoint"
         )
-    arrays = {name: jnp.asarray(array) for name, array in taken.items()}
-    if account.initialised:
-        arrays = to_published(like) | arrays
-    return from_published(like, arrays), account
+    zeros = {
+        name: np.broadcast_to(np.zeros((), wanted[name].dtype), wanted[name].shape)
+        for name in account.initialised
+    }
+    return from_published(like, taken | zeros), account
 
 
 def _is_model(tree: PyTree) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from ttt import mixers
 from ttt.config import with_stored
@@ -48,7 +47,7 @@ class TrainedModel:
     @property
     def learns(self) -> bool:
         """Whether it goes on learning while it reads."""
-        return self.training.train_mode == "meta"
+        return learns(self.training)
 
     @property
     def window(self) -> int | None:
@@ -89,7 +88,12 @@ class TrainedModel:
         config = replace(
             self.config, mini_batch_size=context, attention_block=math.gcd(context, block)
         )
-        return jax.tree.unflatten(jax.tree.structure(_shapes(config)), jax.tree.leaves(weights))
+        return weights.with_config(config)
+
+
+def learns(training: TrainingConfig) -> bool:
+    """Whether a model trained so goes on learning while it reads."""
+    return training.train_mode == "meta"
 
 
 def method_of(model: ModelConfig, training: TrainingConfig) -> str:
@@ -135,7 +139,6 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
             f"{step_folder} has parameters that the model has not: {', '.join(account.unused)}. "
             "Choose the experiment that trained it"
         )
-    weights = jax.tree.map(np.asarray, weights)
     training = replace(
         own.training, eval_batch_size=config.evaluation.batch_size, inner_remat_freq=1
     )
@@ -144,14 +147,10 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
 
 def _others(checkpoints: Checkpoints) -> str:
     siblings = checkpoints.folder.parent
-    found = sorted(
+    names = sorted(
         path.name for path in siblings.glob("*") if Checkpoints(path).latest() is not None
     )
-    return f"there are {', '.join(found)}" if found else f"{siblings} has none at all"
-
-
-def _shapes(config: ModelConfig) -> MetaModel:
-    return jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
+    return f"there are {', '.join(names)}" if names else f"{siblings} has none at all"
 
 
 def describe(run: TrainedModel) -> dict[str, Any]:

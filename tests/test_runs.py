@@ -135,6 +135,13 @@ def test_a_fault_in_the_registry_is_told_with_its_remedy(tmp_path, what):
     assert told in str(caught.value)
 
 
+def test_a_pilot_may_take_a_path_of_another_share(tmp_path):
+    book = registry.load(
+        edited(tmp_path, lambda c: c["sizes"]["tiny"]["pilot"].update(paths=["P1-20pct"]))
+    )
+    assert book.size("tiny").pilot({}).paths == ("P1-20pct",)
+
+
 def test_all_faults_of_a_registry_are_told_at_once(tmp_path):
     def change(content):
         for what in ("unknown key", "pilot path", "reference"):

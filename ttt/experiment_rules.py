@@ -73,13 +73,6 @@ def short_list(configs: Path) -> list[str]:
 
 
 @cache
-def folders(configs: Path) -> frozenset[str]:
-    """Every folder that would hold one of the experiments."""
-    parents = {str(folder) for name in names(configs) for folder in Path(name).parents}
-    return frozenset(parents - {"."})
-
-
-@cache
 def make(configs: Path, name: str) -> dict[str, Any] | None:
     """The content of the experiment's file, its defaults list included; None: no rule makes it."""
     size = name.split("/")[0]

@@ -33,11 +33,9 @@ class ExperimentSource(ConfigSource):
         return Path(self.path).is_dir()
 
     def is_group(self, config_path: str) -> bool:
-        """Whether it is a folder of experiments."""
+        """Whether it is a folder of experiments, or the folder of all configs."""
         folder = config_path.strip("/")
-        if folder in ("", _GROUP):
-            return True
-        return folder.startswith(f"{_GROUP}/") and _name(folder) in self._folders()
+        return folder == "" or bool(self._below(f"{folder}/"))
 
     def is_config(self, config_path: str) -> bool:
         """Whether a rule makes the experiment."""
@@ -47,20 +45,16 @@ class ExperimentSource(ConfigSource):
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Folders and experiments directly in a folder, sorted."""
-        folder = config_path.strip("/")
-        if folder == "":
-            return [_GROUP] if results_filter != ObjectType.CONFIG else []
-        inside = {
-            ObjectType.GROUP: self._folders(),
-            ObjectType.CONFIG: experiment_rules.names(Path(self.path)),
-        }
-        wanted = inside if results_filter is None else [results_filter]
-        above = "" if folder == _GROUP else _name(folder)
-        split = (name.rpartition("/") for kind in wanted for name in inside[kind])
-        return sorted(own for folder_of, _, own in split if folder_of == above)
+        below = self._below(f"{config_path.strip('/')}/".lstrip("/"))
+        groups = {name.split("/")[0] for name in below if "/" in name}
+        configs = {name for name in below if "/" not in name}
+        kinds = {ObjectType.GROUP: groups, ObjectType.CONFIG: configs, None: groups | configs}
+        return sorted(kinds[results_filter])
 
-    def _folders(self) -> frozenset[str]:
-        return experiment_rules.folders(Path(self.path))
+    def _below(self, prefix: str) -> set[str]:
+        """The rest of every path that begins so."""
+        paths = (f"{_GROUP}/{name}" for name in experiment_rules.names(Path(self.path)))
+        return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
 
 
 class ExperimentSearchPath(SearchPathPlugin):

@@ -12,7 +12,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -51,7 +53,7 @@ class Execution:
 
     def __post_init__(self):
         self._began = self.clock()
-        self._paces: list[tuple[str, float]] = []  # (kind, wall seconds per token) of runs done now
+        self._paces: dict[str, list[float]] = {}  # kind -> wall seconds per token of runs done now
         self._signal: int | None = None
         self._child: subprocess.Popen | None = None
 
@@ -121,7 +123,8 @@ class Execution:
             manifest.note(run.name, "running")
             began = self.clock()
             self._train(run, manifest)
-            self._paces.append((run.kind, (self.clock() - began) / run.tokens))
+            pace = (self.clock() - began) / run.tokens
+            self._paces.setdefault(run.kind, []).append(pace)
             self._judge(run, manifest)
             if self._signal is not None:  # as the run ended
                 self._stop(run)
@@ -234,16 +237,10 @@ class Execution:
         passed = timedelta(seconds=round(self.clock() - self._began))
         if not self._paces:
             return f"{run.steps} steps, {run.tokens:,} tokens"
-        paces: dict[str, list[float]] = {}
-        for kind, pace in self._paces:
-            paces.setdefault(kind, []).append(pace)
-        all_paces = [pace for _, pace in self._paces]
-
-        def expected(other: PlannedRun) -> float:
-            known = paces.get(other.kind, all_paces)
-            return other.tokens * sum(known) / len(known)
-
-        seconds = sum(map(expected, left[left.index(run) :]))
+        paces = {kind: fmean(values) for kind, values in self._paces.items()}
+        usual = fmean(chain(*self._paces.values()))
+        ahead = left[left.index(run) :]
+        seconds = sum(other.tokens * paces.get(other.kind, usual) for other in ahead)
         about = timedelta(seconds=round(seconds))
         return f"{run.steps} steps, {run.tokens:,} tokens; {passed} gone, about {about} left"
 

@@ -22,6 +22,7 @@ MATCHINGS = ("own", "tokens", "wall_clock")
 """What makes two paths comparable: nothing (every experiment's own steps), equally many trained
 tokens, or equally many seconds of training steps."""
 
+_SHARE = r"-([1-9]\d?)pct$"  # the end of a path's name: the percent of its adaptation
 _FOLDERS = {"pretrain": "pretrain", "adapt": "adapt", "extend": "extension"}
 _PREFIXES = {"pretrain": "pretrain", "adapt": "adapt", "extend": "ext"}
 
@@ -122,11 +123,9 @@ class Registry:
     """All of it."""
 
     reference: str
-    paths: Mapping[str, LadderPath]
-    """Those with the default adaptation; `path` knows the others too."""
+    paths: Mapping[str, Mapping[str, Any]]
+    """As they are written, each with the default adaptation; see `path`."""
     sizes: Mapping[str, Size]
-    entries: Mapping[str, Mapping[str, Any]]
-    """The paths as they are written."""
 
     def size(self, name: str) -> Size:
         """By name, or a UserError that lists them."""
@@ -134,10 +133,10 @@ class Registry:
 
     def path(self, name: str) -> LadderPath:
         """By name, shares such as `P1-5pct` included, or a UserError that lists them."""
-        match = re.fullmatch(r"(.+)-([1-9]\d?)pct", name)
-        if match and self.entries.get(match[1], {}).get("adapt"):
-            return _path(name, self.entries[match[1]], int(match[2]))
-        return self.paths[one_of(name, self.paths, "path")]
+        match = re.fullmatch(rf"(.+){_SHARE}", name)
+        if match and self.paths.get(match[1], {}).get("adapt"):
+            return _path(name, self.paths[match[1]], int(match[2]))
+        return _path(name, self.paths[one_of(name, self.paths, "path")], rules.DEFAULT_SHARE)
 
 
 def one_of(name: str, names: Iterable[str], what: str) -> str:
@@ -159,16 +158,8 @@ def load(path: Path | None = None) -> Registry:
         raise RegistryError(f"{path}: cannot be read ({error}); repair it") from error
     faults = list(_faults(content))
     if not faults:
-        entries = content["paths"]
-        registry = Registry(
-            content["reference"],
-            {name: _path(name, entry) for name, entry in entries.items()},
-            {
-                name: _size(name, entry, content["pilot"])
-                for name, entry in content["sizes"].items()
-            },
-            entries,
-        )
+        sizes = {name: _size(name, each, content) for name, each in content["sizes"].items()}
+        registry = Registry(content["reference"], content["paths"], sizes)
         faults = list(_missing_experiments(registry))
         if not faults:
             return registry
@@ -176,7 +167,7 @@ def load(path: Path | None = None) -> Registry:
     raise RegistryError(f"{path}:\n{listed}")
 
 
-def _path(name: str, entry: Mapping[str, Any], percent: int = rules.DEFAULT_SHARE) -> LadderPath:
+def _path(name: str, entry: Mapping[str, Any], percent: int) -> LadderPath:
     """The path of an entry, with an adaptation of so many percent of the pretraining's steps."""
     method, title = entry["method"], entry["title"]
     parent = entry.get("parent", method)
@@ -200,10 +191,10 @@ def _path(name: str, entry: Mapping[str, Any], percent: int = rules.DEFAULT_SHAR
     return LadderPath(name, title, tuple(stages))
 
 
-def _size(name: str, entry: Mapping[str, Any], pilot: Mapping[str, Any]) -> Size:
+def _size(name: str, entry: Mapping[str, Any], content: Mapping[str, Any]) -> Size:
     own = rules.pretraining_context(config_dir(), name)
     contexts = {"adapt": own, "extend": entry["extension"]}
-    return Size(name, contexts, {**pilot, **entry.get("pilot", {})})
+    return Size(name, contexts, content["pilot"] | entry.get("pilot", {}))
 
 
 # ---- what must hold ----------------------------------------------------------------------
@@ -236,14 +227,14 @@ def _faults(content: Any) -> Iterator[str]:
     for where, pilot in pilots.items():
         for key, names in {"paths": paths, "matchings": MATCHINGS}.items():
             for name in pilot.get(key, ()) if isinstance(pilot, dict) else ():
-                if name not in names:
+                if re.sub(_SHARE, "", str(name)) not in names:
                     yield _dangling(f"{where}.{key}", name, names)
 
 
 def _missing_experiments(registry: Registry) -> Iterator[str]:
     """Paths that no experiments make up, each with the first that is missing."""
     known = experiments()
-    for path in registry.paths.values():
+    for path in map(registry.path, registry.paths):
         needed = (s.experiment(size) for size in registry.sizes.values() for s in path.stages)
         if missing := next((name for name in needed if name not in known), None):
             close = difflib.get_close_matches(missing, known, n=1)

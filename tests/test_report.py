@@ -309,6 +309,13 @@ def test_pending_runs_are_rows_and_keep_the_verdict_open(tmp_path):
     assert not report.faults
 
 
+def test_what_one_path_lacks_changes_no_other_paths_numbers(tmp_path):
+    report = spoiled(tmp_path, lambda runs: setattr(runs[BROKEN], "status", "pending"))
+    assert (one(report, "P1").context, one(report, "B1").context) == (None, 128)
+    assert "## Token-matched, context 128\n" in tables.to_markdown(report)
+    assert "| 9.79K |" in tables.to_markdown(report)
+
+
 def test_a_warm_start_that_restored_nothing_is_no_warm_start(copied):
     folder = copied / "ladder" / "adapt-P1-from-pretrain-fa-36-s0"
     amend(record_of(folder), restored=None)

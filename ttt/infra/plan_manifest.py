@@ -8,7 +8,7 @@ finished, interrupted, failed) and `gates`. `paths`: which runs make which `path
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,16 +79,8 @@ class PlanManifest:
             return cls(folder / NAME, {**head, **empty})
         manifest = cls.read(folder)
         before = manifest._content.get("flags", {})
-        changed = [
-            f"  {key}: {before.get(key)} -> {flags.get(key)}"
-            for key in sorted(before.keys() | flags.keys())
-            if before.get(key) != flags.get(key)
-        ]
-        if changed:
-            listed = "\n".join(changed)
-            raise ManifestError(
-                f"{manifest.path} is of a plan with other flags:\n{listed}\n{_ELSE}"
-            )
+        if changed := _changes(before, flags, sorted(before.keys() | flags.keys())):
+            raise ManifestError(f"{manifest.path} is of a plan with other flags:\n{changed}{_ELSE}")
         return manifest
 
     @property
@@ -120,16 +112,10 @@ class PlanManifest:
         known, entries = self.runs, []
         for planned in map(_plain, runs):
             entry = known.get(planned["name"], {**planned, "status": "pending", "gates": []})
-            changed = [
-                f"  {key}: {entry.get(key)} -> {value}"
-                for key, value in planned.items()
-                if entry.get(key) != value
-            ]
-            if changed:
-                listed = "\n".join(changed)
+            if changed := _changes(entry, planned, planned):
                 raise ManifestError(
                     f"{planned['name']} in {self.path} was planned with other settings (the "
-                    f"registry or the configs have changed since):\n{listed}\n{_ELSE}"
+                    f"registry or the configs have changed since):\n{changed}{_ELSE}"
                 )
             entries.append(entry)
         self._content |= {"runs": entries, "paths": [*map(_plain, paths)]}
@@ -151,6 +137,12 @@ class PlanManifest:
 
     def _write(self) -> None:
         write_whole(self.path, json.dumps(self._content, indent=2) + "\n")
+
+
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """A line for each key whose value has changed."""
+    lines = [f"  {k}: {was.get(k)} -> {now.get(k)}\n" for k in keys if was.get(k) != now.get(k)]
+    return "".join(lines)
 
 
 def _plain(entry: Mapping[str, Any]) -> dict[str, Any]:

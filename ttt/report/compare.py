@@ -160,7 +160,7 @@ def comparisons(found: pd.DataFrame) -> pd.DataFrame:
     names = found["path"].unique()
     grouped: dict[Any, pd.DataFrame] = dict(list(found.groupby(["path", "matching"], sort=False)))
     keys = [(name, how) for how in order for name in names if (name, how) in grouped]
-    return pd.DataFrame([_comparison(grouped[key], found) for key in keys])
+    return pd.DataFrame([_comparison(grouped[key], found) for key in keys], dtype=object)
 
 
 def _comparison(own: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:

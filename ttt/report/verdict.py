@@ -4,7 +4,7 @@ The gate: at least 30 % less training wall-clock at no more than 0.01 nats above
 for the same number of trained tokens, with intervals paired over seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,20 +53,16 @@ def overall(verdicts: Sequence[Verdict], why_none: str = "") -> Verdict:
     if not candidates:
         why = why_none or "no token-matched path of the plan leads to TTT-E2E from another method"
         return Verdict(UNKNOWN, (why,))
-    by_answer = {
-        answer: [v.path for v in candidates if v.answer == answer]
-        for answer in (HOLDS, FAILS, UNKNOWN)
-    }
+    by_answer: dict[str, list[str]] = {HOLDS: [], FAILS: [], UNKNOWN: []}
+    for verdict in candidates:
+        by_answer[verdict.answer].append(verdict.path)
     said = [f"{answer}: {', '.join(paths)}" for answer, paths in by_answer.items() if paths]
-    if by_answer[HOLDS]:
-        answer = HOLDS
-        if len(candidates) > 1:
-            said.append(
-                f"{len(candidates)} paths were tried, each against its own 95 % interval: nothing "
-                "was corrected for the number of trials"
-            )
-    else:
-        answer = UNKNOWN if by_answer[UNKNOWN] else FAILS
+    if by_answer[HOLDS] and len(candidates) > 1:
+        said.append(
+            f"{len(candidates)} paths were tried, each against its own 95 % interval: nothing was "
+            "corrected for the number of trials"
+        )
+    answer = next(answer for answer in (HOLDS, UNKNOWN, FAILS) if by_answer[answer])
     return Verdict(answer, tuple(said))
 
 
@@ -102,13 +98,7 @@ def _of_path(found: Any, all_matchings: Sequence[Any]) -> Verdict:
 
 def _loss(delta: Estimate | None) -> tuple[str, str]:
     said = f"loss: {told(delta, '+.4f')} nats against B1, at most +{MOST_ABOVE} asked"
-    if delta is None or delta.low is None or delta.high is None:
-        return UNKNOWN, f"{said}: cannot be told"
-    if delta.high <= MOST_ABOVE:
-        return HOLDS, f"{said}: holds"
-    if delta.low > MOST_ABOVE:
-        return FAILS, f"{said}: does not hold"
-    return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+    return _answer(delta, said, lambda bound: bound <= MOST_ABOVE)
 
 
 def _time(found: Any) -> tuple[str, str]:
@@ -116,13 +106,20 @@ def _time(found: Any) -> tuple[str, str]:
     said = f"training time: {told(saving, '.1%')} saved, at least {LEAST_SAVED:.0%} asked"
     if found.mixed:
         return UNKNOWN, f"{said}: MIXED DEVICES ({'; '.join(found.devices)}), so it cannot be told"
-    if saving is None or saving.low is None or saving.high is None:
-        return UNKNOWN, f"{said}: cannot be told"
-    if saving.low >= LEAST_SAVED:
-        return HOLDS, f"{said}: holds"
-    if saving.high < LEAST_SAVED:
-        return FAILS, f"{said}: does not hold"
-    return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+    return _answer(saving, said, lambda bound: bound >= LEAST_SAVED)
+
+
+def _answer(
+    estimate: Estimate | None, said: str, is_good: Callable[[float], bool]
+) -> tuple[str, str]:
+    """Where both bounds of an interval lie on one side, in a word and a sentence."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return UNKNOWN, f"{said}: {UNKNOWN}"
+    sides = {is_good(estimate.low), is_good(estimate.high)}
+    if len(sides) == 2:
+        return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+    answer = HOLDS if True in sides else FAILS
+    return answer, f"{said}: {answer}"
 
 
 def told(estimate: Estimate | None, form: str) -> str:

@@ -251,32 +251,35 @@ def test_second_order_has_the_shape_that_its_figures_are_compared_at():
         assert differences(to_dict(variant), to_dict(config)) == {}
 
 
-@pytest.mark.parametrize("name", ["methods", "tiny"])
-def test_methods_are_those_of_their_names(name):
-    given = ["+experiment=tiny/pretrain/pretrain-tiny-e2e", f"+benchmark={name}"]
+@pytest.mark.parametrize(("size", "name"), [("125m", "methods"), ("tiny", "tiny")])
+def test_methods_are_those_of_their_names(size, name):
+    given = [f"+experiment={size}/pretrain/pretrain-{size}-e2e", f"+benchmark={name}"]
     config = resolve(compose(given))
     for context in config.benchmark.contexts:
         found = benchmark.variants(config, given, context)
         kinds = {n: (v.training.train_mode, v.model.seq_modeling_block) for n, v in found.items()}
+        kept = [mixers.grows(variant.model) for variant in found.values()]
+        assert kept == [True, False, True, False]
         assert kinds == {
             "fa": ("pretrain", "self_attention"),
             "swa": ("pretrain", "SWA"),
+            "hybrid": ("pretrain", ""),
             "e2e": ("meta", "SWA"),
         }
         tokens = {v.training.seq_length * v.training.global_batch_size for v in found.values()}
         assert tokens == {config.benchmark.tokens}
 
 
-@pytest.mark.parametrize("name", ["latency", "tiny_latency"])
-def test_latency_reads_and_writes_one_sequence_of_every_method_at_every_context(name):
-    given = ["+experiment=tiny/pretrain/pretrain-tiny-e2e", f"+benchmark={name}"]
+@pytest.mark.parametrize(("size", "name"), [("125m", "latency"), ("tiny", "tiny_latency")])
+def test_latency_reads_and_writes_one_sequence_of_every_method_at_every_context(size, name):
+    given = [f"+experiment={size}/pretrain/pretrain-{size}-e2e", f"+benchmark={name}"]
     config = resolve(compose(given))
     assert config.benchmark.calls == ("prefill", "decode", "decode_between_steps")
     assert min(config.benchmark.contexts) == 1024
     assert max(config.benchmark.contexts) >= 65536
     for context in config.benchmark.contexts:
         found = benchmark.variants(config, given, context)
-        assert list(found) == ["fa", "swa", "e2e"]
+        assert list(found) == ["fa", "swa", "hybrid", "e2e"]
         assert {v.training.global_batch_size for v in found.values()} == {1}
 
 

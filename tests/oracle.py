@@ -146,17 +146,49 @@ def after(past: np.ndarray, x: Node) -> Node:
     return Node(np.concatenate([past, x.value]), [(x, lambda c: c[len(past) :])])
 
 
-def attention(x: Node, weights: Params, past: Past, model: Mapping) -> tuple[Node, Past]:
+def repeat_heads(x: Node, times: int) -> Node:
+    """Give each head [t, G, K] to `times` query heads in a row: [t, G · times, K]."""
+    shape = x.value.shape
+
+    def back(c):
+        return c.reshape(shape[0], shape[1], times, shape[2]).sum(axis=2)
+
+    return Node(np.repeat(x.value, times, axis=1), [(x, back)])
+
+
+def plus_bias(x: Node, bias: np.ndarray) -> Node:
+    """Add a constant to every row."""
+    return Node(x.value + bias, [(x, lambda c: c)])
+
+
+def head_sizes(model: Mapping) -> tuple[int, int, int]:
+    """Return (H, G, K), query heads, key/value heads, and their width."""
+    heads = model["num_attention_heads"]
+    kv_heads = model.get("num_key_value_heads", heads)
+    return heads, kv_heads, model.get("head_dim", model["hidden_size"] // heads)
+
+
+def mixers(model: Mapping) -> list[str]:
+    """Return the kind of every layer's attention: SWA or self_attention."""
+    names = {"sliding_attention": "SWA", "full_attention": "self_attention"}
+    cycle = [names[name] for name in model.get("layer_types", ())] or [model["seq_modeling_block"]]
+    return [cycle[layer % len(cycle)] for layer in range(model["num_hidden_layers"])]
+
+
+def attention(x: Node, kind: str, weights: Params, past: Past, model: Mapping) -> tuple[Node, Past]:
     """Attend from x [t, D] to the tokens before and to itself: y [t, D], and the grown past.
 
     Keys are kept after QK-norm and before rotation; only differences of positions count, so they
     are counted from the first key there is.
     """
-    tokens, width = x.value.shape
-    heads = model["num_attention_heads"]
+    tokens = len(x.value)
+    heads, kv_heads, head_dim = head_sizes(model)
 
     def project(name: str) -> Node:
-        y = (x @ Node(weights[f"seq_modeling_block.{name}.weight"])).reshape(tokens, heads, -1)
+        y = x @ Node(weights[f"seq_modeling_block.{name}.weight"])
+        if model.get("attention_bias", False):
+            y = plus_bias(y, weights[f"seq_modeling_block.{name}.bias"])
+        y = y.reshape(tokens, heads if name == "wq" else kv_heads, head_dim)
         if model["qk_norm"] and name in ("wq", "wk"):
             gain = weights[f"seq_modeling_block.{name[1]}_norm.weight"]
             y = rms_norm(y, gain, model["rms_norm_eps"])
@@ -167,11 +199,12 @@ def attention(x: Node, weights: Params, past: Past, model: Mapping) -> tuple[Nod
     at_query = at_key[-tokens:]
     ahead = at_query[:, None] - at_key
     mask = ahead >= 0
-    if model["seq_modeling_block"] == "SWA":
+    if kind == "SWA":
         mask &= ahead < model["sliding_window_size"]
     theta = model["rope_theta"]
-    y = attend(rotate(query, at_query, theta), rotate(key, at_key, theta), value, mask)
-    y = y.reshape(tokens, width) @ Node(weights["seq_modeling_block.wo.weight"])
+    shared = (repeat_heads(y, heads // kv_heads) for y in (rotate(key, at_key, theta), value))
+    y = attend(rotate(query, at_query, theta), *shared, mask)
+    y = y.reshape(tokens, heads * head_dim) @ Node(weights["seq_modeling_block.wo.weight"])
     return y, (key.value, value.value)
 
 
@@ -204,7 +237,7 @@ def run_block(
     def norm(x: Node, name: str) -> Node:
         return rms_norm(x, weights[f"{name}.weight"], model["rms_norm_eps"])
 
-    y, past = attention(pre(h, "seq"), weights, past, model)
+    y, past = attention(pre(h, "seq"), mixers(model)[layer], weights, past, model)
     h = h + post(y, "seq")
     if has_prime:
         prime = [fast[f"{place}.{name}"] for name in SWIGLU]
@@ -309,8 +342,7 @@ def sequence_loss(
     inputs, targets = tokens[:-1], tokens[1:]
     meta = training["train_mode"] == "meta"
     split = suffix_start(model) if meta else 0
-    heads = model["num_attention_heads"]
-    nothing = np.zeros((0, heads, model["hidden_size"] // heads))
+    nothing = np.zeros((0, *head_sizes(model)[1:]))
     unread = dict.fromkeys(range(model["num_hidden_layers"]), (nothing, nothing))
 
     prefix = {layer: past for layer, past in unread.items() if layer < split}
@@ -320,7 +352,7 @@ def sequence_loss(
     losses, nlls = [], []
     for start in range(0, len(inputs), model["mini_batch_size"]):
         chunk = slice(start, start + model["mini_batch_size"])
-        if model["seq_modeling_block"] == "self_attention":
+        if set(mixers(model)) == {"self_attention"}:  # each window on its own
             pasts = {layer: unread[layer] for layer in pasts}
         loss, nll, gradient, pasts = chunk_loss(
             h.value[chunk], targets[chunk], params, fast, pasts, model

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from builders import MODEL, TRAINING, full_attention, random_tokens, sequence_loss
+from builders import GROUPED, HYBRID, MODEL, TRAINING, full_attention, random_tokens, sequence_loss
 
 from ttt.core.batch import from_tokens
 from ttt.core.tree import count, named_leaves, with_leaves
@@ -46,6 +46,12 @@ CASES = {
     "sliding window": (replace(MODEL, prime=False, suffix_len=0), PLAIN),
     "prime MLPs that stand still": (MODEL, PLAIN),
     "full attention": (full_attention(), PLAIN),
+    "hybrid": (HYBRID, PLAIN),
+    "hybrid of grouped attention": (replace(HYBRID, **GROUPED), PLAIN),
+    "meta, grouped attention, norms before alone": (
+        replace(MODEL, **GROUPED, post_norm=False, qk_norm=False),
+        TRAINING,
+    ),
     "full attention in windows of a chunk": (replace(full_attention(), mini_batch_size=8), PLAIN),
 }
 
@@ -63,6 +69,8 @@ def make_model(config, seed=0):
             .astype(leaf.dtype)
             .reshape((1,) * (leaf.ndim - 1) + (-1,))
             if "norm" in name or "ln_f" in name
+            else 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape).astype(leaf.dtype)
+            if name.endswith(".bias")  # starts at 0, where a forgotten one would not show
             else leaf
             for name, leaf in named_leaves(model).items()
         }
@@ -92,7 +100,16 @@ def test_losses_are_the_oracles_to_float64(float64, case):
     np.testing.assert_allclose(got.token_nll, nll, rtol=1e-9)
 
 
-@pytest.mark.parametrize("case", ["meta", "meta, window below chunk", "meta, no norms, own head"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "meta",
+        "meta, window below chunk",
+        "meta, no norms, own head",
+        "meta, grouped attention, norms before alone",
+        "hybrid of grouped attention",
+    ],
+)
 def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64, case):
     config, training = CASES[case]
     model = make_model(replace(config, **EXACT))
@@ -288,6 +305,30 @@ def test_published_names_and_back(suffix_len):
     assert (arrays[prime].shape == (suffix_len, 24, 16)) if suffix_len else prime not in arrays
     back = published.from_published(jax.eval_shape(lambda: model), arrays)
     jax.tree.map(np.testing.assert_array_equal, back, model)
+
+
+def test_a_mixed_stack_is_published_in_the_order_of_its_layers():
+    model = make_model(HYBRID)
+    arrays = published.to_published(model)
+    blocks = model.language_model.model.h.prefix_blocks
+    layers = [*((turn, i) for turn in range(2) for i in range(3))]
+    for name, part in (("wq", "seq_modeling_block.wq"), ("w2", "feed_forward.w2")):
+        stored = arrays[f"language_model.model.h.blocks.{part}.weight"]
+        for row, (turn, i) in zip(stored, layers, strict=False):
+            own = named_leaves(blocks.period[i])[f"{part}.weight"][turn]
+            np.testing.assert_array_equal(row, own, err_msg=name)
+        np.testing.assert_array_equal(stored[6], named_leaves(blocks.rest[0])[f"{part}.weight"])
+    back = published.from_published(jax.eval_shape(lambda: model), arrays)
+    jax.tree.map(np.testing.assert_array_equal, back, model)
+
+
+def test_a_plain_parent_of_the_same_shapes_fits_a_mixed_stack():
+    plain = make_model(replace(HYBRID, layer_types=(), seq_modeling_block="SWA"))
+    arrays = published.to_published(plain)
+    like = jax.eval_shape(lambda: make_model(HYBRID))
+    again = published.to_published(published.from_published(like, arrays))
+    assert arrays.keys() == again.keys()
+    jax.tree.map(np.testing.assert_array_equal, again, arrays)
 
 
 def test_blocks_of_models_with_and_without_suffix_exchange_by_name():

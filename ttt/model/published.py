@@ -7,6 +7,7 @@ the suffix alone has (prime MLPs and their norms) stands in `prime_storage`.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,7 +67,7 @@ def from_published(like: PyTree, published: Mapping[str, AnyArray]) -> PyTree:
     return with_leaves(like, taken)
 
 
-def _sources(leaves: Mapping[str, AnyArray]) -> dict[str, list[str]]:
+def _sources(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
     """Published name -> the leaves that it consists of."""
     sources: dict[str, list[str]] = {}
     for name in leaves:
@@ -74,7 +75,7 @@ def _sources(leaves: Mapping[str, AnyArray]) -> dict[str, list[str]]:
     return sources
 
 
-def _layers(leaves: Mapping[str, AnyArray]) -> dict[str, Int[np.ndarray, " N"]]:
+def _layers(leaves: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " N"]]:
     """Leaf of a stack -> the numbers of its layers, which ascend from prefix to suffix."""
     found: dict[str, np.ndarray] = {}
     first = 0

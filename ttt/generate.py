@@ -88,7 +88,10 @@ def prepare(config: Config) -> Inputs:
     """Find everything that is named. Raises UserError for what is not there or does not fit."""
     asked = config.generate
     tokenizer = find_tokenizer(config)
-    ids = encoded(tokenizer, prompt_of(config))
+    try:
+        ids = tokenizer.encode(prompt_of(config))
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8 ({error}), which the tokenizer needs") from error
     if not asked.load_state:
         if not len(ids):
             raise UserError(
@@ -160,14 +163,6 @@ def prompt_of(config: Config) -> bytes:
     # A state is enough to go on from: standard input is then read on request alone.
     wanted = asked.prompt_file == "-" or (not asked.load_state and not sys.stdin.isatty())
     return sys.stdin.buffer.read() if wanted else b""
-
-
-def encoded(tokenizer: AbstractTokenizer, prompt: bytes) -> Int[np.ndarray, " T"]:
-    """Ids of the prompt, without BOS."""
-    try:
-        return tokenizer.encode(prompt)
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt is not UTF-8 ({error}), which the tokenizer needs") from error
 
 
 def changed(config: Config, step_folder: Path) -> dict[str, tuple]:

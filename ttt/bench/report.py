@@ -19,20 +19,9 @@ LABELS = {
     "decode": "decoding, steps included",
     "decode_between_steps": "decoding between steps",
 }
-_NAMES = ("variant", "call")
-_NUMBERS = (
-    "context",
-    "batch",
-    "median s",
-    "min – max s",
-    "s/1K (ms/token)",
-    "tokens/s",
-    "TFLOP/s",
-    "MFU",
-    "temp MB",
-    "compile s",
-)
-_COLUMNS = _NAMES + _NUMBERS
+_NAMES = ["variant", "call"]
+_NUMBERS = ["context", "batch", "median s", "min – max s", "s/1K (ms/token)"]
+_COLUMNS = _NAMES + _NUMBERS + ["tokens/s", "TFLOP/s", "MFU", "temp MB", "compile s"]
 
 
 def table(timings: Sequence[Timing]) -> str:

@@ -100,7 +100,7 @@ class HarnessModel(LM):
         Where the state grows, texts longer than `max_length` are read window by window.
         """
         found = []
-        for request in self._told(requests, "rolling log-likelihood"):
+        for request in self._with_progress(requests, "rolling log-likelihood"):
             ids = self._tokenizer.encode(request.args[0]).tolist()
             bos = self._tokenizer.bos_token_id
             if not self._bounded or len(ids) < self.max_length:
@@ -119,16 +119,16 @@ class HarnessModel(LM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each up to the first of its stop texts."""
         found = []
-        for request in self._told(requests, "generate"):
-            context, asked = request.args
-            until = asked.get("until") or []
+        for request in self._with_progress(requests, "generate"):
+            context, options = request.args
+            until = options.get("until") or []
             until = [until] if isinstance(until, str) else until
-            tokens = int(asked.get("max_gen_toks", _MAX_GEN_TOKS))
-            drawn = asked.get("do_sample", asked.get("temperature", 0) > 0)
+            tokens = int(options.get("max_gen_toks", _MAX_GEN_TOKS))
+            drawn = options.get("do_sample", options.get("temperature", 0) > 0)
             sampling = Sampling(
-                temperature=float(asked.get("temperature", 1.0)) if drawn else 0.0,
-                top_k=int(asked.get("top_k", 0)) if drawn else 0,
-                top_p=float(asked.get("top_p", 1.0)) if drawn else 1.0,
+                temperature=float(options.get("temperature", 1.0)) if drawn else 0.0,
+                top_k=int(options.get("top_k", 0)) if drawn else 0,
+                top_p=float(options.get("top_p", 1.0)) if drawn else 1.0,
             )
             ids = self._shortened(self._with_bos(self._tokenizer.encode(context)), tokens)
             state, _ = self._engine.read(self._engine.start(1), [ids])
@@ -141,7 +141,7 @@ class HarnessModel(LM):
 
     # ---- what they are made of ----
 
-    def _told(self, items: Sequence[Any], what: str) -> Iterator[Any]:
+    def _with_progress(self, items: Sequence[Any], what: str) -> Iterator[Any]:
         """The items, with a line of progress."""
         with Progress(len(items), f"{self._run.name}: {what}") as progress:
             for done, item in enumerate(items, start=1):
@@ -173,7 +173,7 @@ class HarnessModel(LM):
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = []
         batches = in_batches(len(pieces), self._batch_size) if pieces else []
-        for rows in self._told(batches, "log-likelihood") if greedy else batches:
+        for rows in self._with_progress(batches, "log-likelihood") if greedy else batches:
             ends = [pieces[row][1] for row in rows]
             starts = [self._shortened(pieces[row][0], len(pieces[row][1])) for row in rows]
             state, _ = self._engine.read(self._engine.start(len(rows)), starts)

@@ -1,7 +1,6 @@
 """Evaluators of text: one of our checkpoints, or a Hugging Face causal LM from a local folder."""
 
 import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,20 +26,7 @@ class Judged(NamedTuple):
     """−log p of it, in nats."""
 
 
-class AbstractJudge(ABC):
-    """Gives −log p of every token of a text."""
-
-    name: str
-    unit: str
-
-    @abstractmethod
-    def read(
-        self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, on_progress: OnProgress
-    ) -> list[Judged]:
-        """Score texts of one length, whose first `prefix` tokens somebody else wrote."""
-
-
-class OwnJudge(AbstractJudge):
+class OwnJudge:
     """A run, learning while it reads if it was trained to."""
 
     unit = "nats per token"
@@ -52,7 +38,7 @@ class OwnJudge(AbstractJudge):
     def read(
         self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, on_progress: OnProgress
     ) -> list[Judged]:
-        """Score texts of one length."""
+        """Score texts of one length, whose first `prefix` tokens somebody else wrote."""
         engine = self._models.engine(self._run, len(texts[0]))
         judged = []
         for rows in in_batches(len(texts), self._batch_size):
@@ -62,7 +48,7 @@ class OwnJudge(AbstractJudge):
         return judged[: len(texts)]
 
 
-class ForeignJudge(AbstractJudge):
+class ForeignJudge:
     """A Hugging Face causal LM; it reads the text with its own tokenizer.
 
     Needs `transformers` and `torch`, which are imported when it reads.
@@ -127,3 +113,6 @@ def _positions(
     """Places in letters as places in tokens, evenly within each of both parts."""
     border, whole = letters[0], letters[0] + letters[1]
     return np.interp(starts, [0, border, max(whole, border + 1)], [0, tokens[0], sum(tokens)])
+
+
+type Judge = OwnJudge | ForeignJudge

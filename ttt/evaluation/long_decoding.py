@@ -20,7 +20,7 @@ from rich.table import Table
 from ttt import figures
 from ttt.errors import UserError
 from ttt.evaluation import repetition, resources
-from ttt.evaluation.judge import FOREIGN, AbstractJudge, ForeignJudge, Judged, OwnJudge
+from ttt.evaluation.judge import FOREIGN, ForeignJudge, Judge, Judged, OwnJudge
 from ttt.evaluation.resources import LoadedModels, in_batches
 from ttt.evaluation.result import Key, Row, estimate
 from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot, printed
@@ -59,7 +59,7 @@ class LongDecoding(AbstractSuite):
             )
         return [source[i][: self._context] for i in range(self._asked.sequences)]
 
-    def _find_judge(self) -> AbstractJudge:
+    def _find_judge(self) -> Judge:
         name = self._asked.evaluator
         if name.startswith(FOREIGN):
             tokenizers = [resources.tokenizer(self.config, run) for run in self.runs]

@@ -1,6 +1,6 @@
 """Recall of needles in haystacks: RULER's tasks over depths and lengths, greedy answers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -91,40 +91,22 @@ class Needles(AbstractSuite):
         for depth, reach, own in groups:
             if len(own):
                 place = {"depth": depth, "reach": reach, "distance": round(own.distance.mean())}
-                rows.append(self._row(reader, length, "accuracy", task, own, place))
+                keys = {"task": task, "learning": reader.learning, **place}
+                rows.append(self.row(reader.run, length, "accuracy", keys=keys, **_recall(own)))
         return rows
-
-    def _row(
-        self,
-        reader: Reader,
-        length: int,
-        measure: str,
-        task: str,
-        answers: pd.DataFrame,
-        place: Mapping[str, Key],
-    ) -> Row:
-        """The share of right answers."""
-        return self.row(
-            reader.run,
-            length,
-            measure,
-            keys={"task": task, "learning": reader.learning, **place},
-            **estimate(share(int(answers.right.sum()), len(answers))),
-            n=len(answers),
-            unit="share of prompts",
-        )
 
     def comparisons(self) -> list[Row]:
         """Accuracy by the needle's distance from the answer, all lengths together."""
+        measure, length = "accuracy_at_distance", max(self._lengths)
         rows = []
         for (reader, task), records in self._answers.items():
             answers = pd.DataFrame(records)
             octaves = answers.distance.map(lambda tokens: int(tokens).bit_length())
             for octave in sorted(set(octaves)):
-                own = answers[octaves == octave]
                 place = {"distance_from": 2 ** (octave - 1), "distance_to": 2**octave}
-                length = max(self._lengths)
-                rows.append(self._row(reader, length, "accuracy_at_distance", task, own, place))
+                keys = {"task": task, "learning": reader.learning, **place}
+                found = _recall(answers[octaves == octave])
+                rows.append(self.row(reader.run, length, measure, keys=keys, **found))
         return rows
 
     def _ask(
@@ -298,6 +280,12 @@ class Needles(AbstractSuite):
         axes.tick_params(labelsize=8)
         axes.spines[:].set_visible(False)
         return image
+
+
+def _recall(answers: pd.DataFrame) -> dict[str, Any]:
+    """The share of right answers, as the fields of a row."""
+    interval = share(int(answers.right.sum()), len(answers))
+    return {**estimate(interval), "n": len(answers), "unit": "share of prompts"}
 
 
 def _pooled(rows: pd.DataFrame) -> str:

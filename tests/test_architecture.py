@@ -225,6 +225,18 @@ def test_script_is_an_address_not_a_house(path):
     assert any(name.startswith("ttt.") for name in imports(parsed(path)))
 
 
+def test_training_does_not_wait_for_pandas():
+    reached, left = set(), {"ttt.train"}
+    while left:
+        module = left.pop()
+        reached.add(module)
+        left |= own_imports(parsed(SOURCES[module])) - reached
+    assert "ttt.infra.record" in reached
+    users = {m for m in SOURCES if "pandas" in {*imports(parsed(SOURCES[m]))}}
+    assert "ttt.report.frame" in users
+    assert not users & reached
+
+
 def test_light_modules_do_not_wake_jax():
     there = [name for name in JAX_FREE if name in SOURCES]
     assert "ttt.config" in there

@@ -607,6 +607,9 @@ def test_dry_run_writes_nothing(script, small, tmp_path):
 def test_without_a_folder_every_run_below_is_reported(script, small, copied, tmp_path, monkeypatch):
     shutil.copytree(small / "ladder", copied / "deep" / "er" / "ladder")
     write_run(copied / "alone", Made("pretrain-x", "pretrain", "fa", 0, 5, 3.0))
+    checkpoint = copied / "checkpoints/ladder/pretrain-x/5/manifest"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"config": {}, "data": {}}')
     monkeypatch.setenv("TTT_EXPERIMENTS", str(copied))
     code, said = script("--format", "csv")
     assert code == 0

@@ -22,6 +22,13 @@ MATCHINGS = {
     "own": "each with its own steps",
 }
 """What the paths of a comparison have in common: trained tokens, seconds of steps, or nothing."""
+
+
+def label(matching: str) -> str:
+    """Of a matching, for readers; its own name where it is none of `MATCHINGS`."""
+    return MATCHINGS.get(matching, matching)
+
+
 _ELSE = "Choose another --exp-folder for the new plan, or ask for the same as before."
 
 

@@ -152,8 +152,8 @@ class RunRecord:
                 raise ValueError("no settings of a training in it")
             return upgraded(content)
         except Exception as error:  # there is no telling what a broken file makes a parser raise
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise RecordError(f"{path} cannot be read ({told}): move the folder away") from error
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RecordError(f"{path} cannot be read ({message}): move the folder away") from error
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append a step's metrics: numbers, strings or lists of them, NumPy and JAX included."""
@@ -386,13 +386,13 @@ def masked_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def _git() -> dict[str, Any] | str:

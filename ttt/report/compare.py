@@ -93,9 +93,9 @@ def branches(manifest: PlanManifest, steps: pd.DataFrame) -> pd.DataFrame:
                 else [],
             }
         )
-    found = pd.DataFrame(rows, dtype=object)
-    found["reference"] = [_reference(own, found) for own in rows_of(found)]
-    return found
+    table = pd.DataFrame(rows, dtype=object)
+    table["reference"] = [_reference(own, table) for own in rows_of(table)]
+    return table
 
 
 def no_merit(run: Any) -> str:
@@ -106,9 +106,9 @@ def no_merit(run: Any) -> str:
     return f"{loss:.4f} against {counts:.4f}"
 
 
-def _reference(own: Any, found: pd.DataFrame) -> int | None:
+def _reference(own: Any, table: pd.DataFrame) -> int | None:
     """B1 with the same seed: the matching's own, else of any, for B1 is the same in all."""
-    same = [b for b in rows_of(found) if b.path == REFERENCE and b.seed == own.seed]
+    same = [b for b in rows_of(table) if b.path == REFERENCE and b.seed == own.seed]
     same.sort(key=lambda b: b.matching != own.matching)
     return same[0].Index if same else None
 
@@ -143,7 +143,7 @@ def _problems(runs: Sequence[Any], planned: Mapping[str, Mapping[str, Any]]) -> 
 # ---- comparisons -----------------------------------------------------------------------
 
 
-def comparisons(found: pd.DataFrame) -> pd.DataFrame:
+def comparisons(table: pd.DataFrame) -> pd.DataFrame:
     """Every path and matching against B1, and B1 itself.
 
     Columns: way: methods of its runs in their order; method, context, parameters: of the last run;
@@ -155,17 +155,17 @@ def comparisons(found: pd.DataFrame) -> pd.DataFrame:
     than counts; mixed: whether times of different machines are compared.
     """
     order = sorted(
-        found["matching"].unique(), key=lambda m: (m not in MATCHINGS, [*MATCHINGS, m].index(m))
+        table["matching"].unique(), key=lambda m: (m not in MATCHINGS, [*MATCHINGS, m].index(m))
     )
-    names = found["path"].unique()
-    grouped: dict[Any, pd.DataFrame] = dict(list(found.groupby(["path", "matching"], sort=False)))
+    names = table["path"].unique()
+    grouped: dict[Any, pd.DataFrame] = dict(list(table.groupby(["path", "matching"], sort=False)))
     keys = [(name, how) for how in order for name in names if (name, how) in grouped]
-    return pd.DataFrame([_comparison(grouped[key], found) for key in keys], dtype=object)
+    return pd.DataFrame([_comparison(grouped[key], table) for key in keys], dtype=object)
 
 
-def _comparison(own: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
+def _comparison(own: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
     mine = rows_of(own)
-    by_index = {branch.Index: branch for branch in rows_of(found)}
+    by_index = {branch.Index: branch for branch in rows_of(table)}
     pairs = [(b, by_index[b.reference]) for b in mine if b.reference is not None]
     problems = [text for branch in mine for text in branch.problems]
     problems += [

@@ -51,8 +51,8 @@ def save(report: Report, out: Path) -> list[Path]:
         write_whole(out / name, text)
     drawn = pictures.draw_all(report, out)
     write_whole(out / "report.md", tables.to_markdown(report, drawn))
-    found = [path for picture in drawn for path in picture.paths]
-    return [*(out / name for name in texts), out / "report.md", *found]
+    shown = [path for picture in drawn for path in picture.paths]
+    return [*(out / name for name in texts), out / "report.md", *shown]
 
 
 def check_out(out: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ttt import figures
-from ttt.infra.plan_manifest import MATCHINGS
+from ttt.infra.plan_manifest import label
 from ttt.report.compare import REFERENCE
 from ttt.report.curves import CostCurve, PositionCurve
 from ttt.report.frame import rows_of
@@ -49,7 +49,7 @@ def draw_all(report: Report, folder: Path) -> list[Picture]:
     for matching in ("tokens", "wall_clock"):
         own = [c for c in compared if c.matching == matching]
         drawn = [REFERENCE, *(c.path for c in own if c.delta)]
-        caption += _absent(own, drawn, f" ({_named(matching)})")
+        caption += _absent(own, drawn, f" ({label(matching)})")
 
     def one(name: str, caption: str, matching: str, draw: Callable[[Path], list[Path]]) -> Picture:
         if paths := draw(folder / name):
@@ -67,8 +67,8 @@ def draw_all(report: Report, folder: Path) -> list[Picture]:
         own = [c for c in compared if c.matching == matching]
         costs = [curve for curve in report.costs if curve.matching == matching]
         positions = [curve for curve in report.positions if curve.matching == matching]
-        cost = f"Loss and cost, {_named(matching)}.{_absent(own, [c.path for c in costs])}"
-        position = f"Held-out loss by token position, {_named(matching)}."
+        cost = f"Loss and cost, {label(matching)}.{_absent(own, [c.path for c in costs])}"
+        position = f"Held-out loss by token position, {label(matching)}."
         position += _absent(own, [c.path for c in positions])
         pictures += [
             one(f"loss_against_cost_{matching}", cost, matching, partial(_costs, costs)),
@@ -77,15 +77,11 @@ def draw_all(report: Report, folder: Path) -> list[Picture]:
     return pictures
 
 
-def _named(matching: str) -> str:
-    return MATCHINGS.get(matching, matching)
-
-
 def _absent(own: Sequence[Any], drawn: Sequence[str], where: str = "") -> str:
     """Which paths are not in a picture, and why, to go on with its caption."""
     absent = [c for c in own if c.path not in drawn]
-    told = [f"{c.path}: {c.problems[0] if c.problems else 'no numbers'}" for c in absent]
-    return f" Not in it{where}: {'; '.join(told)}." if told else ""
+    reasons = [f"{c.path}: {c.problems[0] if c.problems else 'no numbers'}" for c in absent]
+    return f" Not in it{where}: {'; '.join(reasons)}." if reasons else ""
 
 
 # ---- the gate --------------------------------------------------------------------------
@@ -167,7 +163,7 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
     """Smoothed training loss, and held-out loss at the ends of stages, against hours and tokens."""
     if not curves:
         return []
-    figure, panels = figures.panels([4.1] * 2, sharey=True)
+    figure, panels = figures.panels([4.2] * 2, sharey=True)
     looks = figures.path_styles([curve.path for curve in curves])
     short = max(hours for curve in curves for _, hours, _ in curve.ends) < 1
     scale, unit = (60, "device-minutes") if short else (1, "device-hours")
@@ -199,9 +195,9 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
     bounds = [e.low for curve in curves for _, _, e in curve.ends[-1:] if e.low is not None]
     low, high = min(low, *ends, *bounds), max(ends)
     shown = high + 0.8 * (high - low + 0.05)  # what the first steps lose would flatten all else
-    for axes, label in zip(panels, (f"{unit} of training", "trained tokens"), strict=True):
+    for axes, what in zip(panels, (f"{unit} of training", "trained tokens"), strict=True):
         axes.set_ylim(low - 0.06 * (shown - low), shown)
-        axes.set_xlabel(label)
+        axes.set_xlabel(what)
     panels[1].xaxis.set_major_formatter(lambda value, _: figures.count(value))
     panels[0].set_ylabel("loss (nats per token)")
     figures.subtitle(panels[0], "lines: training loss, smoothed, mean over seeds")
@@ -209,7 +205,7 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
         panels[1], "points: held-out loss at each stage's end (filled: the last), 95 % bars"
     )
     ends = [(curve.ends[-1][2].mean, curve.path, looks[curve.path]["color"]) for curve in curves]
-    return _finish(figure, panels, ends, path, f"loss against cost, {_named(curves[0].matching)}")
+    return _finish(figure, panels, ends, path, f"loss against cost, {label(curves[0].matching)}")
 
 
 def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
@@ -217,7 +213,7 @@ def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
     if not curves:
         return []
     differ = [curve for curve in curves if curve.difference is not None]
-    figure, panels = figures.panels([4.1] * (2 if differ else 1))
+    figure, panels = figures.panels([4.2] * (2 if differ else 1))
     looks = figures.path_styles([curve.path for curve in curves])
     for curve in curves:
         start, stop = np.maximum(curve.edges[:-1], 8.0), curve.edges[1:]
@@ -246,7 +242,7 @@ def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
         (float((curve.difference or curve.loss).value[-1]), curve.path, looks[curve.path]["color"])
         for curve in (differ or curves)
     ]
-    title = f"held-out loss by token position, {_named(curves[0].matching)}"
+    title = f"held-out loss by token position, {label(curves[0].matching)}"
     return _finish(figure, panels, ends, path, title)
 
 

@@ -1,6 +1,7 @@
 """Everything that the records of an experiment folder tell, read and judged. No JAX."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,9 @@ def experiment_folders(root: Path) -> list[Path]:
         if is_run(Path(path)):
             folders.add(Path(path).parent)
             below.clear()
-        elif NAME in files:
-            folders.add(Path(path))
+        elif NAME in files:  # checkpoints have a file of this name as well
+            with suppress(ManifestError):
+                folders |= {Path(path)} if PlanManifest.read(Path(path)).runs else set()
     return sorted(folders - {root.parent})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ttt.figures import NONE, count, duration, is_unknown, nats, short, whole
-from ttt.infra.plan_manifest import MATCHINGS
+from ttt.infra.plan_manifest import label
 from ttt.report.compare import REFERENCE, Estimate
 from ttt.report.frame import COLUMNS, rows_of
 from ttt.report.pictures import Picture
@@ -138,25 +138,25 @@ def _filled(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
 def _tables(report: Report) -> dict[str, list[tuple[str, pd.DataFrame, int]]]:
     """By matching ("": of none): titles, texts, and how many columns hold names."""
     compared, stages = report.comparisons, report.stages
-    found = {}
+    tables = {}
     for matching in compared["matching"].unique() if len(compared) else ():
-        named = MATCHINGS.get(matching, matching)
+        named = label(matching)
         own = compared[compared["matching"] == matching]
         of_stages = stages[stages["matching"] == matching]
         contexts = [context for context in own["context"] if context]
         context = short(contexts[0]) if contexts else NONE
-        found[matching] = [
+        tables[matching] = [
             (f"{named}, context {context}", _filled(own, _COMPARED), 2),
             (f"stages, {named} (means over seeds)", _filled(of_stages, _STAGES), 2),
         ]
     title = f"time to reach {REFERENCE}'s loss"
     reached = [(title, _filled(report.reaches, _REACHED), 2)] if len(report.reaches) else []
-    found[""] = [
+    tables[""] = [
         *reached,
         ("runs (losses in nats per token)", _filled(report.runs, _TRAINED), 5),
         ("where they started, and on what", _filled(report.runs, _STARTED), 7),
     ]
-    return found
+    return tables
 
 
 # ---- outputs ---------------------------------------------------------------------------
@@ -172,10 +172,10 @@ def to_csv(reports: Sequence[Report]) -> str:
 
 def to_terminal(report: Report, width: int | None) -> str:
     """Tables and verdict, for a terminal of so many columns; None: no row is broken."""
-    found = _tables(report)
-    *reached, trained, started = found.pop("")
+    tables = _tables(report)
+    *reached, trained, started = tables.pop("")
     parts = [f"{report.folder}"]
-    for title, table, _ in [trained, started, *chain(*found.values()), *reached]:
+    for title, table, _ in [trained, started, *chain(*tables.values()), *reached]:
         named = table.set_index(table.columns[0]).rename_axis(index=None, columns=table.columns[0])
         parts.append(f"{title}\n{named.to_string(line_width=width)}")
     lines = [_gate(report.verdict), *(f"  {line}" for line in report.verdict.evidence)]
@@ -222,10 +222,10 @@ def to_markdown(report: Report, pictures: Sequence[Picture] = ()) -> str:
     ]
     if report.without_merit:
         parts += ["Models that do **not** beat their count model:", _bullets(report.without_merit)]
-    found = _tables(report)
-    general = found.pop("")
-    parts += [picture.markdown() for picture in pictures if picture.matching not in found]
-    for matching, (compared, stages) in found.items():
+    tables = _tables(report)
+    general = tables.pop("")
+    parts += [picture.markdown() for picture in pictures if picture.matching not in tables]
+    for matching, (compared, stages) in tables.items():
         own = report.comparisons[report.comparisons["matching"] == matching]
         parts += [_section(*compared), _problems(own)]
         parts += [picture.markdown() for picture in pictures if picture.matching == matching]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ttt.infra.plan_manifest import MATCHINGS
+from ttt.infra.plan_manifest import label
 from ttt.report.compare import REFERENCE, Estimate, no_merit
 from ttt.report.frame import rows_of
 
@@ -56,14 +56,14 @@ def overall(verdicts: Sequence[Verdict], why_none: str = "") -> Verdict:
     by_answer: dict[str, list[str]] = {HOLDS: [], FAILS: [], UNKNOWN: []}
     for verdict in candidates:
         by_answer[verdict.answer].append(verdict.path)
-    said = [f"{answer}: {', '.join(paths)}" for answer, paths in by_answer.items() if paths]
+    lines = [f"{answer}: {', '.join(paths)}" for answer, paths in by_answer.items() if paths]
     if by_answer[HOLDS] and len(candidates) > 1:
-        said.append(
+        lines.append(
             f"{len(candidates)} paths were tried, each against its own 95 % interval: nothing was "
             "corrected for the number of trials"
         )
     answer = next(answer for answer in (HOLDS, UNKNOWN, FAILS) if by_answer[answer])
-    return Verdict(answer, tuple(said))
+    return Verdict(answer, tuple(lines))
 
 
 def without_merit(runs: pd.DataFrame) -> list[str]:
@@ -75,54 +75,54 @@ def without_merit(runs: pd.DataFrame) -> list[str]:
     ]
 
 
-def _of_path(found: Any, all_matchings: Sequence[Any]) -> Verdict:
-    loss, said_loss = _loss(found.delta)
-    time, said_time = _time(found)
-    evidence = [said_loss, said_time]
-    if found.problems:
+def _of_path(row: Any, all_matchings: Sequence[Any]) -> Verdict:
+    loss, of_loss = _loss(row.delta)
+    time, of_time = _time(row)
+    evidence = [of_loss, of_time]
+    if row.problems:
         answer = UNKNOWN
-        evidence += [f"spoiled: {problem}" for problem in found.problems]
+        evidence += [f"spoiled: {problem}" for problem in row.problems]
     elif FAILS in (loss, time):
         answer = FAILS
     else:
-        sure = UNKNOWN not in (loss, time) and not found.without_merit
+        sure = UNKNOWN not in (loss, time) and not row.without_merit
         answer = HOLDS if sure else UNKNOWN
-    evidence += [f"nothing is won with it: {text}" for text in found.without_merit]
+    evidence += [f"nothing is won with it: {text}" for text in row.without_merit]
     evidence += [
-        f"beside it, {MATCHINGS.get(c.matching, c.matching)}: loss {told(c.delta, '+.4f')} nats"
+        f"beside it, {label(c.matching)}: loss {interval(c.delta, '+.4f')} nats"
         for c in all_matchings
-        if c.matching != found.matching and c.delta
+        if c.matching != row.matching and c.delta
     ]
-    return Verdict(answer, tuple(evidence), found.path, found.method == "e2e")
+    return Verdict(answer, tuple(evidence), row.path, row.method == "e2e")
 
 
 def _loss(delta: Estimate | None) -> tuple[str, str]:
-    said = f"loss: {told(delta, '+.4f')} nats against B1, at most +{MOST_ABOVE} asked"
-    return _answer(delta, said, lambda bound: bound <= MOST_ABOVE)
+    text = f"loss: {interval(delta, '+.4f')} nats against B1, at most +{MOST_ABOVE} asked"
+    return _answer(delta, text, lambda bound: bound <= MOST_ABOVE)
 
 
-def _time(found: Any) -> tuple[str, str]:
-    saving = found.saving
-    said = f"training time: {told(saving, '.1%')} saved, at least {LEAST_SAVED:.0%} asked"
-    if found.mixed:
-        return UNKNOWN, f"{said}: MIXED DEVICES ({'; '.join(found.devices)}), so it cannot be told"
-    return _answer(saving, said, lambda bound: bound >= LEAST_SAVED)
+def _time(row: Any) -> tuple[str, str]:
+    saving = row.saving
+    text = f"training time: {interval(saving, '.1%')} saved, at least {LEAST_SAVED:.0%} asked"
+    if row.mixed:
+        return UNKNOWN, f"{text}: MIXED DEVICES ({'; '.join(row.devices)}), so it cannot be told"
+    return _answer(saving, text, lambda bound: bound >= LEAST_SAVED)
 
 
 def _answer(
-    estimate: Estimate | None, said: str, is_good: Callable[[float], bool]
+    estimate: Estimate | None, text: str, is_good: Callable[[float], bool]
 ) -> tuple[str, str]:
     """Where both bounds of an interval lie on one side, in a word and a sentence."""
     if estimate is None or estimate.low is None or estimate.high is None:
-        return UNKNOWN, f"{said}: {UNKNOWN}"
+        return UNKNOWN, f"{text}: {UNKNOWN}"
     sides = {is_good(estimate.low), is_good(estimate.high)}
     if len(sides) == 2:
-        return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+        return UNKNOWN, f"{text}: the interval has both sides of it, so it cannot be told"
     answer = HOLDS if True in sides else FAILS
-    return answer, f"{said}: {answer}"
+    return answer, f"{text}: {answer}"
 
 
-def told(estimate: Estimate | None, form: str) -> str:
+def interval(estimate: Estimate | None, form: str) -> str:
     """A mean with its interval and the number of seeds, or why there is none."""
     if estimate is None:
         return "unknown"

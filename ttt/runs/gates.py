@@ -97,12 +97,12 @@ def warm_start(run: PlannedRun, record: StoredRun) -> Gate:
             return Gate(name, False, f"the start is to keep the function, but no loss tells: {why}")
         return Gate(name, None, f"not applicable: {why or 'there is no loss of the parent'}")
     distance = abs(warm - parent)
-    told = f"loss {warm:.5f}, of the parent {parent:.5f}"
+    losses = f"loss {warm:.5f}, of the parent {parent:.5f}"
     if start.get("preserving"):
         bound = TOLERANCE[record.settings["model"]["compute_dtype"]]
-        return Gate(name, distance <= bound, f"{told}: {distance:.1e} apart, at most {bound:.0e}")
+        return Gate(name, distance <= bound, f"{losses}: {distance:.1e} apart, at most {bound:.0e}")
     if narrowed:
         ignorant = math.log(record.settings["model"]["vocab_size"])
-        told = f"{told}, ln V {ignorant:.5f}: it must be nearer to the parent's"
-        return Gate(name, distance < abs(warm - ignorant), told)
-    return Gate(name, None, f"not applicable: the function changes on purpose ({why}); {told}")
+        losses = f"{losses}, ln V {ignorant:.5f}: it must be nearer to the parent's"
+        return Gate(name, distance < abs(warm - ignorant), losses)
+    return Gate(name, None, f"not applicable: the function changes on purpose ({why}); {losses}")

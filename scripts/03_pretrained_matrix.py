@@ -8,7 +8,8 @@ For example:
 
 Lines that are no commands are comments. Budgets are the experiments' own; --matching tokens gives
 every path the tokens of B1. With --deploy submitit a command only queues its job: wait for it
-before the next. The W&B key belongs in the variable WANDB_API_KEY and is never printed.
+before the next. Where JAX's CUDA plugin is installed, the commands keep it (--extra). The W&B key
+belongs in the variable WANDB_API_KEY and is never printed.
 Exit codes: 0 printed; 1 a failure under way; 2 a mistake in the request
 """
 
@@ -17,7 +18,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from ttt.entry import exit_codes
 from ttt.knobs import RUNTIME_MODES
 from ttt.runs import matrix, registry, request
-from ttt.runs.plan import Order
+from ttt.runs.plan import PlanRequest
 
 
 def main() -> None:
@@ -27,7 +28,11 @@ def main() -> None:
     add("--deploy", help="a choice of configs/deploy, such as interactive or submitit")
     add("--exp-folder", default="pretrained_phase1", help="default: pretrained_phase1")
     add("--size", default="760m", help="tiny, 125m or 760m; default: 760m")
-    add("--paths", default="B1,B2,P1,P2,P3", help="also S1, P1-5pct, P1-20pct, P3-5pct, P3-20pct")
+    add(
+        "--paths",
+        default="B1,B2,P1,P2,P3",
+        help="also S1, and P1-Npct, P3-Npct for N %% adaptation",
+    )
     add("--seeds", help="such as 0,1,2; default: one run each, named as its experiment")
     add("--matching", default="own", choices=["own", "tokens"], help="default: own")
     add("--dclm-path", help="token store that pretraining and adaptation read")
@@ -52,18 +57,15 @@ def main() -> None:
             exp_dir=args.exp_dir,
             runtime_mode=args.runtime_mode,
             dummy_dataset=args.dummy_dataset,
-            wandb={
-                "entity": args.wandb_entity,
-                "project": args.wandb_project,
-                "log": args.log_wandb,
-            },
+            wandb={"entity": args.wandb_entity, "project": args.wandb_project},
+            log_wandb=args.log_wandb,
             overrides=args.override,
         )
-        data = request.data_settings(book, size, dclm=args.dclm_path, books=args.books_path)
+        data = request.data_settings(size, dclm=args.dclm_path, books=args.books_path)
         seeds = request.seeds(args.seeds) or (None,)
         paths = request.names(args.paths, "--paths") or ()
-        order = Order(book, size, paths, seeds, registry.Budget(), (*common, *data))
-        print("\n".join(matrix.commands(order, [args.matching])))
+        wanted = PlanRequest(book, size, paths, seeds, registry.Budget(), (*common, *data))
+        print("\n".join(matrix.commands(wanted, [args.matching])))
 
 
 if __name__ == "__main__":

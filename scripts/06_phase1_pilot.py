@@ -8,16 +8,19 @@ For example:
   uv run --exact python scripts/06_phase1_pilot.py --size 125m --data-root /data --exp-folder pilot
 
 The same command goes on where it stopped. What is not given comes from the size's pilot in
-configs/research/warmstart_registry.yaml. Records, logs and manifest.json: EXP_DIR/EXP_FOLDER.
+configs/research/warmstart_registry.yaml. Records, logs, manifest.json and the
+report, which is written at a failure too: EXP_DIR/EXP_FOLDER.
 Exit codes: 0 all done; 1 a run failed or a gate does not hold; 2 a mistake in the request; 75 or
 130 stopped when asked (the same command goes on)
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import suppress
 
 from rich.console import Console
 
 from ttt.entry import exit_codes
+from ttt.errors import RunError, UserError
 from ttt.knobs import RUNTIME_MODES
 from ttt.report import phase1
 from ttt.runs import pilot
@@ -29,7 +32,7 @@ def main() -> None:
     add = parser.add_argument
     add("--exp-folder", default="phase1_pilot", help="default: phase1_pilot")
     add("--size", default="tiny", help="tiny, 125m or 760m; default: tiny")
-    add("--paths", help="such as B1,B2,P1,P2,P3,S1,P1-5pct,P1-20pct")
+    add("--paths", help="such as B1,B2,P1,P2,P3,S1,P1-5pct")
     add("--seeds", help="such as 0,1,2")
     add("--matching", help="tokens, wall_clock (needs tokens too), own; with commas between")
     add("--pretrain-steps", type=int, help="of B1; a matched path's follow from them")
@@ -51,10 +54,24 @@ def main() -> None:
     add("--dry-run", action="store_true", help="show runs, tokens and commands; do nothing")
     args = parser.parse_args()
     with exit_codes():
-        records, folder = pilot.run(pilot.Flags(**vars(args)), Console())
-        if not args.dry_run:
-            written = phase1.write(records, folder, checkpoint_root=args.checkpoint_root)
-            print(f"report: {next(path for path in written if path.suffix == '.md')}")
+        prepared = pilot.prepare(pilot.Flags(**vars(args)))
+        if args.dry_run:
+            pilot.show(prepared, Console())
+            return
+        try:
+            pilot.run(prepared, Console())
+        except RunError:
+            with suppress(UserError):  # the failure counts, whatever there is to report yet
+                report(prepared, args.checkpoint_root)
+            raise
+        report(prepared, args.checkpoint_root)
+
+
+def report(prepared: pilot.PreparedPilot, checkpoint_root: str | None) -> None:
+    """Write the report on all that was run, and say where it is."""
+    root, folder = prepared.experiments, prepared.flags.exp_folder
+    written = phase1.write(root, folder, checkpoint_root=checkpoint_root)
+    print(f"report: {next(path for path in written if path.suffix == '.md')}")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,25 @@ def full_attention(model: ModelConfig = MODEL) -> ModelConfig:
     )
 
 
+HYBRID = replace(
+    MODEL,
+    seq_modeling_block="",
+    layer_types=("sliding_attention", "sliding_attention", "full_attention"),
+    num_hidden_layers=7,
+    suffix_len=0,
+    prime=False,
+)
+"""Two turns of two sliding-window layers and a full one, and a sliding one behind them."""
+
+GROUPED = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "attention_bias": True,
+}
+"""Attention as in pretrained models: fewer key heads, H·K ≠ D, biases."""
+
+
 def sequence_loss(model, sequence, training, scale=1.0) -> SequenceLoss:
     """The loss of one sequence [T]."""
     batch = jax.tree.map(lambda x: x[None], sequence)

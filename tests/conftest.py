@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from golden import folder
+
+pytest_plugins = ["skips"]
 
 # Compiled programs are shared by the workers of one run and by later runs.
 jax.config.update(
@@ -22,19 +25,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def golden_dir() -> Path:
-    """Folder of golden values: TTT_GOLDEN_DIR, or `shared/golden` beside the repository."""
-    beside = Path(__file__).parents[2] / "shared" / "golden"
-    return Path(os.environ.get("TTT_GOLDEN_DIR", beside))
-
-
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of golden values; tests that need it skip where there is none."""
-    folder = golden_dir()
-    if not folder.is_dir():
-        pytest.skip(f"no golden values at {folder}: set TTT_GOLDEN_DIR")
-    return folder
+    """The folder of golden values: the full set where there is one, else the trimmed one."""
+    return folder()
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ CACHE = os.environ.get("TTT_TEST_CACHE", str(Path(tempfile.gettempdir()) / "ttt-
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-META = replace(TRAINING, global_batch_size=16, accum_steps=2, eval_batch_size=8)
+META = replace(TRAINING, global_batch_size=16, accum_steps=2, eval_batch_size=7)
 PLAIN = replace(META, train_mode="pretrain")
 METHODS = {
     "fa": (full_attention(MODEL), PLAIN),
@@ -88,7 +88,7 @@ def steps(model, training, layout, *, evaluate):
     whole = NamedSharding(layout.mesh, PartitionSpec())
     tokens = random_tokens(2, 8, training.seq_length + 1, model=model)
     batch = from_tokens(tokens, model.bos_token_id)
-    held_out = jax.tree.map(lambda x: x[0, :7], batch)  # the last place is filled up
+    held_out = jax.tree.map(lambda x: x[0, :7], batch)  # fewer than devices: filled up
     state = layout.place(state)
     batch = mesh.shard_batch(layout.mesh, batch, batch_axis=1)
     compiled = (

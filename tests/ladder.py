@@ -274,7 +274,10 @@ def _stage(runs, path, matching, seed, chain, stage, method) -> Made:
         short = "ext" if last else "adapt"
         made = Made(
             f"{short}-{path}-from-{parent.name}",
-            *(stage, method, seed, EXTENSION if last else ADAPT),
+            stage,
+            method,
+            seed,
+            EXTENSION if last else ADAPT,
             loss if last else loss + 0.35,
             parent,
             LONGER if last else CONTEXT,

@@ -12,9 +12,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from ttt import benchmark
+from ttt import benchmark, figures, mixers
 from ttt.bench import numerics, report, timing
-from ttt.bench.timing import Result
+from ttt.bench.timing import Timing
 from ttt.config import compose, differences, resolve, to_dict
 from ttt.errors import UserError
 from ttt.infra.record import RunRecord
@@ -68,8 +68,8 @@ def results_of(record: RunRecord) -> list[dict]:
     return json.loads((record.folder / "benchmark.json").read_text())["results"]
 
 
-def result(variant="e2e", call="prefill", context=1024, seconds=(2.0, 1.0, 4.0), **more) -> Result:
-    return Result(variant, call, context, 2, tuple(seconds), 3.0, 5.0, 8e12, 0.5, **more)
+def result(variant="e2e", call="prefill", context=1024, seconds=(2.0, 1.0, 4.0), **more) -> Timing:
+    return Timing(variant, call, context, 2, tuple(seconds), 3.0, 5.0, 8e12, 0.5, **more)
 
 
 # ---- the command -----------------------------------------------------------------------
@@ -93,9 +93,9 @@ def test_two_variants_leave_record_and_table_and_end_in_one_json_object(measure,
     out = capsys.readouterr().out
     last = json.loads(out.splitlines()[-1])
     assert list(last) == ["plain", "fast"]
-    for figures in last.values():
-        assert figures.keys() == {"step_s", "temp_mb", "compile_s"}
-        assert all(value > 0 for value in figures.values())
+    for numbers in last.values():
+        assert numbers.keys() == {"step_s", "temp_mb", "compile_s"}
+        assert all(value > 0 for value in numbers.values())
     table = (record.folder / "benchmark.md").read_text()
     assert table in out
     assert not (record.folder / "benchmark.png").exists()  # one context is no curve
@@ -251,32 +251,35 @@ def test_second_order_has_the_shape_that_its_figures_are_compared_at():
         assert differences(to_dict(variant), to_dict(config)) == {}
 
 
-@pytest.mark.parametrize("name", ["methods", "tiny"])
-def test_methods_are_those_of_their_names(name):
-    given = ["+experiment=tiny/pretrain/pretrain-tiny-e2e", f"+benchmark={name}"]
+@pytest.mark.parametrize(("size", "name"), [("125m", "methods"), ("tiny", "tiny")])
+def test_methods_are_those_of_their_names(size, name):
+    given = [f"+experiment={size}/pretrain/pretrain-{size}-e2e", f"+benchmark={name}"]
     config = resolve(compose(given))
-    for context in benchmark.contexts(config):
+    for context in config.benchmark.contexts:
         found = benchmark.variants(config, given, context)
         kinds = {n: (v.training.train_mode, v.model.seq_modeling_block) for n, v in found.items()}
+        kept = [mixers.grows(variant.model) for variant in found.values()]
+        assert kept == [True, False, True, False]
         assert kinds == {
             "fa": ("pretrain", "self_attention"),
             "swa": ("pretrain", "SWA"),
+            "hybrid": ("pretrain", ""),
             "e2e": ("meta", "SWA"),
         }
         tokens = {v.training.seq_length * v.training.global_batch_size for v in found.values()}
         assert tokens == {config.benchmark.tokens}
 
 
-@pytest.mark.parametrize("name", ["latency", "tiny_latency"])
-def test_latency_reads_and_writes_one_sequence_of_every_method_at_every_context(name):
-    given = ["+experiment=tiny/pretrain/pretrain-tiny-e2e", f"+benchmark={name}"]
+@pytest.mark.parametrize(("size", "name"), [("125m", "latency"), ("tiny", "tiny_latency")])
+def test_latency_reads_and_writes_one_sequence_of_every_method_at_every_context(size, name):
+    given = [f"+experiment={size}/pretrain/pretrain-{size}-e2e", f"+benchmark={name}"]
     config = resolve(compose(given))
     assert config.benchmark.calls == ("prefill", "decode", "decode_between_steps")
-    assert min(benchmark.contexts(config)) == 1024
-    assert max(benchmark.contexts(config)) >= 65536
-    for context in benchmark.contexts(config):
+    assert min(config.benchmark.contexts) == 1024
+    assert max(config.benchmark.contexts) >= 65536
+    for context in config.benchmark.contexts:
         found = benchmark.variants(config, given, context)
-        assert list(found) == ["fa", "swa", "e2e"]
+        assert list(found) == ["fa", "swa", "hybrid", "e2e"]
         assert {v.training.global_batch_size for v in found.values()} == {1}
 
 
@@ -284,7 +287,11 @@ def test_latency_reads_and_writes_one_sequence_of_every_method_at_every_context(
 
 
 def latencies(variant, *seconds, call="decode"):
-    return [Result(variant, call, 1024 * 2**i, 1, (s,), tokens=128) for i, s in enumerate(seconds)]
+    kind = {"learns": variant == "e2e", "grows": variant in ("fa", "hybrid")}
+    return [
+        Timing(variant, call, 1024 * 2**i, 1, (s,), tokens=128, **kind)
+        for i, s in enumerate(seconds)
+    ]
 
 
 def test_the_crossing_lies_where_two_straight_lines_of_the_picture_meet(tmp_path):
@@ -300,11 +307,31 @@ def test_the_crossing_lies_where_two_straight_lines_of_the_picture_meet(tmp_path
 
 def test_the_last_crossing_counts_and_none_is_said_so():
     fa = latencies("fa", 4, 1, 4, 4)
-    assert 2048 < report.crossings([*fa, *latencies("e2e", 3, 3, 3, 3)])["decode"] < 4096
+    assert (
+        2048 < report.crossings([*fa, *latencies("e2e", 3, 3, 3, 3)])["decode", "e2e", "fa"] < 4096
+    )
     for seconds, says in (((9, 9, 9, 9), "dearer"), ((0.1,) * 4, "at every context")):
         assert says in report.table([*fa, *latencies("e2e", *seconds)])
     assert report.crossings([*fa, *latencies("swa", 3, 3, 3, 3)]) == {}
     assert report.crossings([*fa[:1], *latencies("e2e", 3)]) == {}
+
+
+def test_a_method_that_learns_is_compared_with_each_whose_state_grows():
+    growing = [*latencies("fa", 1, 2, 4, 8), *latencies("hybrid", 2, 2, 3, 5)]
+    others = [*latencies("swa", 1, 1, 1, 1), *latencies("e2e", 3, 3, 3, 3)]
+    found = report.crossings([*growing, *others])
+    assert found == {
+        ("decode", "e2e", "fa"): pytest.approx(3 * 1024),
+        ("decode", "e2e", "hybrid"): pytest.approx(4 * 1024),
+    }
+
+
+def test_a_picture_tells_any_number_of_variants_apart(tmp_path):
+    looks = [figures.style(number) for number in range(50)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 50
+    many = [t for i in range(12) for t in latencies(f"variant-{i}", 1 + i, 2 + i)]
+    report.draw(many, tmp_path / "a.png", title="t")
+    assert (tmp_path / "a.png").stat().st_size > 20_000
 
 
 def test_a_written_token_counts_as_one_and_not_as_its_context():
@@ -327,6 +354,16 @@ def test_the_small_network_keeps_the_kind_and_lets_the_window_slide():
     full = resolve(compose(["+experiment=760m/extension/ext-760m-fa-32K"]))
     model, training = numerics._small(full.model, full.training)
     assert model.mini_batch_size == training.seq_length
+
+
+def test_the_small_network_has_every_mixer_and_as_many_query_heads_to_a_key_head():
+    config = resolve(compose(["+experiment=760m/pretrain/pretrain-760m-swa"]))
+    cycle = ("sliding_attention",) * 5 + ("full_attention",)
+    real = replace(config.model, seq_modeling_block="", layer_types=cycle, num_key_value_heads=8)
+    model, _ = numerics._small(real, config.training)
+    assert set(mixers.layer_types(model)) == set(cycle)
+    assert (model.num_attention_heads, model.num_key_value_heads) == (2, 1)
+    assert model.num_attention_heads * model.head_dim == model.hidden_size
 
 
 def test_test_time_training_agrees_with_its_plain_twin():

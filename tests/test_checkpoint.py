@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from ttt.core.tree import named_leaves
 from ttt.errors import RunError
@@ -265,22 +264,47 @@ def test_published_checkpoints_without_hashes_are_taken_as_they_are(golden, capl
     assert caplog.text == ""
 
 
+FULL_DISK = """
+import resource, signal, sys
+import numpy as np
+from ttt.errors import RunError
+from ttt.infra.checkpoint import Checkpoints
+
+checkpoints = Checkpoints(sys.argv[1])
+items = {"model_weights": {"w": np.ones(1000)}, "opt_state": {"m": np.ones(1000)}}
+checkpoints.save(3, **items, loader_state={}, manifest={})
+checkpoints.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes of a file
+try:
+    checkpoints.save(6, **items, loader_state={}, manifest={})
+    checkpoints.wait()
+except RunError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
 def test_a_disk_that_takes_no_more_is_told_and_the_last_checkpoint_stays(tmp_path):
+    # In a process of its own: the limit holds for every file that the process writes.
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    full = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+    assert re.search(r"refused: .*step 6 could not be written(?s:.*)step 3 is intact", full.stderr)
     checkpoints = Checkpoints(tmp_path)
-    save(checkpoints, 3)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes of a file
-        with pytest.raises(RunError, match=r"step 6 could not be written(?s:.*)step 3 is intact"):
-            save(checkpoints, 6)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
     assert checkpoints.steps() == [3]
     assert checkpoints.find_good() == 3
     save(checkpoints, 6)
     assert [path.name for path in tmp_path.iterdir()] == ["6"]
+
+
+def test_what_the_first_process_sees_holds_for_a_process_that_sees_nothing(tmp_path, monkeypatch):
+    """A shared file system shows a new folder to one host before another."""
+    said = iter([1, 0, 7])  # there are steps; no refusal; the step
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda mine: next(said))
+    assert Checkpoints(tmp_path / "not there yet").newest_good() == 7
+    assert next(said, None) is None
 
 
 def check_until_it_fails(checkpoints):

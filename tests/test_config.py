@@ -8,15 +8,18 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 
 import cloudpickle
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ttt import config as config_module
+from ttt import entry
 from ttt.config import (
     ConfigError,
     compose,
@@ -31,6 +34,7 @@ from ttt.config import (
 from ttt.entry import Job, exit_codes, hydra_entry
 from ttt.errors import RunError, Stopped, UserError
 from ttt.globs import is_glob, matches
+from ttt.infra import distributed
 
 E2E = "tiny/pretrain/pretrain-tiny-e2e"
 
@@ -128,6 +132,19 @@ def faults(changes, name=E2E):
             },
             ["coordinator_address=host:1", "set backend.distributed=true"],
         ),
+        ({"model.num_key_value_heads": 3}, ["=4", "num_key_value_heads=3", "a divisor of"]),
+        ({"model.head_dim": 33}, ["head_dim=33", "even width", "set head_dim"]),
+        (
+            {"model.layer_types": ["sliding_attention"] * 5, "model.seq_modeling_block": ""},
+            ["num_hidden_layers=4", "no layer reaches the last entries", "shorten layer_types"],
+        ),
+        (
+            {"model.layer_types": ["sliding_atention"], "model.seq_modeling_block": ""},
+            ["there are full_attention, sliding_attention", "did you mean sliding_attention?"],
+        ),
+        ({"model.layer_types": ["sliding_attention"]}, ["one of the two", "layer_types=[]"]),
+        ({"model.seq_modeling_block": ""}, ["one of the two"]),
+        ({"evaluation.suites": ["needls"]}, ["did you mean needles?"]),
         ({"training.seq_length": "???"}, ["training.seq_length=???", "add training.seq_length="]),
         ({"training.seq_length": "long"}, ["seq_length=long", "whole number"]),
         ({"training.seq_length": True}, ["seq_length=True", "whole number"]),
@@ -181,10 +198,50 @@ def test_dummy_dataset_needs_no_place_for_its_data():
 
 
 @pytest.mark.parametrize(
-    "glob", ["**.suffix_blocks.feed_forward.**", "**.suffix_blocks.*_norm.**", "**.lm_head.*"]
+    "glob",
+    [
+        "**.suffix_blocks.feed_forward.**",
+        "**.suffix_blocks.*_norm.**",
+        "**.suffix_blocks.seq_modeling_block.wq.*",
+        "**.lm_head.*",
+    ],
 )
 def test_other_parameters_of_the_suffix_can_be_fast(glob):
     assert resolve(changed({"training.spec_inner": [glob]})).training.spec_inner == (glob,)
+
+
+def test_only_what_the_mixer_has_can_be_fast():
+    glob = {"training.spec_inner": ["**.seq_modeling_block.*.bias"]}
+    assert "no parameter of the suffix" in faults(glob)[0]
+    assert resolve(changed(glob | {"model.attention_bias": True}))
+
+
+def test_a_cycle_of_mixers_learns_only_if_all_of_them_can():
+    cycle = {"model.layer_types": ["sliding_attention", "full_attention"]}
+    (fault,) = faults(cycle | {"model.seq_modeling_block": ""})
+    assert "test-time training runs on sliding window; set model.seq_modeling_block=SWA" in fault
+
+
+def test_every_unknown_setting_of_a_command_line_is_named_with_what_else_is_wrong():
+    with pytest.raises(ConfigError) as caught:
+        compose(
+            [
+                f"+experiment={E2E}",
+                "training.totl_steps=3",
+                "model.hiden_size=4",
+                "sise.chunk=2",
+                "training.accum_steps=3",
+            ]
+        )
+    assert [fault.split(":")[0] for fault in caught.value.faults[:3]] == [
+        "training.totl_steps",
+        "model.hiden_size",
+        "sise.chunk",
+    ]
+    assert "did you mean training.total_steps?" in caught.value.faults[0]
+    assert "did you mean model.hidden_size?" in caught.value.faults[1]
+    assert "accum_steps=3" in caught.value.faults[3]
+    assert len(caught.value.faults) == 4
 
 
 def test_config_error_survives_pickling():
@@ -405,6 +462,7 @@ def test_exit_code_tells_mistakes_failures_and_interrupts_apart(command, capsys,
         ([], "+experiment=NAME"),
         (["+experiment=tiny/pretrain/pretrain-tiny-e2"], "no such choice"),
         ([f"+experiment={E2E}", "training.sep_length=1"], "did you mean training.seq_length?"),
+        ([f"+experiment={E2E}", "training.sep_length=1", "model.hiden_size=2"], "2 faults"),
         ([f"+experiment={E2E}", "training.seq_length=100"], "1 fault"),
         (["--no-such-flag"], "unrecognized arguments"),
     ],
@@ -460,6 +518,51 @@ def test_exit_codes_serve_scripts_as_well(capsys):
     assert capsys.readouterr().err == "error: no such folder\n"
 
 
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine whose driver shows one GPU."""
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setattr(entry, "_DRIVER", tmp_path / "gpus")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_is_visible_unless_it_is_hidden(gpu, monkeypatch, hidden):
+    assert entry.gpu_is_visible()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert not entry.gpu_is_visible()
+
+
+@pytest.mark.parametrize(("said", "visible"), [("GPU 0: NVIDIA H100", True), ("no devices", False)])
+def test_without_a_proc_of_the_driver_its_program_is_asked(monkeypatch, tmp_path, said, visible):
+    monkeypatch.setattr(entry, "_DRIVER", tmp_path / "none")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not entry.gpu_is_visible()
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert entry.gpu_is_visible() is visible
+
+
+@pytest.mark.parametrize(
+    ("platforms", "platform", "warnings"), [(None, "auto", 1), ("cpu", "auto", 0), (None, "cpu", 0)]
+)
+def test_a_gpu_that_jax_does_not_use_is_warned_of_once(
+    gpu, monkeypatch, caplog, platforms, platform, warnings
+):
+    before = jax.config.jax_platforms
+    backend = replace(resolve(composed(E2E)).backend, platform=platform, compilation_cache_dir="")
+    try:
+        jax.config.update("jax_platforms", platforms)
+        with caplog.at_level(logging.WARNING):
+            distributed.start(backend)
+    finally:
+        jax.config.update("jax_platforms", before)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warnings
+    assert all("uv run --exact --extra cuda13" in line for line in said)
+
+
 def test_config_dir_is_found_in_the_checkout_and_in_the_wheel(monkeypatch, tmp_path):
     assert (config_dir() / "experiment").is_dir()
     inside = tmp_path / "ttt" / "configs"
@@ -474,3 +577,13 @@ def test_config_dir_is_found_in_the_checkout_and_in_the_wheel(monkeypatch, tmp_p
 def test_config_and_entry_do_not_import_jax():
     code = "import sys, ttt.config, ttt.entry; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_published_run_is_validated_ten_times_on_a_part_of_the_split():
+    training = resolve(compose(["+experiment=760m/extension/ext-760m-e2e-32K"])).training
+    assert training.eval_every_steps == training.total_steps // 10 > 0
+    assert 0 < training.eval_batches * training.eval_batch_size <= 256
+    assert (
+        resolve(compose(["+experiment=tiny/pretrain/pretrain-tiny-e2e"])).training.eval_every_steps
+        == 0
+    )

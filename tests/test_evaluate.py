@@ -1,5 +1,6 @@
 """`evaluate` from start to end: rows, records, pictures, failures, refusals, the harness."""
 
+import copy
 import csv
 import json
 import shutil
@@ -19,7 +20,7 @@ from ttt.dataloader.text import ByteTokenizer
 from ttt.errors import UserError
 from ttt.evaluation import suite
 from ttt.evaluation.judge import ForeignJudge
-from ttt.evaluation.machine import Machine
+from ttt.evaluation.resources import LoadedModels
 from ttt.inference.engine import Written
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
@@ -160,7 +161,7 @@ def test_command_leaves_tables_notes_pictures_and_a_record_of_its_own(evaluated)
 def test_loss_of_every_method_at_other_lengths_is_that_of_reading_token_by_token(evaluated, root):
     """Two programs: the evaluation's over whole sequences, and the engine's over pieces."""
     rows = rows_of(evaluated[1], "loss_by_context")
-    machine = Machine(evaluate.device_mesh())
+    machine = LoadedModels(evaluate.device_mesh())
     store = token_store.open_split(root / "text", "val")
     for method in ("e2e", "fa"):
         (run,) = trained.load(configure(root, method))
@@ -246,7 +247,7 @@ def scripted(monkeypatch):
                 said = [np.frombuffer(answer(text).encode(), np.uint8) for text in state]
                 return state, Written(said, [])
 
-        monkeypatch.setattr(Machine, "engine", lambda *_, **__: Scripted())
+        monkeypatch.setattr(LoadedModels, "engine", lambda *_, **__: Scripted())
 
     return use
 
@@ -409,6 +410,21 @@ def test_a_run_has_the_settings_of_its_own_manifest(root):
     jax.tree.map(np.testing.assert_array_equal, full.model, full.model)
     wide = trained.load(configure(root, "fa", "evaluation.compute_dtype=bf16"))[0]
     assert (full.config.compute_dtype, wide.config.compute_dtype) == ("fp32", "bf16")
+
+
+def test_only_a_run_with_full_attention_in_every_layer_is_cut_to_one_chunk_of_any_length(root):
+    (full,) = trained.load(configure(root, "fa"))
+    cycle = {"seq_modeling_block": "", "layer_types": ("sliding_attention", "full_attention")}
+    config = replace(full.config, mini_batch_size=16, **cycle)
+    network = copy.copy(full.model)
+    object.__setattr__(network, "config", config)
+    mixed = replace(full, model=network)
+    assert (mixed.method, mixed.window) == ("hybrid", None)
+    assert mixed.at(128) is mixed.model
+    assert (mixed.whole_chunks(100), full.whole_chunks(100)) == (112, 100)
+    full.check_context(100, "context")
+    with pytest.raises(UserError, match=r"context=100: .* chunks of 16 tokens"):
+        mixed.check_context(100, "context")
 
 
 def test_a_published_checkpoint_without_manifest_can_be_used_where_settings_are_auto(

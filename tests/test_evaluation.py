@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from ttt.core.batch import Batch
 from ttt.dataloader.text import ByteTokenizer, FileTokenizer
 from ttt.errors import UserError
+from ttt.evaluate import SUITES
 from ttt.evaluation import repetition, result, ruler
 from ttt.evaluation.judge import Judged
 from ttt.evaluation.long_decoding import binned
-from ttt.evaluation.loss_by_position import Comparison, PositionLoss, log_edges
-from ttt.evaluation.machine import in_batches
-from ttt.evaluation.result import Row
+from ttt.evaluation.loss_by_position import LearningComparison, PositionLoss
+from ttt.evaluation.resources import in_batches
+from ttt.evaluation.result import Row, log_edges
 from ttt.evaluation.suite import AbstractSuite, Job, measure
-from ttt.evaluation.suites import SUITES
 from ttt.intervals import bootstrap, share
 from ttt.knobs import NEEDLE_TASKS
 from ttt.knobs import SUITES as SUITE_NAMES
@@ -132,11 +132,13 @@ def test_token_loss_is_the_mean_over_counted_tokens_whatever_the_chunks(chunk):
     numbers = np.broadcast_to(np.arange(6)[:, None], (6, 16))
     batches = [Batch(part, part, part > 0) for part in (numbers[:4], numbers[4:])]
     found = [PositionLoss.measure(scores, None, batches, learn=learn) for learn in (True, False)]
-    summary = Comparison(*found, window=16).summary()
+    summary = LearningComparison(*found, window=16).summary()
     mean = nll[mask].mean()
     assert summary["token_loss"] == pytest.approx(mean)
     assert summary["token_loss_without_learning"] == pytest.approx(mean + 1)
-    assert "token_loss_without_learning" not in Comparison(found[0], None, window=16).summary()
+    assert (
+        "token_loss_without_learning" not in LearningComparison(found[0], None, window=16).summary()
+    )
     if chunk < 16:
         assert summary["loss"] != pytest.approx(mean)  # every chunk weighs the same there
 
@@ -146,7 +148,7 @@ def test_differences_of_paired_sequences_are_surer_than_the_losses():
     better = text - 0.1 + np.random.default_rng(1).normal(0, 0.01, text.shape)
     draws = {"resamples": 500, "seed": 0, "keys": {}}
     (loss, *_) = position_loss(better).rows(LIKE, **draws)
-    (less, *rest) = position_loss(better).rows_against(position_loss(text), LIKE, **draws)
+    (less, *rest) = position_loss(better).rows(LIKE, reference=position_loss(text), **draws)
     assert (less.measure, rest[0].measure) == ("difference", "difference_at")
     assert less.value == pytest.approx(-0.1, abs=0.005)
     assert less.high - less.low < 0.05 * (loss.high - loss.low)
@@ -195,8 +197,8 @@ class Fickle(AbstractSuite):
     def jobs(self, run):
         for context in (1, 2, 3):
 
-            def work(told, context=context):
-                told(1)
+            def work(on_progress, context=context):
+                on_progress(1)
                 if context == 2:
                     raise MemoryError("too long")
                 self.done.append(context)
@@ -421,7 +423,7 @@ def longest_by_trying(tokens: list[int]) -> int:
 
 @given(st.lists(st.integers(0, 2), max_size=24))
 def test_longest_repeat_is_that_of_trying_them_all(tokens):
-    assert repetition.longest_repeat(tokens) == longest_by_trying(tokens)
+    assert repetition.longest_repeat(np.array(tokens, int)) == longest_by_trying(tokens)
 
 
 def test_tokens_of_a_judge_fall_into_the_bins_of_their_positions():

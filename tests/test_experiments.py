@@ -1,25 +1,22 @@
 """Every experiment resolves, the published ones to their published values."""
 
 import json
-import os
 import re
 from functools import cache
 from pathlib import Path
 
 import hydra
 import pytest
-from omegaconf import DictConfig
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from omegaconf import DictConfig, OmegaConf
 
+from ttt import experiment_rules, mixers
 from ttt.config import compose, config_dir, experiments, resolve, to_dict
+from ttt.errors import UserError
 from ttt.knobs import Config
 
-BESIDE = Path(__file__).parents[2] / "shared" / "published_experiments.json"
-PUBLISHED = Path(os.environ.get("TTT_PUBLISHED", BESIDE))
-EXPECTED = json.loads(PUBLISHED.read_text()) if PUBLISHED.is_file() else {}
-
-needs_published = pytest.mark.skipif(
-    not EXPECTED, reason=f"no published values at {PUBLISHED}: set TTT_PUBLISHED"
-)
+EXPECTED = json.loads((Path(__file__).parent / "data" / "published_experiments.json").read_text())
 
 
 @cache
@@ -38,19 +35,16 @@ def contradictions(expected: dict, actual: dict, prefix: str = "") -> dict:
     return found
 
 
-@needs_published
 def test_all_22_published_experiments_are_there():
     assert len(EXPECTED) == 22
     assert EXPECTED.keys() <= set(experiments())
 
 
-@needs_published
 @pytest.mark.parametrize("name", EXPECTED)
 def test_published_experiment_resolves_to_its_published_values(name):
     assert contradictions(EXPECTED[name], to_dict(experiment(name))) == {}
 
 
-@needs_published
 def test_a_differing_and_an_absent_value_would_be_found():
     actual = {"training": {"seq_length": 8192, "optimizer_outer": {}}}
     expected = {"training": {"seq_length": 4096, "optimizer_outer": {"lr": 1e-3, "b1": "???"}}}
@@ -60,12 +54,17 @@ def test_a_differing_and_an_absent_value_would_be_found():
     }
 
 
-@pytest.mark.parametrize("method", ["e2e", "fa", "swa"])
+@pytest.mark.parametrize("method", ["e2e", "fa", "swa", "hybrid"])
 def test_tiny_experiment_is_small_and_learns_bytes(method):
     config = experiment(f"tiny/pretrain/pretrain-tiny-{method}")
     model = config.model
     assert (model.vocab_size, model.bos_token_id, model.eos_token_id) == (258, 256, 257)
-    assert (model.hidden_size, model.intermediate_size, model.num_hidden_layers) == (128, 256, 4)
+    layers = 6 if method == "hybrid" else 4
+    assert (model.hidden_size, model.intermediate_size, model.num_hidden_layers) == (
+        128,
+        256,
+        layers,
+    )
     assert model.suffix_len == (1 if method == "e2e" else 0)
     assert model.rope_theta == 10000
     assert model.compute_dtype == model.param_dtype == model.state_dtype == "fp32"
@@ -81,12 +80,33 @@ PARENTS = (
     (r"ext-(\w+)-(\w+)-\w+", r"pretrain/pretrain-\1-\2"),
 )
 LADDER = (
-    *("adapt/adapt-{s}-e2e-{a}-from-{b}{p}", "extension/ext-{s}-e2e-{e}-from-{b}-bridge{p}"),
-    *("extension/ext-{s}-e2e-{e}-from-fa-direct", "extension/ext-{s}-swa-{e}-from-fa"),
-    *("pretrain/pretrain-{s}-swa", "pretrain/pretrain-{s}-fa", "pretrain/pretrain-{s}-e2e"),
-    *("extension/ext-{s}-e2e-{e}", "extension/ext-{s}-fa-{e}"),
+    "adapt/adapt-{s}-e2e-{a}-from-{b}{p}",
+    "extension/ext-{s}-e2e-{e}-from-{b}-bridge{p}",
+    "extension/ext-{s}-e2e-{e}-from-fa-direct",
+    "extension/ext-{s}-swa-{e}-from-fa",
+    "pretrain/pretrain-{s}-swa",
+    "pretrain/pretrain-{s}-fa",
+    "pretrain/pretrain-{s}-e2e",
+    "extension/ext-{s}-e2e-{e}",
+    "extension/ext-{s}-fa-{e}",
 )
-STARTED = [name for name in experiments() if "/pretrain/" not in name]
+
+
+def file_of(name: str) -> Path:
+    return config_dir() / "experiment" / f"{name}.yaml"
+
+
+# All files; of what rules make, three sizes in one context: the others differ in numbers alone.
+NAMES = [
+    name
+    for name in experiments()
+    if file_of(name).exists()
+    or (
+        name.startswith(("tiny/", "125m/", "760m/"))
+        and ("/extension/" not in name or ("-4K" if "tiny" in name else "-32K") in name)
+    )
+]
+STARTED = [name for name in NAMES if "/pretrain/" not in name]
 
 
 def parent_by_name(name: str) -> str:
@@ -123,7 +143,64 @@ def test_extensions_to_other_contexts_keep_a_batch_of_a_million_tokens(
         assert (training.seq_length, training.global_batch_size) == (tokens, batch)
 
 
-@pytest.mark.parametrize("name", experiments())
+@pytest.mark.parametrize(
+    "name", [name for name in experiments() if file_of(name).exists() and "tiny-hybrid" not in name]
+)
+def test_a_file_holds_what_the_rule_would_make_of_its_name(name):
+    written = OmegaConf.to_container(OmegaConf.load(file_of(name)))
+    assert experiment_rules.make(config_dir(), name) == written
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("760m/pretrain/pretrain-760m-e2", "760m/pretrain/pretrain-760m-e2e"),
+        ("760m/pretrain/pretrain-125m-swa", "125m/pretrain/pretrain-125m-swa"),
+        ("760m/adapt/adapt-760m-e2e-8K-from-gpt", "760m/adapt/adapt-760m-e2e-8K-from-fa"),
+        ("760m/adapt/adapt-760m-e2e-8K-from-fa-10pct", "adapt-760m-e2e-8K-from-fa-20pct"),
+        ("760m/extension/ext-760m-fa-4K", "760m/extension/ext-760m-fa-64K"),
+        ("760m/adapt/ext-760m-fa-32K", "760m/extension/ext-760m-fa-32K"),
+        ("tiny/pretrain/pretrain-tiny-hybrd", "tiny/pretrain/pretrain-tiny-hybrid"),
+        ("tiny/extension/ext-tiny-hybrid-8K", "tiny/extension/ext-tiny-hybrid-4K"),
+    ],
+)
+def test_a_name_that_no_rule_makes_is_refused_with_near_ones(name, near):
+    with pytest.raises(UserError, match="no such choice") as caught:
+        compose([f"+experiment={name}"])
+    assert near in str(caught.value)
+
+
+def test_any_share_makes_an_adaptation_and_its_bridge():
+    adapted = experiment("125m/adapt/adapt-125m-e2e-8K-from-swa-50pct").training
+    assert (adapted.total_steps, adapted.resume_exp_name) == (2400, "pretrain-125m-swa")
+    bridge = experiment("125m/extension/ext-125m-e2e-64K-from-swa-bridge-50pct").training
+    assert (bridge.seq_length, bridge.resume_exp_name) == (65536, adapted.exp_name)
+
+
+def test_hydra_lists_what_rules_make_beside_the_files():
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        assert loader.get_group_options("experiment", ObjectType.GROUP)[0] == "125m"
+        stages = loader.get_group_options("experiment/125m", ObjectType.GROUP)
+        runs = loader.get_group_options("experiment/125m/pretrain", ObjectType.CONFIG)
+    assert stages == ["adapt", "extension", "pretrain"]
+    assert runs == [f"pretrain-125m-{method}" for method in ("e2e", "fa", "hybrid", "swa")]
+
+
+@pytest.mark.parametrize("size", ["125m", "350m", "760m", "1b", "3b"])
+def test_the_hybrid_has_one_layer_of_full_attention_in_six(size):
+    own = experiment(f"{size}/pretrain/pretrain-{size}-hybrid")
+    layers = mixers.layer_types(own.model)
+    full = [i for i, name in enumerate(layers) if name == "full_attention"]
+    assert full == list(range(5, len(layers), 6))
+    assert (own.model.seq_modeling_block, own.model.mini_batch_size) == ("", 1024)
+    assert own.training.train_mode == "pretrain"
+    longer = experiment(f"{size}/extension/ext-{size}-hybrid-128K")
+    assert longer.training.seq_length == 131072
+    assert longer.model.rope_theta == own.model.rope_theta == 500_000
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_experiment_is_called_what_its_file_is(name):
     training = experiment(name).training
     assert training.exp_name == name.rsplit("/", 1)[1]
@@ -141,8 +218,18 @@ def test_an_experiment_starts_from_the_parent_that_its_name_promises(name):
 def test_the_parameters_of_the_parent_fit(name):
     own, parent = experiment(name).model, experiment(parent_by_name(name)).model
     shapes = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-        *("num_attention_heads", "qk_norm", "pre_norm", "post_norm", "tie_word_embeddings"),
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "attention_bias",
+        "qk_norm",
+        "pre_norm",
+        "post_norm",
+        "tie_word_embeddings",
     )
     assert {key: getattr(own, key) for key in shapes} == {
         key: getattr(parent, key) for key in shapes
@@ -154,14 +241,14 @@ def test_the_parameters_of_the_parent_fit(name):
 
 def test_a_warm_path_keeps_its_parents_width_and_a_path_from_scratch_is_narrow():
     warm = [name for name in STARTED if "-e2e-" in name and "-from-" in name]
-    assert len(warm) == 3 * 13
+    assert len(warm) == 3 * 14
     assert {experiment(name).model.width_policy for name in warm} == {"full"}
     scratch = experiment("760m/extension/ext-760m-e2e-32K").model
     bridge = experiment("760m/extension/ext-760m-e2e-32K-from-fa-bridge").model
     assert (scratch.intermediate_size, bridge.intermediate_size) == (3328, 4096)
 
 
-@pytest.mark.parametrize("name", experiments())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_schedule_follows_its_steps(name):
     training = experiment(name).training
     outer = training.optimizer_outer

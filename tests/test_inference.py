@@ -269,7 +269,7 @@ def test_a_stop_token_ends_its_sequence_and_no_other():
         for row, ids in enumerate(new):
             heard[row] += ids.tolist()
 
-    after, written = engine.write(state, 20, hot, seed=7, stop=[stop], told=told)
+    after, written = engine.write(state, 20, hot, seed=7, stop=[stop], on_progress=told)
     np.testing.assert_array_equal(written.tokens[0], free.tokens[0][:end])
     np.testing.assert_allclose(written.nll[0], free.nll[0][:end], atol=1e-5)
     np.testing.assert_array_equal(written.tokens[1], free.tokens[1])

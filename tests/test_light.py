@@ -23,9 +23,9 @@ from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
 from ttt.model import trained
-from ttt.training import light, network
+from ttt.training import light, step
+from ttt.training import run as training_run
 from ttt.training.count_model import CountModel
-from ttt.training.light import CountLearner
 
 COUNTS = "training.runtime_mode=token_stats"
 SIMULATE = "training.runtime_mode=simulate"
@@ -35,7 +35,7 @@ SIMULATE = "training.runtime_mode=simulate"
 def never_compiled(request, monkeypatch):
     """No test of this file may reach the network's step but those that train one."""
     if "trains" not in request.node.name:
-        monkeypatch.setattr(network, "compile_step", lambda *arguments: pytest.fail("compiled"))
+        monkeypatch.setattr(step, "compile_step", lambda *arguments: pytest.fail("compiled"))
 
 
 def checkpoints_of(config) -> Checkpoints:
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def training_batches(config, count: int) -> list[Batch]:
     """The first batches of training, by the samples' own numbers."""
-    training, data = config.training, train.open_data(config).train
+    training, data = config.training, training_run.open_data(config).train
     shape = {"global_batch_size": training.global_batch_size, "seed": training.data_seed}
     numbers = (lm_dataset.samples_of_batch(data, n, **shape) for n in range(count))
     bos = config.model.bos_token_id
@@ -155,7 +155,7 @@ def test_token_stats_leaves_the_record_and_the_numbers_of_a_run(configure):  # n
     config = configure(COUNTS, "training.eval_every_steps=3")
     train.run(config)
     batches = training_batches(config, 6)
-    model, learner, expected = CountModel.empty(258), CountLearner(config), []
+    model, score, expected = CountModel.empty(258), light.scorer(config), []
     for batch in batches:
         mask = batch.loss_mask.reshape(4, 4, 16)  # four sequences of four chunks
         nll = model.nll(*batch[:2]).reshape(mask.shape)
@@ -171,11 +171,11 @@ def test_token_stats_leaves_the_record_and_the_numbers_of_a_run(configure):  # n
     assert not any("gradient" in name or "inner" in name for row in rows for name in row)
     summary = json.loads((record.folder / "eval/loss_by_position-6.json").read_text())
     evaluation = lm_dataset.eval_batches(
-        train.open_data(config).evaluation, batch_size=2, max_batches=2, bos_token_id=256
+        training_run.open_data(config).evaluation, batch_size=2, max_batches=2, bos_token_id=256
     )
     nll, count = np.zeros(64), np.zeros(64)
     for batch in evaluation:
-        scores = learner.score(model, batch)
+        scores = score(model, batch)
         nll += (scores.token_nll * scores.loss_mask).sum(axis=0)
         count += scores.loss_mask.sum(axis=0)
     assert summary["token_loss"] == pytest.approx(nll.sum() / count.sum())
@@ -223,7 +223,7 @@ def test_a_child_takes_the_counts_of_its_parent_and_counts_on(configure):  # noq
     for batch in training_batches(parent, 6):
         model = model.plus(*batch)
     first = training_batches(child, 1)[0]
-    assert losses_of(child)[0] == pytest.approx(CountLearner(child).score(model, first).loss.mean())
+    assert losses_of(child)[0] == pytest.approx(light.scorer(child)(model, first).loss.mean())
     assert len(losses_of(child)) == 6
     attempt = record_of(child).run()["attempts"][0]
     account, start = attempt["restored"], attempt["start"]
@@ -244,8 +244,11 @@ def test_a_child_takes_the_counts_of_its_parent_and_counts_on(configure):  # noq
 def test_counts_of_another_vocabulary_are_refused(configure):  # noqa: F811
     train.run(configure(COUNTS))
     child = configure(
-        *(COUNTS, "training.exp_name=child", "model.vocab_size=300"),
-        *("training.load_part=params", "training.resume_exp_name=pretrain-tiny-e2e"),
+        COUNTS,
+        "training.exp_name=child",
+        "model.vocab_size=300",
+        "training.load_part=params",
+        "training.resume_exp_name=pretrain-tiny-e2e",
     )
     with pytest.raises(UserError, match=r"vocabulary of 258.*model.vocab_size=300"):
         train.run(child)
@@ -282,8 +285,10 @@ def test_a_simulated_run_leaves_steps_and_tokens_and_no_number_it_did_not_measur
 
 def test_a_simulated_child_needs_its_parent_and_names_it_in_its_account(configure):  # noqa: F811
     child = configure(
-        *(SIMULATE, "training.exp_name=child"),
-        *("training.load_part=params", "training.resume_exp_name=pretrain-tiny-e2e"),
+        SIMULATE,
+        "training.exp_name=child",
+        "training.load_part=params",
+        "training.resume_exp_name=pretrain-tiny-e2e",
     )
     with pytest.raises(UserError, match=r"no checkpoint in .*/pretrain-tiny-e2e"):
         train.run(child)
@@ -309,8 +314,10 @@ def test_a_simulated_run_checks_its_data(configure):  # noqa: F811
 def test_a_parent_of_another_mode_is_refused_with_the_way_out(configure, made, asked):  # noqa: F811
     train.run(configure(f"training.runtime_mode={made}"))
     child = configure(
-        *(f"training.runtime_mode={asked}", "training.exp_name=child"),
-        *("training.load_part=params", "training.resume_exp_name=pretrain-tiny-e2e"),
+        f"training.runtime_mode={asked}",
+        "training.exp_name=child",
+        "training.load_part=params",
+        "training.resume_exp_name=pretrain-tiny-e2e",
     )
     with pytest.raises(UserError) as refusal:
         train.run(child)
@@ -348,7 +355,9 @@ def test_a_network_that_trains_is_shown_against_the_counts_of_the_same_data(
     caplog,
 ):
     config = configure(  # as many tokens as one step takes
-        *("training.total_steps=1", "training.count_model_tokens=256", "model.suffix_len=0"),
+        "training.total_steps=1",
+        "training.count_model_tokens=256",
+        "model.suffix_len=0",
         experiment="pretrain/pretrain-tiny-fa",
     )
     with caplog.at_level("INFO"):
@@ -357,7 +366,10 @@ def test_a_network_that_trains_is_shown_against_the_counts_of_the_same_data(
     summary = json.loads((folder / "loss_by_position-1.json").read_text())
     loss = summary["count_model_loss"]
     counted = configure(
-        *(COUNTS, "training.exp_name=counted", "training.total_steps=1", "model.suffix_len=0"),
+        COUNTS,
+        "training.exp_name=counted",
+        "training.total_steps=1",
+        "model.suffix_len=0",
         experiment="pretrain/pretrain-tiny-fa",
     )
     train.run(counted)
@@ -379,7 +391,7 @@ def test_the_first_tokens_of_the_training_order_are_counted_an_epoch_at_most(
     sequences,
 ):
     config = configure(f"training.count_model_tokens={asked}")
-    source = train.open_data(config).train
+    source = training_run.open_data(config).train
     model = light.count(config, source)
     epoch = training_batches(config, len(source) // 4)
     inputs, targets, mask = (np.concatenate(x)[:sequences] for x in zip(*epoch, strict=True))
@@ -391,7 +403,7 @@ def test_the_first_tokens_of_the_training_order_are_counted_an_epoch_at_most(
 
 def test_a_model_below_the_count_model_is_told_by_how_much(caplog):
     with caplog.at_level("INFO"):
-        light.tell(2.2, 3.1, 4_000_000)
+        light.log_comparison(2.2, 3.1, 4_000_000)
     assert "count model of 4,000,000 tokens: 3.100 nats per token; this model is 0.900 below" in (
         caplog.text
     )

@@ -100,6 +100,19 @@ assert {s.data.shape for s in placed["w"]["weight"].addressable_shards} == {(3, 
 assert {s.data.shape for s in placed["mu"]["w"]["weight"].addressable_shards} == {(2, 2)}
 assert {s.data.shape for s in placed["wte"]["weight"].addressable_shards} == {(5, 2)}
 assert placed["norm"].is_fully_replicated
+
+# What is saved is joined outside of the devices' memory, each part where its device's process is.
+for spec in (P(None, "data", "state"), P(None, None, "data"), P()):
+    where = jax.sharding.NamedSharding(pairs, spec)
+    numbers = np.arange(5 * 8 * 4, dtype=np.float32).reshape(5, 8, 4)
+    parts = [jax.device_put(part, where) for part in (numbers[:2], numbers[2:])]
+    joined = mesh.joined(parts)
+    kinds = {x.sharding.memory_kind for x in jax.live_arrays() if x.shape == numbers.shape}
+    assert kinds <= {"pinned_host"}
+    if spec != P():
+        assert joined.sharding.spec == spec
+        assert not joined.is_fully_replicated
+    np.testing.assert_array_equal(joined, numbers)
 for wrong, large, fault in [
     ({"w": tree["w"]}, 4, "the rule **.wte.weight matches nothing"),
     (tree, 3, "norm [4] has no rule"),

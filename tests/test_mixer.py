@@ -1,35 +1,150 @@
-"""One contract over all mixers: piece by piece gives what the whole gives."""
+"""One contract over all mixers: whole, piece by piece and token by token give the same."""
+
+import itertools
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import MODEL, full_attention
+from builders import GROUPED, MODEL, full_attention
 
-from ttt.model.pattern import make_mixer
+from ttt import mixers
+from ttt.model.pattern import MAKERS
 
-MIXERS = {"SWA": MODEL, "self_attention": full_attention()}
+CONFIGS = {
+    f"{name}{suffix}": (name, replace(config, **changes))
+    for name, config in (
+        ("sliding_attention", MODEL),
+        ("full_attention", full_attention()),
+    )
+    for suffix, changes in (("", {}), (", grouped", GROUPED), (", naive", {"attention": "naive"}))
+}
+CONTEXT = 40
 
 
-@pytest.fixture(params=MIXERS)
+@pytest.fixture(params=CONFIGS, scope="module")
 def mixer(request):
-    return make_mixer(MIXERS[request.param], jax.random.key(0))
+    """With biases that are not zero and gains that are not one, where it has any."""
+    name, config = CONFIGS[request.param]
+    mixer = MAKERS[name](config, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), mixer
+    )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def x():
     return jax.random.normal(jax.random.key(1), (32, MODEL.hidden_size))
 
 
-@pytest.mark.parametrize("pieces", [(8, 8, 8, 8), (3, 1, 20, 8), (32,)])
-def test_steps_over_pieces_give_the_whole(mixer, x, pieces):
-    state, outputs, start = mixer.init_state(len(x), x.dtype), [], 0
+@eqx.filter_jit
+def step(mixer, state, x):
+    return mixer.step(state, x)
+
+
+@eqx.filter_jit
+def put(mixer, opened, x, slot):
+    return mixer.put(opened, x, slot)
+
+
+def read(mixer, state, x, pieces):
+    """Outputs and state after consecutive pieces."""
+    outputs, start = [], 0
     for size in pieces:
-        state, y = eqx.filter_jit(mixer.step)(state, x[start : start + size])
+        state, y = step(mixer, state, x[start : start + size])
         outputs.append(y)
         start += size
-    np.testing.assert_allclose(jnp.concatenate(outputs), mixer(x), atol=1e-5)
+    return state, jnp.concatenate(outputs)
+
+
+def go_on(mixer, state, x):
+    """What a state is worth: the outputs of the tokens behind it."""
+    return step(mixer, state, x)[1]
+
+
+def test_every_mixer_is_under_the_contract():
+    assert {name for name, _ in CONFIGS.values()} == mixers.MIXERS.keys() == MAKERS.keys()
+
+
+@pytest.mark.parametrize("pieces", [(8, 8, 8, 8), (3, 1, 20, 8), (32,)])
+def test_any_pieces_give_the_whole(mixer, x, pieces):
+    _, y = read(mixer, mixer.init_state(CONTEXT, x.dtype), x, pieces)
+    np.testing.assert_allclose(y, mixer(x), atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [8, 16, 24])
+def test_prefill_is_the_whole_and_its_state_that_of_pieces(mixer, x, length):
+    state, y = eqx.filter_jit(mixer.prefill)(x[:length], CONTEXT)
+    np.testing.assert_allclose(y, mixer(x)[:length], atol=2e-5)
+    after, _ = read(mixer, mixer.init_state(CONTEXT, x.dtype), x[:length], [8] * (length // 8))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), state, after)
+    behind = x[24:]
+    np.testing.assert_allclose(go_on(mixer, state, behind), go_on(mixer, after, behind), atol=2e-5)
+
+
+@pytest.mark.parametrize("before", [0, 5, 16])
+def test_token_by_token_is_the_piece(mixer, x, before):
+    state = mixer.init_state(CONTEXT, x.dtype)
+    if before:
+        state, _ = step(mixer, state, x[:before])
+    piece, behind = x[before : before + 8], x[before + 8 : before + 12]
+    after, wanted = step(mixer, state, piece)
+    opened = mixer.open(state, 8)
+    for slot in range(8):
+        opened, y = put(mixer, opened, piece[slot : slot + 1], jnp.int32(slot))
+        np.testing.assert_allclose(y[0], wanted[slot], atol=2e-5)
+    closed = mixer.close(opened, 8)
+    np.testing.assert_allclose(go_on(mixer, closed, behind), go_on(mixer, after, behind), atol=2e-5)
+
+
+@pytest.mark.parametrize("valid", [0, 3, 8])
+def test_only_the_tokens_that_turn_out_valid_count(mixer, x, valid):
+    state, _ = step(mixer, mixer.init_state(CONTEXT, x.dtype), x[:13])
+    guessed = jnp.concatenate([x[13 : 13 + valid], jnp.full((8 - valid, x.shape[1]), 9.0)])
+    opened, y = put(mixer, mixer.open(state, 8), guessed, jnp.int32(0))
+    after, wanted = (
+        read(mixer, state, x[13 : 13 + valid], [valid] if valid else [])
+        if valid
+        else (
+            state,
+            y[:0],
+        )
+    )
+    np.testing.assert_allclose(y[:valid], wanted, atol=2e-5)
+    closed = mixer.close(opened, valid)
+    behind = x[20:24]
+    np.testing.assert_allclose(go_on(mixer, closed, behind), go_on(mixer, after, behind), atol=2e-5)
+
+
+def test_a_slot_can_be_filled_again(mixer, x):
+    state, _ = step(mixer, mixer.init_state(CONTEXT, x.dtype), x[:11])
+    piece = x[11:19]
+    _, wanted = step(mixer, state, piece)
+    opened, _ = put(mixer, mixer.open(state, 8), piece.at[3:].set(9.0), jnp.int32(0))
+    for start, stop in ((3, 4), (4, 7), (7, 8)):
+        opened, y = put(mixer, opened, piece[start:stop], jnp.int32(start))
+        np.testing.assert_allclose(y, wanted[start:stop], atol=2e-5)
+
+
+def test_one_goes_on_twice_from_a_kept_state(mixer, x):
+    state, _ = step(mixer, mixer.init_state(CONTEXT, x.dtype), x[:9])
+    kept = jax.tree.map(jnp.copy, state)
+    opened, _ = put(mixer, mixer.open(state, 8), x[9:17] + 1, jnp.int32(0))
+    mixer.close(opened, 5)
+    step(mixer, state, x[9:17] - 1)
+    jax.tree.map(np.testing.assert_array_equal, state, kept)
+    np.testing.assert_array_equal(go_on(mixer, state, x[9:17]), go_on(mixer, kept, x[9:17]))
+
+
+def test_neighbours_in_the_batch_change_nothing(mixer, x):
+    state, _ = step(mixer, mixer.init_state(CONTEXT, x.dtype), x[:8])
+    alone = step(mixer, state, x[8:16])
+    other, _ = step(mixer, mixer.init_state(CONTEXT, x.dtype), 5 * x[16:24])
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), state, other)
+    beside = jax.vmap(mixer.step)(states, jnp.stack([x[8:16], 7 * x[24:]]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], atol=2e-5), alone, beside)
 
 
 def test_no_output_depends_on_a_later_token(mixer, x):
@@ -39,33 +154,47 @@ def test_no_output_depends_on_a_later_token(mixer, x):
     assert np.abs(before[19:] - after[19:]).max() > 1e-3
 
 
-def test_sliding_window_forgets_what_full_attention_remembers(x):
-    changed = x.at[4].add(1.0)
-    reach = {
-        name: np.flatnonzero(np.any(mixer(x) != mixer(changed), axis=1))
-        for name, config in MIXERS.items()
-        for mixer in [make_mixer(config, jax.random.key(0))]
-    }
-    np.testing.assert_array_equal(reach["SWA"], np.arange(4, 4 + MODEL.sliding_window_size))
-    np.testing.assert_array_equal(reach["self_attention"], np.arange(4, 32))
+def test_reach_is_what_the_description_says(mixer, x, request):
+    name, config = CONFIGS[request.node.callspec.params["mixer"]]
+    window = mixers.MIXERS[name].of(config).window
+    changed = np.flatnonzero(np.any(mixer(x) != mixer(x.at[4].add(1.0)), axis=1))
+    np.testing.assert_array_equal(changed, np.arange(4, 32 if window is None else 4 + window))
 
 
-@pytest.mark.parametrize("read", [8, 16])
-def test_tokens_put_into_a_room_give_the_piece(mixer, x, read):
-    state, _ = mixer.step(mixer.init_state(len(x), x.dtype), x[:read])
-    piece = x[read : read + 8]
-    after, wanted = mixer.step(state, piece)
-    wrong = piece.at[3:].set(9.0)
-    put = eqx.filter_jit(mixer.put)
-    for opened, first in ((mixer.room(state, 8), 0), (mixer.open(state, wrong)[0], 3)):
-        for place in range(first, 8):
-            opened, y = put(opened, piece[place : place + 1], jnp.int32(place))
-            np.testing.assert_allclose(y[0], wanted[place], atol=1e-5)
-        closed, kept = mixer.close(opened, 8), mixer.close(opened, 0)
-        for found, meant in ((closed, after), (kept, state)):
-            filled = int(meant.seen) if mixer.window is None else mixer.window
-            assert int(found.seen) == int(meant.seen)
-            np.testing.assert_allclose(found.keys[:, :filled], meant.keys[:, :filled], atol=1e-5)
-            np.testing.assert_allclose(
-                found.values[:, :filled], meant.values[:, :filled], atol=1e-5
-            )
+def test_weights_and_state_are_those_of_the_description(mixer, x, request):
+    name, config = CONFIGS[request.node.callspec.params["mixer"]]
+    described = mixers.MIXERS[name].of(config)
+    leaves = jax.tree_util.tree_leaves_with_path(mixer)
+    shapes = {jax.tree_util.keystr(p, simple=True, separator="."): v.shape for p, v in leaves}
+    assert shapes == {name: weight.shape for name, weight in described.weights().items()}
+    state = jax.eval_shape(lambda: mixer.init_state(CONTEXT, x.dtype))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == x.dtype)
+    assert numbers == described.state_size(CONTEXT)
+
+
+def test_gradients_are_finite_in_first_and_second_order(mixer, x):
+    def loss(mixer, x):
+        whole = jnp.sum(mixer(x) ** 2)
+        if mixer.window is None:  # read in pieces at inference alone
+            return whole
+        state, y = mixer.step(mixer.init_state(CONTEXT, x.dtype), x[:16])
+        return whole + jnp.sum(y**2) + jnp.sum(mixer.step(state, x[16:])[1] ** 3)
+
+    def slope(mixer, x):
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(mixer, x)))
+
+    first = jax.jit(jax.grad(loss, (0, 1)))(mixer, x)
+    second = jax.jit(jax.grad(slope, (0, 1)))(mixer, x)
+    for gradient in jax.tree.leaves((first, second)):
+        assert np.all(np.isfinite(gradient))
+    assert all(np.any(g != 0) for g in jax.tree.leaves(first))
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [("a", 1), ("aaa", 1), ("ab", 2), ("aba", 2), ("aaaaab", 6), ("aaaaabaa", 6), ("abab", 2)],
+)
+def test_a_period_is_the_shortest_that_repeats(names, wanted):
+    assert mixers.period(names) == wanted
+    repeated = itertools.islice(itertools.cycle(names[:wanted]), len(names))
+    assert "".join(repeated) == names

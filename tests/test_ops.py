@@ -1,5 +1,7 @@
 """Array functions against their naive twins and closed forms, in values and derivatives."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,9 +132,9 @@ def test_token_nll_in_blocks_is_naive_in_value_and_all_derivatives(float64, bloc
     )
 
 
-@pytest.mark.parametrize("block", [0, 4])
-def test_sequences_are_scored_in_pieces(float64, block, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_TOKENS", 1)
+@pytest.mark.parametrize(("block", "tokens"), [(0, 1), (4, 1), (0, 2), (4, 2)])
+def test_sequences_are_scored_in_pieces(float64, block, tokens, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_TOKENS", tokens)
     hidden, table, targets = nll_inputs()
     hidden, targets = hidden.reshape(2, 3, -1), targets.reshape(2, 3)
 
@@ -144,6 +146,18 @@ def test_sequences_are_scored_in_pieces(float64, block, monkeypatch):
     whole = of(jax.vmap(cross_entropy.token_nll_naive, in_axes=(0, None, 0)))
     pieces = of(lambda *inputs: cross_entropy.whole_nll(*inputs, block=block))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), pieces, whole)
+
+
+def test_a_sequence_of_odd_length_is_scored_in_as_few_pieces_as_an_even_one():
+    table = jnp.zeros((8, 4))
+
+    def pieces(length):
+        inputs = (jnp.zeros((2, length, 4)), table, jnp.zeros((2, length), jnp.int32))
+        text = str(jax.make_jaxpr(cross_entropy.whole_nll)(*inputs))
+        return [int(count) for count in re.findall(r"length=(\d+)", text)]
+
+    assert pieces(2047) == pieces(2048) == [2]
+    assert pieces(4097) == [5]
 
 
 def test_sequences_share_one_gradient_of_the_table():

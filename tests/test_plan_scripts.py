@@ -1,12 +1,18 @@
 """Scripts 03 and 06 as their users meet them."""
 
+import json
 import os
 import shlex
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ttt.config import compose, resolve
+from ttt.dataloader import token_store
+from ttt.errors import UserError
+from ttt.runs import pilot
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 MATRIX, PILOT = "03_pretrained_matrix.py", "06_phase1_pilot.py"
@@ -46,9 +52,16 @@ def test_the_matrix_prints_commands_that_compose_in_order_of_dependency(call, mo
     monkeypatch.setenv("WANDB_API_KEY", "SECRET")
     code, said = call(
         MATRIX,
-        *("--dclm-path", "/it's a/dclm", "--books-path", "/books", "--checkpoint-path", "/c"),
-        *("--log-wandb", "--wandb-entity", "us", "--wandb-project", "p", "--size", "125m"),
-        *("--paths", "B1,P1,S1", "--deploy", "interactive", "--dummy-dataset"),
+        "--dclm-path=/it's a/dclm",
+        "--books-path=/books",
+        "--checkpoint-path=/c",
+        "--log-wandb",
+        "--wandb-entity=us",
+        "--wandb-project=p",
+        "--size=125m",
+        "--paths=B1,P1,S1",
+        "--deploy=interactive",
+        "--dummy-dataset",
     )
     assert code == 0
     assert "SECRET" not in said.out + said.err
@@ -60,24 +73,93 @@ def test_the_matrix_prints_commands_that_compose_in_order_of_dependency(call, mo
         done.add(training.exp_name)
         assert training.exp_folder == "pretrained_phase1"
         assert config.deploy_paths.data["dclm_filter_8k"] == "/it's a/dclm"
-        assert (config.deploy_paths.data["books3"], config.deploy_paths.checkpoint) == (
-            *("/books", "/c"),
-        )
-        assert (training.log_wandb, training.wandb_entity, training.wandb_project) == (
-            *(True, "us", "p"),
-        )
+        assert config.deploy_paths.data["books3"] == "/books"
+        assert config.deploy_paths.checkpoint == "/c"
+        wandb = (training.log_wandb, training.wandb_entity, training.wandb_project)
+        assert wandb == (True, "us", "p")
         assert training.dummy_dataset
     assert done == {
-        *("pretrain-125m-e2e", "ext-125m-e2e-32K", "pretrain-125m-fa", "ext-125m-swa-32K-from-fa"),
-        *("adapt-125m-e2e-8K-from-fa", "ext-125m-e2e-32K-from-fa-bridge"),
+        "pretrain-125m-e2e",
+        "ext-125m-e2e-32K",
+        "pretrain-125m-fa",
+        "ext-125m-swa-32K-from-fa",
+        "adapt-125m-e2e-8K-from-fa",
+        "ext-125m-e2e-32K-from-fa-bridge",
     }
+
+
+def test_the_matrix_of_a_light_mode_needs_no_other_flag(call):
+    code, said = call(MATRIX, "--runtime-mode", "token_stats")
+    assert code == 0
+    configs = [resolve(compose(arguments)) for arguments in commands(said.out)]
+    assert {config.model.name for config in configs} == {"760m"}
+    assert {config.training.runtime_mode for config in configs} == {"token_stats"}
+    again = call(MATRIX, "--runtime-mode", "token_stats", "--dry-run")[1]
+    assert again.out == said.out
+
+
+@pytest.mark.parametrize("arguments", [[MATRIX, "--size", "tiny"], [PILOT, "--dry-run"]])
+def test_commands_keep_the_cuda_plugin_that_is_installed(call, monkeypatch, arguments):
+    monkeypatch.setattr("ttt.runs.plan.cuda_extra", lambda: "cuda13")
+    code, said = call(*arguments)
+    assert code == 0
+    lines = [line for line in said.out.splitlines() if line.startswith("uv run")]
+    assert lines
+    assert all(line.startswith("uv run --exact --extra cuda13 train +exp") for line in lines)
+
+
+def test_a_pilot_without_the_plugin_of_its_gpu_warns(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ttt.runs.pilot.gpu_is_visible", lambda: True)
+    said = StringIO()
+    with pytest.raises(UserError, match="No token store"):
+        pilot.run(pilot.prepare(pilot.Flags(paths="B1", dclm_root="x")), Console(file=said))
+    assert "uv run --exact --extra cuda13" in said.getvalue()
+
+
+SHORT = [
+    "--runtime-mode=simulate",
+    "--seeds=0",
+    "--paths=B1",
+    "--pretrain-steps=4",
+    "--ext-steps=2",
+    "--seq-length=64",
+    "--global-batch-size=4",
+]
+
+
+@pytest.mark.slow
+def test_the_pilot_reports_what_there_is_when_a_run_fails_and_when_all_is_done(
+    monkeypatch, run_script, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("TTT_DATA", "TTT_CHECKPOINTS", "TTT_EXPERIMENTS"):
+        monkeypatch.delenv(name, raising=False)
+    token_store.write_random("few", {"train": 200, "val": 200}, vocab_size=258, seed=0)
+    code, said = run_script(PILOT, *SHORT, "--dclm-root=few", "--exp-folder=bad")
+    assert code == 1
+    assert "fewer than training.global_batch_size=4" in said.err
+    assert "pretrain-tiny-e2e-seed0" in (tmp_path / "experiments/bad/report/report.md").read_text()
+
+    flags = ("--bootstrap-token-data", "--skip-existing")
+    code, said = run_script(PILOT, *SHORT, *flags)
+    assert code == 0, said.err
+    report = json.loads((tmp_path / "experiments/phase1_pilot/report/report.json").read_text())
+    assert [run["status"] for run in report["runs"]] == ["finished", "finished"]
+    assert (tmp_path / "data" / "builtin").is_dir()
+    code, said = run_script(PILOT, *SHORT, *flags)  # nothing is left to do
+    assert code == 0
+    assert "2 of 2 runs are finished already" in said.out
 
 
 def test_the_matrix_of_a_seed_matched_by_tokens(call):
     code, said = call(
         MATRIX,
-        *("--size", "tiny", "--seeds", "7", "--matching", "tokens", "--paths", "P1"),
-        *("--runtime-mode", "simulate"),
+        "--size=tiny",
+        "--seeds=7",
+        "--matching=tokens",
+        "--paths=P1",
+        "--runtime-mode=simulate",
     )
     assert code == 0
     configs = [resolve(compose(arguments)) for arguments in commands(said.out)]

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from test_train import SMALL, losses_of, record_of, weights_of
 
 from ttt import train
 from ttt.config import compose, resolve
+from ttt.infra.checkpoint import Checkpoints, read_flat
 
 FEW = [
     *SMALL[:-1],
@@ -109,6 +111,47 @@ def test_a_run_goes_from_one_process_to_two_to_four_and_back_with_the_losses_of_
     assert "train 4/4" in first
     for word in ("train ", "checkpoint", "position"):
         assert word not in second
+
+
+SAVING = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from ttt.infra import mesh
+from ttt.infra.checkpoint import Checkpoints
+
+folder, address, number = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(address, 2, int(number))
+devices = mesh.device_mesh()
+layout = mesh.Layout(devices, (("divided", ("data",)), ("**", ())))
+whole = np.arange(3 * 8, dtype=np.float32).reshape(3, 8)
+parts = layout.place([{"divided": part, "shared": part} for part in (whole[:1], whole[1:])])
+assert not parts[0]["divided"].is_fully_addressable
+stacks = {name: mesh.joined([part[name] for part in parts]) for name in parts[0]}
+checkpoints = Checkpoints(folder)
+checkpoints.save(1, model_weights=stacks, opt_state={"n": np.ones(1)}, loader_state={}, manifest={})
+checkpoints.wait()
+"""
+
+
+def test_stacks_divided_among_two_processes_are_saved_as_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVING, str(tmp_path / "run"), address, str(number)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        for number in (0, 1)
+    ]
+    assert wait(processes, 120) == [0, 0]
+    stored = read_flat(Checkpoints(tmp_path / "run").find(1), "model_weights")
+    for name in ("divided", "shared"):
+        np.testing.assert_array_equal(stored[name], np.arange(24).reshape(3, 8))
 
 
 @pytest.mark.parametrize("victim", [0, 1])

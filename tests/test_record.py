@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from ttt.infra.record import RecordError, RunRecord, masked, masked_arguments
+from ttt.infra.plan_manifest import Gate, ManifestError, PlanManifest
+from ttt.infra.record import (
+    RecordError,
+    RunRecord,
+    is_run,
+    masked,
+    masked_arguments,
+    read_run,
+)
 
 CONFIG = {
     "model": {"bos_token_id": 256, "rope_theta": 1e4},
@@ -173,3 +181,86 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
 class _Unwritable:
     def __array__(self, dtype=None, copy=None):
         raise RuntimeError("disk full")
+
+
+# ---- reading -----------------------------------------------------------------------------
+
+
+def test_a_whole_record_is_read_as_it_was_written(tmp_path):
+    record = started(tmp_path)
+    record.log(3, loss=2.0)
+    record.save_arrays("loss_by_position", 2, {"learning_nll": np.zeros(2)}, {"token_loss": 9.0})
+    record.save_arrays("loss_by_position", 10, {"learning_nll": np.ones(2)}, {"token_loss": 2.5})
+    record.finish("finished")
+    stored = read_run(record.folder)
+    assert (stored.status, stored.mode, stored.faults) == ("finished", "jax", ())
+    assert stored.run == record.run()
+    assert stored.settings["model"] == CONFIG["model"]
+    assert stored.metrics == [{"step": 3, "loss": 2.0}]
+    assert stored.summary == {"token_loss": 2.5}
+    assert stored.arrays["learning_nll"].tolist() == [1.0, 1.0]
+    assert record.last_step() == (3, 2.0)
+    assert is_run(record.folder)
+
+
+def test_what_is_missing_or_broken_is_empty_and_named(tmp_path):
+    record = started(tmp_path)
+    record.finish("finished")
+    (record.folder / "config.yaml").write_text("a: [")
+    stored = read_run(record.folder)
+    assert (stored.settings, stored.metrics, stored.summary) == ({}, (), {})
+    assert [fault.split()[0].rpartition("/")[2] for fault in stored.faults] == [
+        "config.yaml",
+        "metrics.jsonl",
+        "loss_by_position-STEP.json",
+    ]
+    with pytest.raises(RecordError, match=r"config\.yaml cannot be read .*: move the folder away"):
+        record.settings()
+    assert read_run(tmp_path / "absent").status == "broken"
+    assert RunRecord(tmp_path / "absent").last_step() == (0, None)
+
+
+def test_a_record_from_before_a_setting_is_read_as_what_it_was(tmp_path):
+    model = {"hidden_size": 16, "num_attention_heads": 2}  # as in records before `head_dim`
+    record = RunRecord(tmp_path)
+    record.start({"model": model, "training": {}}, devices=["cpu"], data={})
+    since = {"num_key_value_heads": 2, "head_dim": 8, "layer_types": [], "attention_bias": False}
+    assert record.settings()["model"] == model | since
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"attempts": []}', '{"attempts": [{}]}'])
+def test_a_run_json_without_an_attempt_is_refused(tmp_path, content):
+    record = started(tmp_path)
+    (record.folder / "run.json").write_text(content)
+    with pytest.raises(RecordError, match=r"run\.json .*: repair or delete it"):
+        record.run()
+
+
+def test_a_manifest_keeps_what_became_of_a_plan(tmp_path):
+    head = {"registry": "r", "size": "tiny", "runtime_mode": "jax"}
+    runs = [{"name": "a", "steps": 3, "overrides": ("x=1",)}, {"name": "b", "steps": 4}]
+    paths = [{"path": "B1", "matching": "tokens", "seed": 0, "runs": ("a", "b")}]
+    manifest = PlanManifest.open(tmp_path, {"paths": ["B1"]}, head)
+    manifest.adopt(runs, paths)
+    assert not manifest.path.exists()
+    gate = Gate("finite loss", True, "all 3 losses")
+    manifest.note("a", "finished", [gate])
+    stored = PlanManifest.read(tmp_path)
+    assert [run["status"] for run in stored.runs.values()] == ["finished", "pending"]
+    assert Gate(**stored.runs["a"]["gates"][0]) == gate
+    assert stored.paths == [{**paths[0], "runs": ["a", "b"]}]
+    assert stored.seconds_per_token is None
+    stored.adopt(runs, paths)  # the same once more keeps what is known
+    assert stored.status("a") == "finished"
+    with pytest.raises(ManifestError, match=r"(?s)a in .* other settings.*steps: 3 -> 5"):
+        stored.adopt([{**runs[0], "steps": 5}], paths)
+    with pytest.raises(ManifestError, match=r"(?s)other flags.*paths: \['B1'\] -> \['P1'\]"):
+        PlanManifest.open(tmp_path, {"paths": ["P1"]}, head)
+
+
+def test_a_manifest_that_is_none_is_refused_with_a_remedy(tmp_path):
+    with pytest.raises(ManifestError, match=r"is missing: a plan writes it"):
+        PlanManifest.read(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"runs": [{}], "paths": []}')
+    with pytest.raises(ManifestError, match=r"is not a plan's manifest .*: move it away"):
+        PlanManifest.read(tmp_path)

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import ladder
 import numpy as np
+import pandas as pd
 import pytest
 from ladder import FLOOR, WIGGLE, Made, amend, write_run
-from rich.console import Console
 
 from ttt.errors import UserError
+from ttt.figures import duration
 from ttt.intervals import student
-from ttt.report import comparisons, curves, phase1, pictures, tables, verdict
-from ttt.report.comparisons import Comparison, Estimate
+from ttt.report import compare, curves, frame, phase1, pictures, tables, verdict
+from ttt.report.compare import Estimate
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "05_phase1_report.py"
 T_2 = 4.302652729911275  # 97.5 % quantile of Student's t with 2 degrees of freedom
@@ -59,12 +60,18 @@ def copied(small, tmp_path):
 
 
 def one(report, path, matching="tokens"):
-    (found,) = [c for c in report.comparisons if (c.path, c.matching) == (path, matching)]
+    rows = frame.rows_of(report.comparisons)
+    (found,) = [c for c in rows if (c.path, c.matching) == (path, matching)]
     return found
 
 
 def named(report, start):
-    return next(run for run in report.runs if run.name.startswith(start))
+    return next(run for run in frame.rows_of(report.runs) if run.name.startswith(start))
+
+
+def stages_of(report, path):
+    rows = frame.rows_of(report.stages)
+    return [s for s in rows if (s.path, s.matching) == (path, "tokens")]
 
 
 def judged(report, path):
@@ -113,35 +120,39 @@ def test_savings_are_those_of_the_steps(report):
 
 
 def test_stages_tell_where_they_start_and_what_the_next_starts_from(report):
-    first, adapt, last = [s for s in report.stages if (s.path, s.matching) == ("P1", "tokens")]
+    first, adapt, last = stages_of(report, "P1")
     assert (first.stage, adapt.stage, last.stage) == ("pretrain", "adapt", "extend")
     assert first.validation_loss == pytest.approx(adapt.start_loss)
     assert adapt.next_start_loss == pytest.approx(last.start_loss)
     assert adapt.warm_loss == adapt.parent_loss
     assert last.validation_loss == pytest.approx(one(report, "P1").loss.mean)
-    assert (first.parent_loss, last.next_start_loss) == (None, None)
+    assert np.isnan([first.parent_loss, last.next_start_loss]).all()
 
 
 def test_time_to_b1s_loss_lies_between_the_budgets_around_it(report):
     def at(matching, hours, loss, path="P1"):
-        found = one(report, path, matching)
-        return replace(found, step_hours=hours, loss=Estimate(loss, None, None, 1))
+        changes = {"step_hours": hours, "loss": Estimate(loss, None, None, 1)}
+        return one(report, path, matching)._asdict() | changes
+
+    def reached(*rows):
+        table = compare.reaches(pd.DataFrame(rows))
+        return *frame.rows_of(table), table
 
     b1 = at("tokens", 10.0, 2.0, "B1")
-    (found,) = comparisons.reaches([b1, at("tokens", 4.0, 2.1), at("wall_clock", 9.0, 1.9)])
+    found, table = reached(b1, at("tokens", 4.0, 2.1), at("wall_clock", 9.0, 1.9))
     assert found.hours == pytest.approx(6.0)  # the middle, in the logarithm, of 4 and 9
     assert found.of_reference == pytest.approx(0.6)
-    (never,) = comparisons.reaches([b1, at("tokens", 4.0, 2.3), at("wall_clock", 9.0, 2.1)])
-    assert never.hours is None
+    assert "| 6 h | 0.60 |" in tables.to_markdown(replace(report, reaches=table))
+    never, _ = reached(b1, at("tokens", 4.0, 2.3), at("wall_clock", 9.0, 2.1))
+    assert np.isnan(never.hours)
     assert "0.1000 nats above it at 0.90 of its time" in never.said
-    (always,) = comparisons.reaches([b1, at("tokens", 4.0, 1.9)])
+    always, _ = reached(b1, at("tokens", 4.0, 1.9))
     assert "reached within the least budget, 0.40 of its time" in always.said
-    assert "0.6" in tables.to_markdown(replace(report, reaches=(found,)))
 
 
 def test_durations_are_told_in_the_unit_that_suits_them():
     told = {0.01: "36 s", 0.5: "30 min", 2.5: "2.5 h", 1234.5: "1,234 h", None: "–", 0.0: "0 s"}
-    assert {hours: tables.duration(hours) for hours in told} == told
+    assert {hours: duration(hours) for hours in told} == told
 
 
 def test_a_row_has_every_fact_of_its_run(report):
@@ -164,9 +175,9 @@ def test_a_row_has_every_fact_of_its_run(report):
 
 
 def test_no_cell_is_empty_without_a_reason(report):
-    for run in report.runs:
+    for run in frame.rows_of(report.runs):
         told = {text.split(":")[0] for text in run.missing}
-        assert told == {name for name, value in run.flat().items() if value is None}
+        assert told == {name for name in frame.COLUMNS if getattr(run, name) is None}
 
 
 def test_loss_by_position_has_the_records_means_and_differences(report):
@@ -212,24 +223,10 @@ def test_paths_without_test_time_training_do_not_pass_the_gate_for_it(report):
     assert verdict.overall(only).answer == verdict.UNKNOWN
 
 
-def compared(delta, saving, problems=(), devices=("a",), without_merit=()) -> list[Comparison]:
-    return [
-        Comparison(
-            *("P1", "tokens", "fa → e2e", "e2e", 128, (0, 1, 2)),
-            loss=None,
-            delta=delta,
-            saving=saving,
-            saving_in_all=saving,
-            tokens=None,
-            device_hours=None,
-            step_hours=None,
-            parameters=None,
-            count_model_loss=None,
-            devices=devices,
-            problems=problems,
-            without_merit=without_merit,
-        )
-    ]
+def compared(delta, saving, problems=(), devices=("a",), without_merit=()):
+    row = {"path": "P1", "matching": "tokens", "method": "e2e", "delta": delta, "saving": saving}
+    spoils = {"problems": problems, "without_merit": without_merit}
+    return pd.DataFrame([row | spoils | {"devices": devices, "mixed": len(devices) > 1}])
 
 
 SURE = Estimate(0.4, 0.35, 0.45, 3)
@@ -307,9 +304,16 @@ def test_pending_runs_are_rows_and_keep_the_verdict_open(tmp_path):
     delta = one(report, "P1").delta
     assert (delta.n, delta.low) == (1, None)
     assert one(report, "P1").loss.n == 1
-    assert [s.seeds for s in report.stages if s.path == "P1"] == [2, 2, 1]
+    assert [s.seeds for s in stages_of(report, "P1")] == [2, 2, 1]
     assert report.verdict.answer == verdict.UNKNOWN
     assert not report.faults
+
+
+def test_what_one_path_lacks_changes_no_other_paths_numbers(tmp_path):
+    report = spoiled(tmp_path, lambda runs: setattr(runs[BROKEN], "status", "pending"))
+    assert (one(report, "P1").context, one(report, "B1").context) == (None, 128)
+    assert "## Token-matched, context 128\n" in tables.to_markdown(report)
+    assert "| 9.79K |" in tables.to_markdown(report)
 
 
 def test_a_warm_start_that_restored_nothing_is_no_warm_start(copied):
@@ -474,9 +478,9 @@ def test_the_checkpoint_is_where_it_is_looked_for(copied, tmp_path):
 
 
 def test_csv_gives_the_rows_back(report):
-    rows = list(csv.DictReader(io.StringIO(tables.to_csv(report))))
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv([report]))))
     assert len(rows) == len(report.runs)
-    for row, run in zip(rows, report.runs, strict=True):
+    for row, run in zip(rows, frame.rows_of(report.runs), strict=True):
         assert row["name"] == run.name
         assert float(row["validation_loss"]) == run.validation_loss
         assert row["missing"].split("\n") == list(run.missing)
@@ -484,9 +488,9 @@ def test_csv_gives_the_rows_back(report):
 
 def test_json_gives_every_number_back(report):
     told = json.loads(phase1.to_json(report))
-    assert [run["name"] for run in told["runs"]] == [run.name for run in report.runs]
+    assert [run["name"] for run in told["runs"]] == list(report.runs["name"])
     p1 = next(c for c in told["comparisons"] if (c["path"], c["matching"]) == ("P1", "tokens"))
-    assert p1["delta"] == vars(one(report, "P1").delta)
+    assert p1["delta"] == one(report, "P1").delta._asdict()
     assert told["verdict"]["answer"] == "holds"
     assert len(told["positions"][0]["loss"]["value"]) == len(told["positions"][0]["edges"]) - 1
 
@@ -513,13 +517,11 @@ def test_a_picture_without_its_numbers_is_replaced_by_the_reason(report, tmp_pat
 
 
 def test_the_terminal_shows_every_run_and_path(report):
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(tables.to_terminal(report, console.width))
-    said = console.export_text()
-    assert all(run.name in said for run in report.runs)
+    said = tables.to_terminal(report, 110)
+    assert all(name in said for name in report.runs["name"])
     assert "+0.0040 [+0.0015, +0.0065]" in said
     assert "holds" in said
-    assert max(map(len, said.splitlines())) <= 100
+    assert max(map(len, said.splitlines())) <= 110
 
 
 def test_foreign_files_are_not_written_over(small, tmp_path):
@@ -596,5 +598,36 @@ def test_dry_run_writes_nothing(script, small, tmp_path):
     more = ["--dry-run", "--out", tmp_path / "out", "--csv-out", tmp_path / "a.csv"]
     code, said = script(*asked(small, *more))
     assert code == 0
-    assert str(tmp_path / "out") in said.out
+    assert f"would report on 10 runs of {small / 'ladder'}" in said.out
+    assert f"would write {tmp_path / 'out'}\n" in said.out
+    assert f"would write {tmp_path / 'a.csv'}\n" in said.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_folder_every_run_below_is_reported(script, small, copied, tmp_path, monkeypatch):
+    shutil.copytree(small / "ladder", copied / "deep" / "er" / "ladder")
+    write_run(copied / "alone", Made("pretrain-x", "pretrain", "fa", 0, 5, 3.0))
+    monkeypatch.setenv("TTT_EXPERIMENTS", str(copied))
+    code, said = script("--format", "csv")
+    assert code == 0
+    rows = list(csv.DictReader(io.StringIO(said.out)))
+    folders = ["alone/ladder", *["deep/er/ladder"] * 10, *["ladder"] * 10]
+    assert [row["exp_folder"] for row in rows] == folders
+    code, said = script("--exp-dir", copied, "--format", "json", "--out", tmp_path / "out")
+    assert [len(report["runs"]) for report in json.loads(said.out)] == [1, 10, 10]
+    pages = sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("report.md"))
+    assert pages == ["out/alone/ladder", "out/deep/er/ladder", "out/ladder"]
+    code, said = script("--exp-dir", copied / "alone" / "ladder" / "pretrain-x")
+    assert (code, "holds no run" in said.err) == (2, True)
+
+
+def test_wall_clock_is_from_start_to_end_of_every_attempt_and_shown(tmp_path):
+    record = write_run(tmp_path, Made("pretrain-x", "pretrain", "fa", 0, 8, 3.0))
+    amend(record, started="2026-01-01T10:00:00+00:00", finished="2026-01-01T12:30:00+00:00")
+    report = read(tmp_path)
+    assert named(report, "pretrain-x").wall_hours == 2.5
+    assert "| wall-clock |" in tables.to_markdown(report)
+    assert "| 2.5 h |" in tables.to_markdown(report)
+    # Of a killed attempt the steps tell what was spent at least.
+    amend(record, finished=None, seconds=None)
+    assert named(read(tmp_path), "pretrain-x").wall_hours == pytest.approx(8 * 1.01 / 3600)

@@ -18,16 +18,18 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from ttt.config import compose, config_dir, experiments
+from ttt.config import compose, config_dir
 from ttt.errors import RunError, Stopped, UserError
+from ttt.experiment_rules import context_name
 from ttt.infra.lock import RunLock
+from ttt.infra.record import StoredRun
 from ttt.runs import compose as composing
 from ttt.runs import gates, matching, pilot, registry, request
-from ttt.runs.gates import Evidence
 from ttt.runs.matching import Cost
 from ttt.runs.pilot import Flags
-from ttt.runs.plan import Facts, Order, Run, build, check_overrides, label
+from ttt.runs.plan import Facts, PlannedRun, PlanRequest, build
 from ttt.runs.registry import Budget, RegistryError
+from ttt.runs.request import check_overrides
 
 BOOK = registry.load()
 STUB = (sys.executable, str(Path(__file__).with_name("stub_train.py")))
@@ -39,23 +41,38 @@ SMALL = Budget(
 # ---- registry ----------------------------------------------------------------------------
 
 
-def test_every_stage_belongs_to_a_path_and_is_an_experiment_of_every_size():
-    assert {stage for path in BOOK.paths.values() for stage in path.stages} == set(
-        BOOK.stages.values()
-    )
-    for size in BOOK.sizes.values():
-        for stage in BOOK.stages.values():
-            context = size.contexts.get(stage.stage)
-            leaf = stage.experiment.format(size=size.name, context=context)
-            assert f"{size.name}/{leaf}" in experiments()
+def test_a_paths_stages_follow_from_its_entry():
+    tiny = BOOK.size("tiny")
+    chains = {
+        name: [(stage.experiment(tiny), stage.kind) for stage in BOOK.path(name).stages]
+        for name in ("P3-20pct", "P2", "S1")
+    }
+    assert chains["P3-20pct"] == [
+        ("tiny/pretrain/pretrain-tiny-swa", "pretrain-swa"),
+        ("tiny/adapt/adapt-tiny-e2e-2K-from-swa-20pct", "adapt-e2e"),
+        ("tiny/extension/ext-tiny-e2e-4K-from-swa-bridge-20pct", "extend-e2e-full"),
+    ]
+    assert chains["P2"][1:] == [
+        ("tiny/extension/ext-tiny-e2e-4K-from-fa-direct", "extend-e2e-full")
+    ]
+    assert chains["S1"][1:] == [("tiny/extension/ext-tiny-swa-4K-from-fa", "extend-swa")]
+    assert [stage.share for stage in BOOK.path("P3-20pct").stages] == [1, 2, 1]
 
 
-@pytest.mark.parametrize(("size", "paths"), [("tiny", tuple(BOOK.paths)), ("760m", ("B1", "P1"))])
+@pytest.mark.parametrize("name", ["B1-5pct", "P2-5pct", "P1-0pct", "P9"])
+def test_only_a_path_with_an_adaptation_has_shares(name):
+    with pytest.raises(UserError, match=f"path '{name}': must be one of B1, B2"):
+        BOOK.path(name)
+
+
+@pytest.mark.parametrize(
+    ("size", "paths"), [("tiny", (*BOOK.paths, "P1-5pct")), ("760m", ("B1", "P1"))]
+)
 def test_an_experiment_alone_says_all_that_its_stage_says(size, paths):
     own = BOOK.size(size)
-    order = Order(BOOK, own, paths, (None,), Budget())
-    plan = build(order, ["own"], composing.facts)
-    stages = {stage.name: stage for path in paths for stage in BOOK.paths[path].stages}
+    wanted = PlanRequest(BOOK, own, paths, (None,), Budget())
+    plan = build(wanted, ["own"], composing.facts)
+    stages = {stage: stage for path in paths for stage in BOOK.path(path).stages}
     for run, stage in zip(plan.runs, stages.values(), strict=True):
         config = composing.config_of(run)
         assert run.overrides == ()
@@ -63,7 +80,6 @@ def test_an_experiment_alone_says_all_that_its_stage_says(size, paths):
             run.name,
             run.parent or "",
         )
-        assert config.training.dataset_name == own.corpora[stage.corpus]
         method = "e2e" if config.model.prime else config.model.seq_modeling_block
         assert method == {"fa": "self_attention", "swa": "SWA", "e2e": "e2e"}[stage.method]
 
@@ -79,34 +95,26 @@ def edited(tmp_path, change) -> Path:
 
 
 FAULTS = {
-    "dangling parent": (
-        lambda c: c["stages"]["adapt-fa"].update(parent="pretrain-gpt"),
-        "stages.adapt-fa.parent=pretrain-gpt: must be one of",
-    ),
     "unknown key": (
-        lambda c: c["stages"]["adapt-fa"].update(parnet="pretrain-fa"),
-        "stages.adapt-fa.parnet: no such key; remove it; did you mean parent?",
+        lambda c: c["paths"]["P1"].update(parnet="fa"),
+        "paths.P1.parnet: no such key; remove it; did you mean parent?",
     ),
     "unknown section": (lambda c: c.update(pathes={}), "the registry.pathes: no such key"),
-    "missing key": (lambda c: c["stages"]["adapt-fa"].pop("kind"), "stages.adapt-fa: lacks kind"),
-    "broken chain": (
-        lambda c: c["paths"]["P1"].update(stages=["pretrain-swa", "adapt-fa"]),
-        "adapt-fa starts from pretrain-fa, not from pretrain-swa",
+    "missing key": (lambda c: c["paths"]["P1"].pop("method"), "paths.P1: lacks method"),
+    "no path": (lambda c: c["paths"].update(P1="e2e"), "paths.P1=e2e: must be keys with values"),
+    "unknown parent": (
+        lambda c: c["paths"]["P1"].update(parent="gpt"),
+        "paths.P1: needs the experiment tiny/pretrain/pretrain-tiny-gpt, which no file or rule",
     ),
-    "unknown stage": (
-        lambda c: c["paths"]["P1"].update(stages=["pretrain-fa", "adapt"]),
-        "paths.P1.stages=adapt: must be one of",
+    "adaptation to no learner": (
+        lambda c: c["paths"]["S1"].update(adapt=True),
+        "paths.S1: needs the experiment tiny/adapt/adapt-tiny-swa-2K-from-fa, which no",
     ),
-    "circle": (
-        lambda c: c["stages"]["adapt-fa"].update(parent="bridge-fa"),
-        "stages.adapt-fa.parent: its line of parents leads back to it",
+    "context": (
+        lambda c: c["sizes"]["tiny"].update(extension="3K"),
+        "paths.B1: needs the experiment tiny/extension/ext-tiny-e2e-3K",
     ),
-    "orphan": (
-        lambda c: c["stages"]["adapt-fa"].pop("parent"),
-        "a pretraining has no parent and every other stage has one",
-    ),
-    "corpus": (lambda c: c["stages"]["adapt-fa"].update(corpus="web"), "corpus=web: must be one"),
-    "kind": (lambda c: c["stages"]["adapt-fa"].update(kind="tune-e2e"), "must be STAGE-METHOD"),
+    "size": (lambda c: c["sizes"].update(huge={"extension": "8K"}), "sizes=huge: must be one of"),
     "reference": (lambda c: c.update(reference="B9"), "reference=B9: must be one of B1, B2"),
     "pilot": (
         lambda c: c["sizes"]["tiny"]["pilot"].update(steps=3),
@@ -127,9 +135,16 @@ def test_a_fault_in_the_registry_is_told_with_its_remedy(tmp_path, what):
     assert told in str(caught.value)
 
 
+def test_a_pilot_may_take_a_path_of_another_share(tmp_path):
+    book = registry.load(
+        edited(tmp_path, lambda c: c["sizes"]["tiny"]["pilot"].update(paths=["P1-20pct"]))
+    )
+    assert book.size("tiny").pilot({}).paths == ("P1-20pct",)
+
+
 def test_all_faults_of_a_registry_are_told_at_once(tmp_path):
     def change(content):
-        for what in ("dangling parent", "unknown stage", "reference"):
+        for what in ("unknown key", "pilot path", "reference"):
             FAULTS[what][0](content)
 
     with pytest.raises(RegistryError) as caught:
@@ -139,10 +154,8 @@ def test_all_faults_of_a_registry_are_told_at_once(tmp_path):
 
 def test_what_follows_from_a_given_length_follows_it():
     given = BOOK.size("tiny").pilot({"seq_length": 256, "pretrain_steps": 90}).budget
-    assert (given.window, given.chunk, given.extension_length, given.adapt_steps) == (
-        *(256, 32, 1024),
-        9,
-    )
+    derived = (given.window, given.chunk, given.extension_length, given.adapt_steps)
+    assert derived == (256, 32, 1024, 9)
     assert BOOK.size("tiny").pilot({"seq_length": 256, "extension_length": 512}).budget == replace(
         BOOK.size("tiny").pilot({"seq_length": 256}).budget, extension_length=512
     )
@@ -226,8 +239,8 @@ def test_the_first_steps_and_evaluations_are_not_timed_and_runs_are_pooled():
 # ---- plans -------------------------------------------------------------------------------
 
 
-def order(paths=("B1", "P1", "P2"), seeds=(0,), budget=SMALL) -> Order:
-    return Order(BOOK, BOOK.size("tiny"), tuple(paths), tuple(seeds), budget)
+def wanted(paths=("B1", "P1", "P2"), seeds=(0,), budget=SMALL) -> PlanRequest:
+    return PlanRequest(BOOK, BOOK.size("tiny"), tuple(paths), tuple(seeds), budget)
 
 
 def tokens_of(plan, path) -> int:
@@ -236,7 +249,7 @@ def tokens_of(plan, path) -> int:
 
 
 def test_token_matched_paths_train_on_equally_many_tokens():
-    plan = build(order(("P1", "P1-5pct", "P1-20pct", "S1")), ["tokens"], composing.facts)
+    plan = build(wanted(("P1", "P1-5pct", "P1-20pct", "S1")), ["tokens"], composing.facts)
     assert {tokens_of(plan, path) for path in plan.paths} == {40 * 256 + 3 * 512}
     steps = {run.name: run.steps for run in plan.runs}
     assert steps["adapt-tiny-e2e-64-from-fa-5pct-after38-seed0"] == 2
@@ -244,7 +257,7 @@ def test_token_matched_paths_train_on_equally_many_tokens():
 
 
 def test_runs_come_after_their_parents_and_equal_ones_are_shared():
-    plan = build(order(("B2", "P1", "P2", "S1"), (0, 1)), ["tokens"], composing.facts)
+    plan = build(wanted(("B2", "P1", "P2", "S1"), (0, 1)), ["tokens"], composing.facts)
     names = [run.name for run in plan.runs]
     assert len(names) == len(set(names)) == 2 * 9
     assert names[0] == "pretrain-tiny-e2e-seed0"  # the reference, though it was not asked for
@@ -259,7 +272,7 @@ def test_runs_come_after_their_parents_and_equal_ones_are_shared():
 
 
 def test_a_planned_run_composes_to_its_name_seed_parent_and_lengths():
-    plan = build(order(("P1",), (3,)), ["tokens"], composing.facts)
+    plan = build(wanted(("P1",), (3,)), ["tokens"], composing.facts)
     runs = {run.stage: run for run in plan.runs[2:]}
     configs = {stage: composing.config_of(run) for stage, run in runs.items()}
     for stage, config in configs.items():
@@ -281,7 +294,7 @@ def test_a_planned_run_composes_to_its_name_seed_parent_and_lengths():
 def test_wall_clock_matched_runs_have_their_own_names_beside_the_token_matched():
     per_token = dict.fromkeys(("pretrain-e2e", "extend-e2e", "extend-e2e-full", "adapt-e2e"), 4.0)
     plan = build(
-        order(("B1", "P1")),
+        wanted(("B1", "P1")),
         ["tokens", "wall_clock"],
         composing.facts,
         {**per_token, "pretrain-fa": 1.0},
@@ -303,14 +316,19 @@ def test_two_settings_under_one_name_are_refused():
 
     fickle.calls = 0
     with pytest.raises(UserError, match=r"two runs of the plan would have this name"):
-        build(order(("B2", "P2")), ["own"], fickle)
+        build(wanted(("B2", "P2")), ["own"], fickle)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("training.total_steps=3", "++training.exp_name=a", "size.pretrain_steps=7", "model=125m"),
-        *("~training.data_seed", "training.wandb_key=SECRET", "nonsense"),
+        "training.total_steps=3",
+        "++training.exp_name=a",
+        "size.pretrain_steps=7",
+        "model=125m",
+        "~training.data_seed",
+        "training.wandb_key=SECRET",
+        "nonsense",
     ],
 )
 def test_an_override_that_the_plan_decides_is_refused_and_no_secret_shown(text):
@@ -342,25 +360,23 @@ def test_a_path_reaches_the_config_as_it_was_written(text):
 
 
 def test_contexts_are_written_as_in_names():
-    assert [label(n) for n in (512, 1000, 2048, 131072)] == ["512", "1000", "2K", "128K"]
+    assert [context_name(n) for n in (512, 1000, 2048, 131072)] == ["512", "1000", "2K", "128K"]
 
 
 def test_tiny_reads_other_corpora_only_where_it_is_told_where_they_are():
     tiny = BOOK.size("tiny")
-    assert request.data_settings(BOOK, tiny) == ()
-    assert request.data_settings(BOOK, tiny, data_root="/d") == (
-        "deploy_paths.data.builtin=/d/builtin",
-    )
-    assert request.data_settings(BOOK, tiny, dclm="/x") == (
+    assert request.data_settings(tiny) == ()
+    assert request.data_settings(tiny, data_root="/d") == ("deploy_paths.data.builtin=/d/builtin",)
+    assert request.data_settings(tiny, dclm="/x") == (
         "deploy_paths.data.dclm_filter_8k=/x",
         "size.pretrain_dataset=dclm_filter_8k",
     )
-    assert request.data_settings(BOOK, BOOK.size("125m"), data_root="/d") == (
+    assert request.data_settings(BOOK.size("125m"), data_root="/d") == (
         "deploy_paths.data.dclm_filter_8k=/d/dclm_filter_8k",
         "deploy_paths.data.books3=/d/books3",
     )
     with pytest.raises(UserError, match="give one or the other"):
-        request.data_settings(BOOK, tiny, data_root="/d", books="/x")
+        request.data_settings(tiny, data_root="/d", books="/x")
 
 
 def test_wall_clock_matching_needs_runs_to_measure():
@@ -373,8 +389,18 @@ def test_wall_clock_matching_needs_runs_to_measure():
 
 # ---- gates -------------------------------------------------------------------------------
 
-CHILD = Run(
-    *("child", "tiny/x/child", "adapt", "e2e", "adapt-e2e", "mother", "fa", 0, 4, 64, 4),
+CHILD = PlannedRun(
+    name="child",
+    experiment="tiny/x/child",
+    stage="adapt",
+    method="e2e",
+    kind="adapt-e2e",
+    parent="mother",
+    parent_method="fa",
+    seed=0,
+    steps=4,
+    seq_length=64,
+    global_batch_size=4,
     overrides=(),
 )
 ACCOUNT = {
@@ -399,7 +425,7 @@ def evidence(mode="jax", dtype="fp32", account=ACCOUNT, start=START, metrics=Non
         "start": start,
     }
     own = {"restored": {"part": "all", "from": "/c/f/child/2", "restored": ["a"]}, "start": None}
-    return Evidence(settings, [began, own], metrics)
+    return StoredRun(Path("child"), {"attempts": [began, own]}, settings, metrics)
 
 
 def test_gates_hold_for_a_sound_warm_start_that_was_interrupted_once():
@@ -492,9 +518,15 @@ def test_a_warm_start_without_evidence_does_not_pass():
 
 
 SHORT = {
-    **{"paths": "B1", "seeds": "0", "matching": "tokens", "exp_folder": "f"},
-    **{"pretrain_steps": 6, "adapt_steps": 2, "ext_steps": 3},
-    **{"seq_length": 64, "global_batch_size": 4},
+    "paths": "B1",
+    "seeds": "0",
+    "matching": "tokens",
+    "exp_folder": "f",
+    "pretrain_steps": 6,
+    "adapt_steps": 2,
+    "ext_steps": 3,
+    "seq_length": 64,
+    "global_batch_size": 4,
 }
 
 
@@ -525,7 +557,11 @@ def ladder(place, monkeypatch):
             **flags,
         }
         try:
-            pilot.run(Flags(**given), Console(file=said), train=STUB)
+            prepared = pilot.prepare(Flags(**given))
+            if given.get("dry_run"):
+                pilot.show(prepared, Console(file=said))
+            else:
+                pilot.run(prepared, Console(file=said), train=STUB)
         finally:
             run.said = said.getvalue()
         return run.said
@@ -652,8 +688,10 @@ def test_a_missing_store_is_told_before_the_first_run_and_can_be_made(ladder, pl
     assert ladder.calls() == []
     with pytest.raises(RunError):
         ladder(
-            *["fail pretrain-tiny-e2e-seed0"],
-            **{"dclm_root": str(place / "x"), "data_root": None, "bootstrap_token_data": True},
+            "fail pretrain-tiny-e2e-seed0",
+            dclm_root=str(place / "x"),
+            data_root=None,
+            bootstrap_token_data=True,
         )
     assert "RANDOM TOKENS" in ladder.said
     assert (place / "x").is_dir()

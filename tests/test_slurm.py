@@ -22,13 +22,25 @@ ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 280
 CACHE = [f"backend.compilation_cache_dir={jax.config.jax_compilation_cache_dir}"]
 TINY = [
-    *("+experiment=tiny/pretrain/pretrain-tiny-e2e", "backend.platform=cpu", *CACHE),
-    *("size.intermediate_size=32", "size.window=24", "size.chunk=16"),
-    *("model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=2"),
-    *("model.suffix_len=1", "model.num_attention_heads=2", "training.dummy_dataset=true"),
-    *("training.seq_length=64", "training.global_batch_size=4", "training.eval_batch_size=2"),
-    *("training.eval_batches=2", "training.optimizer_outer.lr_decay_steps=100"),
-    *("training.optimizer_outer.lr_warmup_steps=1", "training.ilr_warmup_steps=1"),
+    "+experiment=tiny/pretrain/pretrain-tiny-e2e",
+    "backend.platform=cpu",
+    *CACHE,
+    "size.intermediate_size=32",
+    "size.window=24",
+    "size.chunk=16",
+    "model.hidden_size=16",
+    "model.intermediate_size=32",
+    "model.num_hidden_layers=2",
+    "model.suffix_len=1",
+    "model.num_attention_heads=2",
+    "training.dummy_dataset=true",
+    "training.seq_length=64",
+    "training.global_batch_size=4",
+    "training.eval_batch_size=2",
+    "training.eval_batches=2",
+    "training.optimizer_outer.lr_decay_steps=100",
+    "training.optimizer_outer.lr_warmup_steps=1",
+    "training.ilr_warmup_steps=1",
 ]
 PLAIN = ["method=swa", "model.suffix_len=0"]  # compiles in half the time
 
@@ -55,7 +67,12 @@ def slurm():
 def start(folder, *overrides, environment):
     """The command, with what it says in one stream."""
     command = [
-        *(sys.executable, "-m", "ttt.train", "+deploy=submitit", *TINY, *overrides),
+        sys.executable,
+        "-m",
+        "ttt.train",
+        "+deploy=submitit",
+        *TINY,
+        *overrides,
         f"deploy_paths.checkpoint={folder}/checkpoints",
         f"deploy_paths.experiments={folder}/experiments",
     ]

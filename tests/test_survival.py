@@ -36,7 +36,8 @@ from ttt.infra.progress import Spent
 from ttt.infra.record import RunRecord
 from ttt.knobs import Config
 from ttt.model.loop import Evaluator
-from ttt.training import network
+from ttt.training import step as training_step
+from ttt.training import steps
 
 ROOT = Path(__file__).parents[1]
 CACHE = [f"backend.compilation_cache_dir={jax.config.jax_compilation_cache_dir}"]
@@ -114,8 +115,8 @@ def compiled_once():
         return get
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network, "compile_step", shared(network.compile_step, steps))
-        patch.setattr(network, "Evaluator", shared(network.Evaluator, evaluators))
+        patch.setattr(training_step, "compile_step", shared(training_step.compile_step, steps))
+        patch.setattr(train, "Evaluator", shared(train.Evaluator, evaluators))
         yield
 
 
@@ -262,11 +263,21 @@ def test_a_job_submitted_as_it_is_queues_itself_once_more():
 def test_a_submitted_job_asked_to_stop_is_queued_again_and_goes_on_by_itself(tmp_path, store):  # noqa: F811
     folder = tmp_path / "experiments"
     command = [
-        *(sys.executable, "-m", "ttt.train", "--multirun", "hydra/launcher=submitit_local_ttt"),
-        *("+experiment=tiny/pretrain/pretrain-tiny-e2e", *SMALL, "training.total_steps=300"),
-        *(f"deploy_paths.checkpoint={tmp_path}/checkpoints", f"deploy_paths.experiments={folder}"),
-        *(f"+deploy_paths.data.text={store}", "training.dataset_name=text"),
-        *("method=swa", "model.suffix_len=0", *CACHE),
+        sys.executable,
+        "-m",
+        "ttt.train",
+        "--multirun",
+        "hydra/launcher=submitit_local_ttt",
+        "+experiment=tiny/pretrain/pretrain-tiny-e2e",
+        *SMALL,
+        "training.total_steps=300",
+        f"deploy_paths.checkpoint={tmp_path}/checkpoints",
+        f"deploy_paths.experiments={folder}",
+        f"+deploy_paths.data.text={store}",
+        "training.dataset_name=text",
+        "method=swa",
+        "model.suffix_len=0",
+        *CACHE,
     ]
     record = RunRecord(folder / "default" / "pretrain-tiny-e2e")
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
@@ -376,7 +387,11 @@ def test_a_run_goes_on_from_its_newest_good_checkpoint_and_says_so(
 
 @pytest.fixture
 def file_size_limit():
-    """Lets the system refuse to write beyond so many bytes of a file."""
+    """Lets the system refuse to write beyond so many bytes of a file.
+
+    The compile cache would be such a file too, when a busy machine is slow to compile.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -385,6 +400,7 @@ def file_size_limit():
 
     yield limit
     limit(None)
+    jax.config.update("jax_enable_compilation_cache", True)
     signal.signal(signal.SIGXFSZ, handler)
 
 
@@ -413,7 +429,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_compiled(
     path,
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(network, "compile_step", lambda *arguments: pytest.fail("compiled"))
+    monkeypatch.setattr(training_step, "compile_step", lambda *arguments: pytest.fail("compiled"))
     with pytest.raises(UserError, match=rf"cannot write to .*file.*deploy_paths\.{path}"):
         train.run(configure(f"deploy_paths.{path}={tmp_path}/file"))
 
@@ -459,7 +475,7 @@ def test_a_vanished_mount_ends_the_run_and_nothing_is_written_in_its_place(
 
 def poison(monkeypatch, *bad_steps):
     """Make the loss of some steps NaN: their targets are no tokens."""
-    compile_step = network.compile_step
+    compile_step = training_step.compile_step
 
     def compile_and_poison(config, state, batch, layout):
         compiled = compile_step(config, state, batch, layout)
@@ -471,7 +487,7 @@ def poison(monkeypatch, *bad_steps):
 
         return step
 
-    monkeypatch.setattr(network, "compile_step", compile_and_poison)
+    monkeypatch.setattr(training_step, "compile_step", compile_and_poison)
 
 
 def test_bad_numbers_end_the_run_name_the_samples_and_keep_the_last_checkpoint(
@@ -504,13 +520,13 @@ def test_bad_steps_are_left_out_up_to_so_many_in_a_row(configure, monkeypatch): 
     states = []
     with monkeypatch.context() as patch:
         poison(patch, 2, 3, 5, 6, 7)
-        save = train.save
+        save = steps.save
 
-        def note(run, state, batches):
+        def note(run, state, items, batches):
             states.append((int(state.step), np.asarray(jax.tree.leaves(state.model)[0])))
-            save(run, state, batches)
+            save(run, state, items, batches)
 
-        patch.setattr(train, "save", note)
+        patch.setattr(steps, "save", note)
         with pytest.raises(RunError, match=r"step 7: loss nan"):
             train.run(config)
     rows = [row for row in record_of(config).metrics() if "loss" in row]

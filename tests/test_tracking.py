@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ttt.infra.progress import Bar, Progress
 from ttt.infra.record import RunRecord
-from ttt.infra.tracking import CompositeTracker, RecordTracker, WandbTracker
+from ttt.infra.tracking import Tracker
 
 KEY = "0123456789abcdef"
 
@@ -36,26 +36,28 @@ class FakeWandb:
             raise RuntimeError(f"no network for key {KEY}")
 
 
-def wandb_tracker(monkeypatch, folder, fake: FakeWandb) -> WandbTracker:
+def wandb_tracker(monkeypatch, folder, fake: FakeWandb | None) -> Tracker:
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_API_KEY", "another")
-    return WandbTracker(
-        entity="", project="p", name="n", run_id="id1", folder=folder, config={"a": 1}, key=KEY
-    )
+    record = RunRecord(folder)
+    record.start({}, devices=[], data={})
+    tracker = Tracker(record)
+    tracker.mirror(entity="", project="p", name="n", config={"a": 1}, key=KEY)
+    return tracker
 
 
 def test_wandb_gets_what_the_record_gets(tmp_path, monkeypatch):
-    record = RunRecord(tmp_path)
-    record.start({}, devices=[], data={})
     fake = FakeWandb()
-    tracker = CompositeTracker(RecordTracker(record), wandb_tracker(monkeypatch, tmp_path, fake))
+    tracker = wandb_tracker(monkeypatch, tmp_path, fake)
+    record = RunRecord(tmp_path)
     tracker.log(1, {"loss": 2.0})
     tracker.finish("finished")
     assert record.metrics() == [{"step": 1, "loss": 2.0}]
     assert record.run()["status"] == "finished"
     (_, init), *rest = fake.calls
     assert init["entity"] is None
-    assert (init["id"], init["resume"]) == ("id1", "allow")
+    assert (init["id"], init["resume"]) == (record.run()["id"], "allow")
+    assert (init["config"], init["dir"]) == ({"a": 1}, str(tmp_path))
     assert rest == [("log", (1, {"loss": 2.0})), ("finish", 0)]
 
 

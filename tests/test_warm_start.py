@@ -3,9 +3,14 @@
 The parent is full attention; the child slides over a window and has prime MLPs.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import MODEL, TRAINING, full_attention, random_tokens
@@ -17,7 +22,7 @@ from ttt.errors import UserError
 from ttt.knobs import PRIME_INITS
 from ttt.model import loop, published
 from ttt.model.transformer import MetaModel
-from ttt.training import warm_start
+from ttt.training import start, warm_start
 
 CHUNK = MODEL.mini_batch_size
 PLAIN = replace(TRAINING, train_mode="pretrain")
@@ -41,7 +46,7 @@ def warm(parent):
     fresh = MetaModel(replace(MODEL, sliding_window_size=2 * CHUNK), key=jax.random.key(0))
     stored = published.to_published(fresh) | published.to_published(parent)
     child = published.from_published(fresh, stored)
-    return lambda how: warm_start.begin(child, how).model
+    return lambda how: warm_start.begin(jax.tree.map(jnp.copy, child), how).model
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +158,19 @@ def test_a_narrowed_parent_comes_closer_than_its_first_units(parent, batch, pare
     assert by_importance < 0.8 * by_place
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [["model.width_policy=full", "model.intermediate_size=48"], ["model.intermediate_size=32"]],
+    ids=["full", "narrow"],
+)
+def test_under_fsdp_no_array_of_the_state_ever_lies_whole_on_one_device(tmp_path, sizes):
+    script = Path(__file__).with_name("warm_on_four.py")
+    cache = f"backend.compilation_cache_dir={jax.config.jax_compilation_cache_dir}"
+    command = [sys.executable, str(script), str(tmp_path), *sizes, cache]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 # ---- through the command ---------------------------------------------------------------
 
 WARM = ["model.width_policy=full", "training.total_steps=1", "training.load_part=params"]
@@ -226,6 +244,33 @@ def test_without_a_policy_that_fits_another_width_is_refused(configure, fa_paren
 def test_other_heads_are_refused_though_every_shape_fits(configure, fa_parent):  # noqa: F811
     with pytest.raises(UserError, match=r"num_attention_heads=1: .* was trained with 2"):
         train.run(configure(*fa_parent, "training.exp_name=x", "model.num_attention_heads=1"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_key_value_heads", 1), ("head_dim", 4), ("num_attention_heads", 1)]
+)
+def test_heads_are_compared_by_number_groups_and_width(key, value, tmp_path):
+    with pytest.raises(UserError, match=rf"model.{key}={value}: .* was trained with"):
+        start.check_heads(MODEL, replace(MODEL, **{key: value}), tmp_path)
+
+
+def test_a_window_in_some_layers_bounds_what_parent_and_child_see_alike(tmp_path):
+    plain = replace(MODEL, prime=False, suffix_len=0, sliding_window_size=16)
+    full = replace(full_attention(plain), mini_batch_size=32)
+    mixed = replace(plain, layer_types=("sliding_attention", "full_attention"))
+    contexts = {}
+    for name, model in (("full", full), ("mixed", mixed)):
+        parent = SimpleNamespace(config=full, training=TRAINING, learns=False)
+        child = SimpleNamespace(model=model, training=TRAINING)
+        contexts[name] = start.common_context(parent, child)
+        assert start.changes(parent, child) == {}  # within them it is the same function
+    assert contexts == {"full": 32, "mixed": 16}
+
+
+def test_biases_are_part_of_the_function():
+    parent = SimpleNamespace(config=MODEL, training=TRAINING, learns=False)
+    child = SimpleNamespace(model=replace(MODEL, attention_bias=True), training=TRAINING)
+    assert start.changes(parent, child) == {"model.attention_bias": [False, True]}
 
 
 def test_another_window_and_chunk_change_nothing_within_both(configure):  # noqa: F811

@@ -61,12 +61,15 @@ def test_commands_point_at_modules_of_the_wheel(wheel):
         assert function in (wheel / f"{module.replace('.', '/')}.py").read_text()
 
 
-def test_wheel_composes_an_experiment_far_from_the_clone(wheel, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["tiny/pretrain/pretrain-tiny-e2e", "125m/adapt/adapt-125m-e2e-8K-from-fa-5pct"]
+)
+def test_wheel_composes_an_experiment_far_from_the_clone(wheel, tmp_path, name):
     code = (
         "import ttt.config\n"
-        "composed = ttt.config.compose(['+experiment=tiny/pretrain/pretrain-tiny-e2e'])\n"
+        f"composed = ttt.config.compose(['+experiment={name}'])\n"
         "ttt.config.resolve(composed)\n"
-        "import hydra_plugins.submitit_ttt as plugin\n"
+        "import hydra_plugins.experiments_ttt as plugin\n"
         "print(ttt.config.__file__, ttt.config.config_dir(), *plugin.__path__, sep='\\n')\n"
     )
     done = subprocess.run(

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from ttt.bench import numerics, report, timing
-from ttt.bench.timing import Result
+from ttt.bench.timing import Timing
 from ttt.config import compose, resolve, to_dict
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
@@ -41,40 +41,36 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
     record; the last line on stdout is a JSON object of the figures (`report.summary`).
     """
     asked = config.benchmark
-    grid = {context: variants(config, overrides, context) for context in contexts(config)}
+    contexts = asked.contexts or (config.training.seq_length,)
+    grid = [variants(config, overrides, context) for context in contexts]
     distributed.start(config.backend)
     if set(asked.calls) & timing.BATCH_CALLS:
-        for configs in grid.values():
+        for configs in grid:
             check_batches(configs)
-    plans = [fit_memory(configs) for configs in grid.values()]
+    plans = [fit_memory(configs) for configs in grid]
     folder = Path(config.deploy_paths.experiments) / config.training.exp_folder / asked.exp_name
     record = RunRecord(folder)
     devices = [d.device_kind for d in jax.devices()]
     record.start(to_dict(config), devices=devices, data={"benchmark": "random tokens"})
-    results: list[Result] = []
+    timings: list[Timing] = []
     status = "failed"
     try:
         for call in asked.calls:
             for fitted in plans:
                 configs = {name: plan.config for name, plan in fitted.items()}
-                results += measure(config, configs, call)
-                save(record, config, plans, results)
+                timings += measure(config, configs, call)
+                save(record, config, plans, timings)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
         record.finish(status)
-    show(record, config, results)
-    return 1 if any(result.failed for result in results) else None
+    show(record, config, timings)
+    return 1 if any(t.failed for t in timings) else None
 
 
 # ---- what to measure ---------------------------------------------------------------------
-
-
-def contexts(config: Config) -> tuple[int, ...]:
-    """Tokens per sequence, one value after the other."""
-    return config.benchmark.contexts or (config.training.seq_length,)
 
 
 def variants(config: Config, overrides: Sequence[str], context: int) -> dict[str, Config]:
@@ -103,7 +99,7 @@ def fit_memory(configs: Mapping[str, Config]) -> dict[str, MemoryPlan]:
     """The variants with every `auto` chosen for this machine's memory, each as if it were alone.
 
     Nothing is refused: training is what is predicted, a variant may only be read, and one that
-    finds no room becomes a failed result.
+    finds no room becomes a failed timing.
     """
     found = {
         name: choose(config, hardware.find_hardware(config)) for name, config in configs.items()
@@ -118,10 +114,10 @@ def fit_memory(configs: Mapping[str, Config]) -> dict[str, MemoryPlan]:
 # ---- measuring ---------------------------------------------------------------------------
 
 
-def measure(config: Config, configs: Mapping[str, Config], call: str) -> list[Result]:
+def measure(config: Config, configs: Mapping[str, Config], call: str) -> list[Timing]:
     """One call of all variants at one context; those with wrong numbers are refused."""
     asked = config.benchmark
-    refused: dict[str, Result] = {}
+    refused: dict[str, Timing] = {}
     for name, variant in configs.items():
         if reason := numerics.fault(variant):
             logger.info("%s: %s", name, reason)
@@ -131,7 +127,7 @@ def measure(config: Config, configs: Mapping[str, Config], call: str) -> list[Re
         call,
         warmup=asked.warmup,
         repetitions=asked.repetitions,
-        told=logger.info,
+        on_progress=logger.info,
     )
     return [*refused.values(), *timed]
 
@@ -140,7 +136,7 @@ def save(
     record: RunRecord,
     config: Config,
     plans: Sequence[Mapping[str, MemoryPlan]],
-    results: Sequence[Result],
+    timings: Sequence[Timing],
 ) -> None:
     """Write what is known so far."""
     found = {
@@ -151,26 +147,26 @@ def save(
             for name, plan in fitted.items()
             if plan.chosen
         ],
-        "results": [result.to_dict() for result in results],
+        "results": [t.to_dict() for t in timings],
     }
     text = json.dumps(found, indent=2, allow_nan=False) + "\n"
     (record.folder / "benchmark.json").write_text(text, encoding="utf-8")
 
 
-def show(record: RunRecord, config: Config, results: Sequence[Result]) -> None:
+def show(record: RunRecord, config: Config, timings: Sequence[Timing]) -> None:
     """Table and picture into the record, the table and one line of JSON to stdout."""
-    text = report.table(results)
+    text = report.table(timings)
     (record.folder / "benchmark.md").write_text(text, encoding="utf-8")
-    timed = {result.context for result in results if not result.failed}
+    timed = {t.context for t in timings if not t.failed}
     if len(timed) > 1:
         picture = record.folder / "benchmark.png"
         device = jax.devices()[0].device_kind
-        report.draw(results, picture, title=f"{config.model.name}, {jax.device_count()} x {device}")
+        report.draw(timings, picture, title=f"{config.model.name}, {jax.device_count()} x {device}")
         logger.info("picture: %s", picture)
     logger.info("numbers: %s", record.folder / "benchmark.json")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(text)
-    console.print(report.summary(results))
+    console.print(report.summary(timings))
 
 
 main = hydra_entry(run)

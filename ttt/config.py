@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -20,40 +20,24 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ttt import mixers
+from ttt import experiment_rules, mixers
 from ttt.errors import UserError
 from ttt.globs import matches
-from ttt.knobs import Config, Rule
+from ttt.knobs import Config, ModelConfig, Rule
 
 # ---- rules between values ------------------------------------------------------------
 
 
 class Relation(NamedTuple):
-    """A rule on the values of `keys` together; `says` gives the rule and the remedy."""
+    """A rule on the values of `keys` together; `message` gives the rule and the remedy."""
 
     keys: tuple[str, ...]
     holds: Callable[..., bool]
-    says: str
+    message: str
 
 
 _OUTER = "training.optimizer_outer"
-# What runs chunk by chunk and so can be fast; the model tells which of it there is.
-_SUFFIX = "language_model.model.h.suffix_blocks"
-_CAN_BE_FAST = (
-    *(f"{_SUFFIX}.feed_forward_prime.{w}.weight" for w in ("w1", "w2", "w3")),
-    *(f"{_SUFFIX}.feed_forward.{w}.weight" for w in ("w1", "w2", "w3")),
-    *(f"{_SUFFIX}.seq_modeling_block.{w}.weight" for w in ("wq", "wk", "wv", "wo")),
-    *(f"{_SUFFIX}.seq_modeling_block.{norm}.weight" for norm in ("q_norm", "k_norm")),
-    *(f"{_SUFFIX}.{part}{side}norm.weight" for part in ("seq_", "ffn_") for side in ("", "post_")),
-    *(f"{_SUFFIX}.ffn_prime_{side}norm.weight" for side in ("", "post_")),
-    "language_model.model.ln_f.weight",
-    "language_model.lm_head.weight",
-)
-
-
-def _learns(mode: str, spec: tuple[str, ...]) -> bool:
-    return mode != "meta" or any(matches(glob, name) for glob in spec for name in _CAN_BE_FAST)
-
+_LEARNING = [kind for kind in mixers.MIXERS.values() if "meta" in kind.train_modes]
 
 _RELATIONS = (
     Relation(
@@ -117,8 +101,9 @@ _RELATIONS = (
         lambda mode, short, names: (
             not (short or names) or mode in mixers.train_modes(mixers.cycle(short, names))
         ),
-        "test-time training runs on sliding-window attention; set model.seq_modeling_block=SWA "
-        "and model.layer_types=[]",
+        f"test-time training runs on {' or '.join(kind.title for kind in _LEARNING)}; set "
+        f"model.seq_modeling_block={' or '.join(kind.short for kind in _LEARNING)} and "
+        "model.layer_types=[]",
     ),
     Relation(
         ("training.train_mode", "model.suffix_len"),
@@ -129,12 +114,6 @@ _RELATIONS = (
         ("training.train_mode", "model.prime"),
         lambda mode, prime: mode != "meta" or prime,
         "test-time training updates the prime MLPs; set model.prime=true, or train_mode=pretrain",
-    ),
-    Relation(
-        ("training.train_mode", "training.spec_inner"),
-        _learns,
-        "no parameter of the suffix is matched; for the prime MLPs write "
-        "['language_model.**.suffix_blocks.feed_forward_prime.**']",
     ),
     Relation(
         (f"{_OUTER}.lr_warmup_steps", f"{_OUTER}.lr_decay_steps"),
@@ -234,10 +213,40 @@ def resolve(cfg: DictConfig) -> Config:
         present = {key: values[key] for key in relation.keys if key in values}
         if len(present) == len(relation.keys) and not relation.holds(*present.values()):
             shown = ", ".join(_show(key, value) for key, value in present.items())
-            faults.append(f"{shown}: {relation.says}")
+            faults.append(f"{shown}: {relation.message}")
     if faults:
         raise ConfigError(faults)
-    return _build(Config, values)
+    config = _build(Config, values)
+    spec, fast = config.training.spec_inner, _can_be_fast(config.model)
+    if config.training.train_mode == "meta" and not any(
+        matches(glob, name) for glob in spec for name in fast
+    ):
+        raise ConfigError(
+            [
+                f"{_show('training.spec_inner', spec)}: no parameter of the suffix is matched; for "
+                "the prime MLPs write ['language_model.**.suffix_blocks.feed_forward_prime.**']"
+            ]
+        )
+    return config
+
+
+_SUFFIX = "language_model.model.h.suffix_blocks"
+
+
+def _can_be_fast(model: ModelConfig) -> list[str]:
+    """Names of what runs chunk by chunk, in all variants of the blocks around the mixers."""
+    suffix = mixers.layers(model)[model.num_hidden_layers - model.suffix_len :]
+    weights = {f"seq_modeling_block.{name}" for mixer in suffix for name in mixer.weights()}
+    weights |= {
+        f"{mlp}.{w}.weight" for mlp in ("feed_forward", "feed_forward_prime") for w in _MLP_WEIGHTS
+    }
+    weights |= {f"{part}_{side}norm.weight" for part in _NORMED for side in ("", "post_")}
+    head = ("language_model.model.ln_f.weight", "language_model.lm_head.weight")
+    return [*(f"{_SUFFIX}.{name}" for name in sorted(weights)), *head]
+
+
+_MLP_WEIGHTS = ("w1", "w2", "w3")
+_NORMED = ("seq", "ffn", "ffn_prime")
 
 
 def _leaves(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -336,7 +345,10 @@ def _checked(kind: Any, value: Any) -> Any:
         value = (get_origin(base) or base)(value)
     for rule in rules:
         if not rule.holds(value):
-            raise _FaultError(rule.says + _did_you_mean(value, rule.names))
+            parts = value if isinstance(value, tuple) else (value,)
+            wrong = [part for part in parts if part not in rule.names]
+            hints = dict.fromkeys(_did_you_mean(part, rule.names) for part in wrong)
+            raise _FaultError(rule.says + "".join(hints))
     return value
 
 
@@ -497,52 +509,97 @@ def config_dir() -> Path:
 
 def experiments() -> tuple[str, ...]:
     """Names for `+experiment=NAME`, sorted."""
-    return _choices("experiment")
+    return choices("experiment")
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """What `train OVERRIDES...` starts from. Raises UserError where Hydra refuses."""
+    try:
+        return _compose(overrides)
+    except HydraException as error:
+        raise explain(error, overrides) from error
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
     # A command that Hydra runs has its search path already, and a second start is refused.
     running = GlobalHydra.instance().is_initialized()
     start = hydra.initialize_config_dir
     with nullcontext() if running else start(str(config_dir()), version_base="1.3"):
-        try:
-            return hydra.compose("config", list(overrides))
-        except HydraException as error:
-            raise explain(error) from error
+        return hydra.compose("config", list(overrides))
 
 
-def explain(error: HydraException) -> UserError:
-    """Hydra's complaint about a command line, with the closest names there are."""
+def explain(error: HydraException, overrides: Sequence[str] = ()) -> UserError:
+    """Hydra's complaint about a command line, with the closest names there are.
+
+    overrides: those of the command line. Hydra stops at the first setting that does not exist; with
+    them all of these are named, and whatever else is wrong.
+    """
+    unknown = dict.fromkeys(_unknown_settings(error, overrides))
+    if unknown:
+        rest = [text for text in overrides if _key(text) not in unknown]
+        faults = [
+            f"{key}: no such setting; correct its name" + _did_you_mean(key, _LEAVES)
+            for key in unknown
+        ]
+        with suppress(HydraException, UserError):
+            try:
+                resolve(_compose(rest))
+            except ConfigError as more:
+                faults += more.faults
+        return ConfigError(faults)
     message = str(error)
-    if isinstance(error, MissingConfigException) and "/" in (asked := error.missing_cfg_file or ""):
-        group, name = asked.split("/", 1)
-        options = _choices(group)
+    if isinstance(error, MissingConfigException) and "/" in (file := error.missing_cfg_file or ""):
+        group, name = file.split("/", 1)
+        options = choices(group)
         close = difflib.get_close_matches(name, options, n=3, cutoff=0.5) or options
         return UserError(
             f"{group}={name}: no such choice; take one that exists, such as {', '.join(close)}"
         )
-    if found := re.match(
+    if match := re.match(
         r"Multiple values for ([\w/]+)\.|([\w/]+) appears more than once", message
     ):
-        group = found[1] or found[2]
-        return UserError(f"{group} is chosen already; write {group}=NAME, without a +")
-    if found := re.match(r"Could not override '([\w.]+)'\.\s+To append", message):
         return UserError(
-            f"{found[1]}: no such setting; correct its name" + _did_you_mean(found[1], _LEAVES)
+            f"{match[1] or match[2]} is chosen already; write {match[1] or match[2]}=NAME, "
+            "without a +"
         )
     return UserError(f"{message}\n{error.__cause__}" if error.__cause__ else message)
 
 
-def _choices(group: str) -> tuple[str, ...]:
-    """Names of a config group's files, sorted."""
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=")[0]
+
+
+def _unknown_settings(error: HydraException, overrides: Sequence[str]) -> Iterator[str]:
+    """Every key that Hydra cannot override: that of `error`, and what it meets without it."""
+    while match := re.match(r"Could not override '([\w.]+)'\.\s+To append", str(error)):
+        yield match[1]
+        rest = [text for text in overrides if _key(text) != match[1]]
+        if len(rest) == len(overrides):
+            return
+        overrides = rest
+        try:
+            _compose(overrides)
+            return
+        except HydraException as following:
+            error = following
+
+
+def choices(group: str) -> tuple[str, ...]:
+    """Names of a config group, sorted: its files, and experiments that rules make."""
+    made = experiment_rules.names(config_dir()) if group == "experiment" else ()
+    return tuple(sorted({*_files(group), *made}))
+
+
+def _files(group: str) -> list[str]:
     folder = config_dir() / group
     files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
-    return tuple(sorted(path.with_suffix("").as_posix() for path in files))
+    return sorted(path.with_suffix("").as_posix() for path in files)
 
 
 def _experiment_list() -> str:
-    return "\n".join(f"  {name}" for name in experiments())
+    """The files by name, then all that rules make, with what a name can hold in braces."""
+    made = experiment_rules.short_list(config_dir())
+    return "\n".join(f"  {name}" for name in [*_files("experiment"), *made])
 
 
 # ---- rules that the files in configs/ follow -----------------------------------------
@@ -594,4 +651,4 @@ OmegaConf.register_new_resolver("ttt.floordiv", lambda number, by: number // by,
 OmegaConf.register_new_resolver("ttt.times", lambda number, by: number * by, replace=True)
 OmegaConf.register_new_resolver("ttt.cache_dir", _cache_dir, replace=True)
 OmegaConf.register_new_resolver("ttt.experiments", _experiment_list, replace=True)
-OmegaConf.register_new_resolver("ttt.choices", lambda g: ", ".join(_choices(g)), replace=True)
+OmegaConf.register_new_resolver("ttt.choices", lambda g: ", ".join(choices(g)), replace=True)

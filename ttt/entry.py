@@ -1,12 +1,16 @@
 """The command line around an entry point: Hydra, exit codes, errors in a user's words. No JAX."""
 
 import functools
+import importlib.util
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -22,6 +26,32 @@ from ttt.knobs import Config
 ASKED_TO_STOP = 75
 """Exit code of a run that stopped when asked, and can go on: sysexits' "try again later"."""
 
+UNUSED_GPU = (
+    "this machine has an NVIDIA GPU, but JAX computes on the CPU: start with `uv run --exact "
+    "--extra cuda13 …` (or cuda12; --exact without the extra removes JAX's CUDA plugin), or set "
+    "backend.platform=cpu if the CPU is meant"
+)
+"""The warning where `gpu_is_visible` and JAX does not use it."""
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+def gpu_is_visible() -> bool:
+    """Whether this process may use an NVIDIA GPU, whatever JAX finds."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
+    if _DRIVER.is_dir():
+        return any(_DRIVER.iterdir())
+    if shutil.which("nvidia-smi") is None:  # the driver of WSL and some containers has no /proc
+        return False
+    done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return "GPU " in done.stdout
+
+
+def cuda_extra() -> str | None:
+    """The extra of this environment that brings JAX's CUDA plugin; None: it has none."""
+    extras = ("cuda13", "cuda12")
+    return next((e for e in extras if importlib.util.find_spec(f"jax_{e}_plugin")), None)
+
 
 @contextmanager
 def exit_codes() -> Generator[None]:
@@ -36,7 +66,8 @@ def exit_codes() -> Generator[None]:
     except UserError as error:
         _leave(2, f"error: {error}")
     except HydraException as error:
-        _leave(2, f"error: {explain(error)}")
+        overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+        _leave(2, f"error: {explain(error, overrides)}")
     except KeyboardInterrupt as interrupt:
         _leave(130, str(interrupt) or "interrupted")
     except Exception:

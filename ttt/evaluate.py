@@ -5,9 +5,10 @@ fails leaves a row that says so; the others are still made and kept, and the com
 """
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -17,11 +18,13 @@ from ttt.config import to_dict
 from ttt.dataloader import token_store
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
-from ttt.evaluation import held_out, result, suite
-from ttt.evaluation.machine import Machine
+from ttt.evaluation import resources, result, suite
+from ttt.evaluation.long_decoding import LongDecoding
+from ttt.evaluation.loss_by_context import LossByContext
+from ttt.evaluation.needles import Needles
+from ttt.evaluation.resources import LoadedModels
 from ttt.evaluation.result import Row
-from ttt.evaluation.suite import AbstractSuite, Job, Told
-from ttt.evaluation.suites import SUITES
+from ttt.evaluation.suite import AbstractSuite, Job, OnProgress
 from ttt.infra import distributed
 from ttt.infra.mesh import device_mesh
 from ttt.infra.progress import Progress
@@ -32,6 +35,11 @@ from ttt.model.trained import TrainedModel
 
 logger = logging.getLogger(__name__)
 
+SUITES: dict[str, type[AbstractSuite]] = {
+    suite.name: suite for suite in (LossByContext, Needles, LongDecoding)
+}
+"""Name -> suite: a new one is entered here, and in `ttt.knobs.SUITES`."""
+
 
 def run(config: Config) -> int | None:
     """Measure what `config.evaluation` asks for; 1 if a measurement failed.
@@ -39,32 +47,35 @@ def run(config: Config) -> int | None:
     Leaves `<suite>.csv`, `<suite>.json` and pictures in a record of its own: under the run's
     `eval/`, or, of several runs, in the folder `evaluation-<name>`.
     """
-    asked = config.evaluation
     if config.backend.distributed:
         raise UserError(
             "backend.distributed=true: evaluation runs in one process, on all its devices; set it "
             "to false"
         )
     distributed.start(config.backend)
-    subjects = trained.load(config)
-    for subject in subjects:
-        logger.info("%s", _told(subject))
-    machine = Machine(device_mesh())
-    suites = [SUITES[name](config, subjects, machine) for name in asked.suites]
-    record = RunRecord(folder_of(config, subjects))
+    runs = trained.load(config)
+    about = [trained.describe(run) for run in runs]
+    for run, known in zip(runs, about, strict=True):
+        logger.info("%s", _sentence(run, known))
+    models = LoadedModels(device_mesh())
+    suites = [SUITES[name](config, runs, models) for name in config.evaluation.suites]
+    record = RunRecord(folder_of(config, runs))
     devices = [device.device_kind for device in jax.devices()]
     record.start(to_dict(config), devices=devices, data=fingerprints(config))
-    record.restored({"runs": [trained.describe(subject) for subject in subjects]})
+    record.restored({"runs": about})
+
+    def save(which: AbstractSuite, rows: Sequence[Row]) -> None:
+        result.save(record.folder, which.name, rows, {**which.notes(), "runs": about})
+        for name, text in which.files().items():
+            result.write_whole(record.folder / name, text)
+
     status = "failed"
     try:
-        rows = suite.measure(
-            suites,
-            subjects,
-            progress=_progress,
-            saved=lambda which, rows: save(record, which, rows, subjects),
-        )
-        failed = [row for found in rows.values() for row in found if row.failed]
-        show(record, suites, rows, subjects)
+        rows = suite.measure(suites, runs, progress=_progress, saved=save)
+        failed = [row for own in rows.values() for row in own if row.failed]
+        title = ", ".join(f"{run.name} (step {run.step})" for run in runs)
+        for which in suites:
+            show(which, rows[which.name], record.folder, title)
         status = "failed" if failed else "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -77,64 +88,45 @@ def run(config: Config) -> int | None:
     return 1 if failed else None
 
 
-def folder_of(config: Config, subjects: Sequence[TrainedModel]) -> Path:
+def folder_of(config: Config, runs: Sequence[TrainedModel]) -> Path:
     """Where the results go, beside the training's own record and never over it."""
-    asked = config.evaluation
+    name = config.evaluation.name
     root = Path(config.deploy_paths.experiments) / config.training.exp_folder
-    if len(subjects) == 1:
-        return root / subjects[0].name / "eval" / f"{asked.name}-{subjects[0].step}"
-    return root / f"evaluation-{asked.name}" / "eval"
+    if len(runs) == 1:
+        return root / runs[0].name / "eval" / f"{name}-{runs[0].step}"
+    return root / f"evaluation-{name}" / "eval"
 
 
 def fingerprints(config: Config) -> dict[str, str]:
     """What tells the held-out text from other text."""
-    if config.training.dummy_dataset:
-        return {config.evaluation.split: "random tokens"}
     split = config.evaluation.split
-    return {split: token_store.fingerprint(held_out.root_of(config), split)}
+    if config.training.dummy_dataset:
+        return {split: "random tokens"}
+    return {split: token_store.fingerprint(resources.store_folder(config), split)}
 
 
-def save(
-    record: RunRecord, which: AbstractSuite, rows: Sequence[Row], subjects: Sequence[TrainedModel]
-) -> None:
-    """Keep what is known so far."""
-    notes = {**which.notes(), "runs": [trained.describe(subject) for subject in subjects]}
-    result.save(record.folder, which.name, rows, notes)
-    for name, text in which.files().items():
-        result.write_whole(record.folder / name, text)
+def show(which: AbstractSuite, rows: Sequence[Row], folder: Path, title: str) -> None:
+    """Its table to stdout, its pictures into the record."""
+    table = result.frame(rows, which.keys)
+    Console().print(which.table(table))
+    for picture in which.draw(table[table.value.notna()], folder, title):
+        logger.info("picture: %s", picture)
+    logger.info("numbers: %s", folder / f"{which.name}.csv")
 
 
-def show(
-    record: RunRecord,
-    suites: Sequence[AbstractSuite],
-    rows: dict[str, list[Row]],
-    subjects: Sequence[TrainedModel],
-) -> None:
-    """Tables to stdout, pictures into the record."""
-    console = Console()
-    title = ", ".join(f"{subject.name} (step {subject.step})" for subject in subjects)
-    for which in suites:
-        found = rows[which.name]
-        console.print(which.table(found))
-        for picture in which.draw(found, record.folder, title):
-            logger.info("picture: %s", picture)
-        logger.info("numbers: %s", record.folder / f"{which.name}.csv")
-
-
-def _told(subject: TrainedModel) -> str:
-    parts = trained.describe(subject)
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[str(parts["compute_dtype"])]
+def _sentence(run: TrainedModel, known: Mapping[str, Any]) -> str:
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[str(known["compute_dtype"])]
     return (
-        f"{subject.name}: step {subject.step}, {mixers.LABELS[subject.method]}, "
-        f"{parts['parameters'] / 1e6:.2f}M parameters, trained at {parts['seq_length']} tokens; "
+        f"{run.name}: step {run.step}, {mixers.LABELS[run.method]}, "
+        f"{known['parameters'] / 1e6:.2f}M parameters, trained at {known['seq_length']} tokens; "
         f"matrix products in {dtype}, losses and means in float32"
     )
 
 
 @contextmanager
-def _progress(which: AbstractSuite, subject: TrainedModel, job: Job) -> Generator[Told]:
+def _progress(which: AbstractSuite, run: TrainedModel, job: Job) -> Generator[OnProgress]:
     """A line of progress for each job."""
-    with Progress(job.steps, f"{which.name} {subject.name} {job}") as progress:
+    with Progress(job.steps, f"{which.name} {run.name} {job}") as progress:
         yield progress.update
 
 

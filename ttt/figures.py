@@ -1,13 +1,77 @@
-"""What the pictures of all suites share: colours, the way axes look, saving."""
+"""What all pictures and tables share: palette, numbers for readers, how axes look, saving."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# A CVD-safe palette (Okabe and Ito), taken by runs in their order, and marks for print.
+# A CVD-safe palette (Okabe and Ito), taken by runs in their order, and marks for print. One mark
+# more than colours, so that a colour that comes again has another mark.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = "os^Dv<>"
+MARKS = "os^Dv<>P"
+PATH_COLOURS = {
+    "B1": "#000000",
+    "B2": "#E69F00",
+    "P1": "#0072B2",
+    "P2": "#D55E00",
+    "P3": "#009E73",
+    "S1": "#CC79A7",
+}
+"""Of the same palette; the paths of a sweep share the colour of the one that they vary."""
+_DASHES = ("-", "--", ":", "-.")
+NONE = "–"
+"""A number that is not known, in a table."""
+
+
+# ---- numbers -----------------------------------------------------------------------------
+
+
+def short(tokens: int) -> str:
+    """A length in tokens: 8192 -> 8K, 1000 -> 1000."""
+    return f"{tokens // 1024}K" if tokens and tokens % 1024 == 0 else str(tokens)
+
+
+def whole(value: float | None) -> str:
+    """With thousands set apart: 12,345."""
+    return NONE if is_unknown(value) else f"{value:,.0f}"
+
+
+def count(value: float | None) -> str:
+    """Three digits of a large number: 1234567 -> 1.23M."""
+    if value is None or is_unknown(value):
+        return NONE
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def nats(value: float | None) -> str:
+    """A loss, with four digits behind the point."""
+    return NONE if is_unknown(value) else f"{value:.4f}"
+
+
+def duration(hours: float | None) -> str:
+    """Three digits in the unit that suits: `41 s`, `3.2 min`, `12.5 h`."""
+    if hours is None or is_unknown(hours):
+        return NONE
+    units = ((1, "h"), (60, "min"), (3600, "s"))
+    size, unit = next(x for x in units if hours * x[0] >= 1 or x is units[-1])
+    value = hours * size
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def gigabytes(size: float) -> str:
+    """Three digits of a number of bytes, in GB."""
+    return f"{size / 1e9:.3g} GB" if size < 999.5e9 else f"{size / 1e9:,.0f} GB"
+
+
+def is_unknown(value: float | None) -> bool:
+    """Whether a number is None or NaN."""
+    return value is None or value != value
+
+
+# ---- pictures ----------------------------------------------------------------------------
 
 
 def pyplot() -> ModuleType:
@@ -33,9 +97,43 @@ def style(index: int, *, learns: bool = True) -> dict[str, Any]:
     }
 
 
-def tidy(axes: Any) -> None:
+def path_colour(path: str) -> str:
+    """Of a path of the ladder; its variants, such as P1-5pct, share it."""
+    return PATH_COLOURS.get(path.split("-")[0], "#56B4E9")
+
+
+def path_styles(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour by path, dashes by variant."""
+    looks: dict[str, dict[str, Any]] = {}
+    for path in dict.fromkeys(paths):
+        colour = path_colour(path)
+        variants = sum(look["color"] == colour for look in looks.values())
+        looks[path] = {"color": colour, "ls": _DASHES[variants % len(_DASHES)]}
+    return looks
+
+
+def panels(widths: Sequence[float], height: float = 4.2, **options: Any) -> tuple[Any, Any]:
+    """A figure with a row of panels of these widths in inches, and its axes [panels]."""
+    figure, axes = pyplot().subplots(
+        1,
+        len(widths),
+        figsize=(sum(widths) + 1, height),
+        width_ratios=widths,
+        squeeze=False,
+        layout="constrained",
+        **options,
+    )
+    return figure, axes[0]
+
+
+def subtitle(axes: Any, text: str) -> None:
+    """What a panel shows, in small grey letters above it."""
+    axes.set_title(text, fontsize=8, loc="left", color="0.35")
+
+
+def tidy(axes: Any, grid: str = "y") -> None:
     """A quiet frame and grid."""
-    axes.grid(axis="y", color="0.92")
+    axes.grid(axis=grid, color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -68,11 +166,6 @@ def legend_below(figure: Any, axes: Any) -> None:
     )
 
 
-def short(tokens: int) -> str:
-    """8192 -> 8K."""
-    return f"{tokens // 1024}K" if tokens and tokens % 1024 == 0 else str(tokens)
-
-
 def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], size: float = 8) -> None:
     """Names beside the right edge, each at its curve's end (y, name, colour), pushed apart.
 
@@ -90,10 +183,49 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], size: float = 
                 at[i], at[i + 1] = at[i] - lack / 2, at[i + 1] + lack / 2
     for y, (_, text, colour) in zip(at, wanted, strict=True):
         axes.annotate(
-            *(text, (1.0, y)),
-            **{"xycoords": "axes fraction", "xytext": (5, 0), "textcoords": "offset points"},
-            **{"color": colour, "fontsize": size, "va": "center", "annotation_clip": False},
+            text,
+            (1.0, y),
+            xycoords="axes fraction",
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=colour,
+            fontsize=size,
+            va="center",
+            annotation_clip=False,
         )
+
+
+def leave_room(figure: Any, texts: Sequence[str], size: float = 8) -> None:
+    """Keep a margin on the right for the names of `label_ends`, and lay the figure out."""
+    inches = (0.6 * size * max(map(len, texts)) + 6) / 72
+    figure.get_layout_engine().set(rect=(0, 0, 1 - inches / figure.get_figwidth(), 1))
+    figure.canvas.draw()
+
+
+def name_points(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """A name beside each point (x, y, name, colour), clear of other names and points if it can be.
+
+    Call it when the axis' limits are final and the figure was drawn.
+    """
+    scale = axes.figure.dpi / 72
+    pixels = [axes.transData.transform(point[:2]) for point in points]
+    taken = [(x, y, 5 * scale, 5 * scale) for x, y in pixels]  # centres and half sizes
+    for (px, py), (x, y, text, colour) in zip(pixels, points, strict=True):
+        half, aside = (3.2 * len(text) * scale, 6 * scale), 14 + 1.4 * len(text)
+        offsets = [(side * aside, 9 * up) for up in (1, -1, 2, -2, 3, -3) for side in (1, -1)]
+
+        def is_free(offset: tuple[float, float], px=px, py=py, half=half) -> bool:
+            return not any(
+                abs(px + offset[0] * scale - ox) < half[0] + ow
+                and abs(py + offset[1] * scale - oy) < half[1] + oh
+                for ox, oy, ow, oh in taken
+            )
+
+        best = next(filter(is_free, offsets), offsets[0])
+        taken.append((px + best[0] * scale, py + best[1] * scale, *half))
+        look: dict[str, Any] = {"color": colour, "fontsize": 9, "fontweight": "bold"}
+        align: dict[str, Any] = {"ha": "center", "va": "center"}
+        axes.annotate(text, (x, y), xytext=best, textcoords="offset points", **align, **look)
 
 
 def finish(figure: Any, path: Path, title: str, suffixes: Sequence[str] = (".png",)) -> list[Path]:

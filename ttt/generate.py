@@ -32,8 +32,8 @@ from ttt.model.transformer import MetaModel
 _READING = ("model.", "training.optimizer_inner.", "training.spec_inner", "training.train_mode")
 
 
-class Request(NamedTuple):
-    """What is asked for, checked as far as it can be without the weights."""
+class Inputs(NamedTuple):
+    """What the command works with, checked as far as it can be without the weights."""
 
     tokenizer: AbstractTokenizer
     step_folder: Path
@@ -43,41 +43,48 @@ class Request(NamedTuple):
 
 def run(config: Config) -> None:
     """Read the prompt, or load a state, or both; write; say what was learned and what it took."""
+    asked, training = config.generate, config.training
     distributed.start(config.backend)
-    request = prepare(config)
+    inputs = prepare(config)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    model, _ = load_model(config.model, request.step_folder)
-    console.print(f"checkpoint: {request.step_folder}")
-    for key, (was, now) in changed(config, request.step_folder).items():
+    model, _ = load_model(config.model, inputs.step_folder)
+    console.print(f"checkpoint: {inputs.step_folder}")
+    for key, (was, now) in changed(config, inputs.step_folder).items():
         console.print(f"note: {key} was {was} in training and is {now} here")
-    engine = Engine(
-        model,
-        config.training,
-        context=config.generate.context or config.training.seq_length,
-        learn=config.generate.learn,
-    )
-    state, about = first_state(config, engine, console)
-    engine.check(state, [request.prompt], config.generate.max_new_tokens)
+    context = asked.context or training.seq_length
+    engine = Engine(model, training, context=context, learn=asked.learn)
+    state, read_seconds = first_state(config, engine, console)
+    engine.check(state, [inputs.prompt], asked.max_new_tokens)
     began = time.perf_counter()
     console.print("compiling …")
-    engine.compile(1, request.sampling if config.generate.max_new_tokens else None)
+    engine.compile(1, inputs.sampling if asked.max_new_tokens else None)
     console.print(f"compiled in {time.perf_counter() - began:.1f} s")
-    read_seconds = about.get("read_seconds", 0.0)
-    if len(request.prompt):
+    if len(inputs.prompt):
         fresh = not int(state.seen[0])
-        state, seconds, nll = read(engine, state, request.prompt)
+        state, seconds, nll = read(engine, state, inputs.prompt)
         read_seconds += seconds
-        show_read(config, model, engine, state, request.prompt, nll, seconds, fresh, console)
-    if config.generate.max_new_tokens:
-        state = write(config, engine, state, request, console)
-    if config.generate.save_state:
+        steps, tokens = int(engine.steps(state)[0]), len(inputs.prompt)
+        console.print(
+            f"read {tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s, "
+            f"{steps} test-time steps taken so far"
+        )
+        losses = {"as read" + (", learning chunk by chunk" if engine.learns else ""): nll}
+        if engine.learns and fresh and steps and asked.compare:
+            losses |= compare(config, model, engine, state, inputs.prompt)
+        if len(nll):
+            console.print("loss on the prompt (nats per token)")
+            for label, values in losses.items():
+                console.print(f"  {np.mean(values, dtype=np.float64):.4f}  {label}")
+    if asked.max_new_tokens:
+        state = write(config, engine, state, inputs, console)
+    if asked.save_state:
         save(config, engine, state, read_seconds, console)
 
 
 # ---- before anything is compiled -------------------------------------------------------------
 
 
-def prepare(config: Config) -> Request:
+def prepare(config: Config) -> Inputs:
     """Find everything that is named. Raises UserError for what is not there or does not fit."""
     asked = config.generate
     tokenizer = find_tokenizer(config)
@@ -98,7 +105,7 @@ def prepare(config: Config) -> Request:
     ).check()
     step_folder = find_checkpoint(config)
     checkpoint.check_mode(step_folder, "jax")
-    return Request(tokenizer, step_folder, ids, sampling)
+    return Inputs(tokenizer, step_folder, ids, sampling)
 
 
 def find_checkpoint(config: Config) -> Path:
@@ -166,31 +173,30 @@ def encoded(tokenizer: AbstractTokenizer, prompt: bytes) -> Int[np.ndarray, " T"
 def changed(config: Config, step_folder: Path) -> dict[str, tuple]:
     """Settings of reading that differ from the checkpoint's: key -> (there, here)."""
     try:
-        there = checkpoint.read_json(step_folder, "manifest")["config"]
+        stored = checkpoint.read_json(step_folder, "manifest")["config"]
     except (UserError, KeyError, OSError):  # a published checkpoint has no manifest
         return {}
-    found = differences(there, to_dict(config))
-    return {key: pair for key, pair in found.items() if key.startswith(_READING)}
+    pairs = differences(stored, to_dict(config))
+    return {key: pair for key, pair in pairs.items() if key.startswith(_READING)}
 
 
-def first_state(config: Config, engine: Engine, console: Console) -> tuple[State, dict]:
-    """The state to start from, and what was noted when it was saved."""
+def first_state(config: Config, engine: Engine, console: Console) -> tuple[State, float]:
+    """The state to start from, and the seconds that reading it took."""
     path = config.generate.load_state
     if not path:
-        return engine.start(1), {}
+        return engine.start(1), 0.0
     began = time.perf_counter()
-    about = read_about(path, engine.fingerprint)
+    read_seconds = read_about(path, engine.fingerprint).get("read_seconds", 0.0)
     state = engine.load(path)
     if len(state.open) != 1:
         raise UserError(f"{path} holds {len(state.open)} sequences, and generate writes one")
     seconds = time.perf_counter() - began
-    saved = about.get("read_seconds", 0.0) - seconds
     console.print(
         f"state: {int(state.seen[0]):,} tokens read before, {size_in_bytes(state) / 1e6:.1f} MB, "
-        f"loaded in {seconds:.2f} s; reading them took {about.get('read_seconds', 0.0):.2f} s, so "
-        f"{saved:.2f} s are saved"
+        f"loaded in {seconds:.2f} s; reading them took {read_seconds:.2f} s, so "
+        f"{read_seconds - seconds:.2f} s are saved"
     )
-    return state, about
+    return state, read_seconds
 
 
 # ---- the work --------------------------------------------------------------------------------
@@ -203,52 +209,33 @@ def read(
     began = time.perf_counter()
     with Progress(len(prompt), what, console=Console(stderr=True)) as progress:
         state, nll = engine.read(
-            state, [prompt], told=lambda tokens: progress.update(min(tokens, len(prompt)))
+            state, [prompt], on_progress=lambda tokens: progress.update(min(tokens, len(prompt)))
         )
     return state, time.perf_counter() - began, nll[0]
 
 
-def show_read(
-    config: Config,
-    model: MetaModel,
-    engine: Engine,
-    state: State,
-    prompt: Int[np.ndarray, " T"],
-    nll: np.ndarray,
-    seconds: float,
-    fresh: bool,
-    console: Console,
-) -> None:
-    """What reading took and what was learned."""
-    steps = int(engine.steps(state)[0])
-    console.print(
-        f"read {len(prompt):,} tokens in {seconds:.2f} s: {len(prompt) / seconds:,.0f} tokens/s, "
-        f"{steps} test-time steps taken so far"
-    )
-    if not len(nll):
-        return
-    lines = {"as read" + (", learning chunk by chunk" if engine.learns else ""): nll}
-    if engine.learns and fresh and steps and config.generate.compare:
-        for label, weights in (
-            ("without learning", model),
-            ("read again by the learned weights, which stand still", engine.learned(state)),
-        ):
-            still = Engine(weights, config.training, context=engine.context, learn=False)
-            _, _, lines[label] = read(still, still.start(1), prompt, "compare")
-    console.print("loss on the prompt (nats per token)")
-    for label, values in lines.items():
-        console.print(f"  {np.mean(values, dtype=np.float64):.4f}  {label}")
+def compare(
+    config: Config, model: MetaModel, engine: Engine, state: State, prompt: Int[np.ndarray, " T"]
+) -> dict[str, np.ndarray]:
+    """−log p of the prompt by weights that stand still: those at its start, and at its end."""
+    weights = {
+        "without learning": model,
+        "read again by the learned weights, which stand still": engine.learned(state),
+    }
+    losses = {}
+    for label, fixed in weights.items():
+        still = Engine(fixed, config.training, context=engine.context, learn=False)
+        _, _, losses[label] = read(still, still.start(1), prompt, "compare")
+    return losses
 
 
-def write(
-    config: Config, engine: Engine, state: State, request: Request, console: Console
-) -> State:
+def write(config: Config, engine: Engine, state: State, inputs: Inputs, console: Console) -> State:
     """Write, each token shown when it is there."""
     asked = config.generate
-    shown = Stream(request.tokenizer, sys.stdout.write)
+    stream = Stream(inputs.tokenizer, sys.stdout.write)
 
-    def told(new: list[np.ndarray]) -> None:
-        shown.add(new[0])
+    def show(new: list[np.ndarray]) -> None:
+        stream.add(new[0])
         sys.stdout.flush()
 
     steps = int(engine.steps(state)[0])
@@ -256,13 +243,13 @@ def write(
     state, written = engine.write(
         state,
         asked.max_new_tokens,
-        request.sampling,
+        inputs.sampling,
         seed=asked.seed,
         stop=asked.stop,
-        told=told,
+        on_progress=show,
     )
     seconds = time.perf_counter() - began
-    shown.end()
+    stream.end()
     sys.stdout.flush()
     count = len(written.tokens[0])
     console.print(
@@ -302,20 +289,14 @@ def save(
     config: Config, engine: Engine, state: State, read_seconds: float, console: Console
 ) -> None:
     """Save the state with what its next reader wants to know."""
-    path = config.generate.save_state
+    path, tokens = config.generate.save_state, int(state.seen[0])
     began = time.perf_counter()
-    size = engine.save(
-        path,
-        state,
-        {
-            "exp_name": config.training.exp_name,
-            "tokens": int(state.seen[0]),
-            "read_seconds": read_seconds,
-        },
-    )
+    name = config.training.exp_name
+    about = {"exp_name": name, "tokens": tokens, "read_seconds": read_seconds}
+    size = engine.save(path, state, about)
     console.print(
         f"state saved: {Path(path).expanduser().absolute()}, {size / 1e6:.1f} MB for "
-        f"{int(state.seen[0]):,} tokens, in {time.perf_counter() - began:.2f} s"
+        f"{tokens:,} tokens, in {time.perf_counter() - began:.2f} s"
     )
 
 

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-_Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
-
 
 class Interval(NamedTuple):
     """An estimate and the bounds of its 95 % interval."""
@@ -29,6 +27,8 @@ def bootstrap(
     Sequences are drawn anew with replacement, whole ones, because tokens of one sequence are not
     independent. Where nothing is counted all three are NaN; with one sequence the bounds meet.
     """
+    # `scipy.stats.bootstrap` draws in another order, which would change recorded intervals, and
+    # keeps every resampled sequence, [resamples, N, …], where counts of draws are enough.
     n = len(sums)
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
@@ -43,10 +43,10 @@ def bootstrap(
 
 def share(hits: int, n: int) -> tuple[float, float, float]:
     """Share of `hits` in n >= 1 trials and its Wilson interval, which holds for few trials too."""
-    p = hits / n
-    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return p, max(0.0, centre - half), min(1.0, centre + half)
+    from scipy.stats import binomtest  # most of what imports this module needs no scipy
+
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return hits / n, float(low), float(high)
 
 
 def student(samples: Float[np.ndarray, "N ..."]) -> Interval:
@@ -58,7 +58,7 @@ def student(samples: Float[np.ndarray, "N ..."]) -> Interval:
     value = np.mean(samples, axis=0)
     if n == 1:
         return Interval(value, value * np.nan, value * np.nan)
-    from scipy.special import stdtrit  # half a second that the other intervals do without
+    from scipy.special import stdtrit  # `scipy.stats.t.interval` is NaN where all samples agree
 
     half = stdtrit(n - 1, 0.975) * np.std(samples, axis=0, ddof=1) / math.sqrt(n)
     return Interval(value, value - half, value + half)

@@ -54,6 +54,7 @@ def _some_of(names: Sequence[str]) -> Rule:
     return Rule(
         lambda v: bool(v) and set(v) <= set(names) and len(set(v)) == len(v),
         f"must be some of {', '.join(names)}, each once; choose from them",
+        names,
     )
 
 
@@ -106,6 +107,7 @@ LayerTypes = Annotated[
     Rule(
         lambda names: set(names) <= MIXERS.keys(),
         f"must name mixers, one for each layer of a cycle; there are {', '.join(MIXERS)}",
+        tuple(MIXERS),
     ),
 ]
 FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
@@ -262,7 +264,7 @@ class TrainingConfig:
     eval_every_steps: Natural
     """0: only at the end."""
     eval_batches: Natural
-    """Batches of the evaluation split to score; 0: all of it."""
+    """Batches of the evaluation split to score, the first; 0: all of it."""
     eval_start_batches: Count
     """Batches of the evaluation split to score before the first step, by the parent too."""
     count_model_tokens: Natural

@@ -1,4 +1,4 @@
-"""Slurm and background jobs that are checked before they are queued and told of until they end."""
+"""Slurm and background jobs that are checked before they are queued and reported until they end."""
 
 import atexit
 import logging
@@ -27,8 +27,15 @@ _ASK_SECONDS = 15.0
 _LATE_SECONDS = 30.0
 """How long a job may be over before its result is given up: files travel slowly between hosts."""
 _OVER = (
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
-    *("TIMEOUT", "gone"),
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "TIMEOUT",
+    "gone",
 )
 _RANK_0_SECONDS = 5.0
 _LOG_LINES = 20
@@ -218,36 +225,36 @@ def _tail(task: Any) -> str:
 
 def _wait(jobs: list[Any]) -> dict[str, str]:
     """Until every job has left its results, or is over without; their last states by id."""
-    told: dict[str, str] = {}
+    reported: dict[str, str] = {}
     over_since: dict[str, float] = {}
-    asked = -math.inf
+    asked_at = -math.inf
     while jobs := [job for job in jobs if not _ended(job, over_since)]:
-        if time.monotonic() - asked >= _ASK_SECONDS:
-            asked = time.monotonic()
+        if time.monotonic() - asked_at >= _ASK_SECONDS:
+            asked_at = time.monotonic()
             states = _states()
             for number in [job.job_id for job in jobs]:
                 # Slurm forgets a job minutes after its end; a new one it knows at once.
-                state = told.get(number, "") if states is None else states.get(number, "gone")
-                if state != told.get(number, ""):
+                state = reported.get(number, "") if states is None else states.get(number, "gone")
+                if state != reported.get(number, ""):
                     _logger.info("job %s: %s", number, state.lower())
-                told[number] = state
+                reported[number] = state
                 if state in _OVER:
-                    over_since.setdefault(number, asked)
+                    over_since.setdefault(number, asked_at)
                 else:  # queued again, perhaps
                     over_since.pop(number, None)
         time.sleep(1.0)
-    return told
+    return reported
 
 
 def _ended(job: Any, over_since: dict[str, float]) -> bool:
-    """Whether all is there that will come of a job."""
-    there = [_has_result(job.task(rank)) for rank in range(job.num_tasks)]
-    if all(there):
+    """Whether a job has left all results that it will leave."""
+    results = [_has_result(job.task(rank)) for rank in range(job.num_tasks)]
+    if all(results):
         return True
     since = over_since.get(job.job_id)
     if since is None:
         return False
-    return any(there) or time.monotonic() - since > _LATE_SECONDS
+    return any(results) or time.monotonic() - since > _LATE_SECONDS
 
 
 def _has_result(task: Any) -> bool:

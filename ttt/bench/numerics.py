@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from ttt import mixers
 from ttt.core.batch import from_tokens
 from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model import loop
@@ -27,6 +28,7 @@ _CHUNK = 16
 _MOST_CHUNKS = 6
 _SEQUENCES = 2
 _VOCABULARY = 64
+_HEAD = 16
 
 
 def fault(config: Config) -> str | None:
@@ -55,16 +57,22 @@ def _small(model: ModelConfig, training: TrainingConfig) -> tuple[ModelConfig, T
     length = chunk * chunks
     window = math.ceil(chunk * model.sliding_window_size / model.mini_batch_size)
     heads, suffix = min(model.num_attention_heads, 2), min(model.suffix_len, 2)
+    layers = suffix + min(model.num_hidden_layers - model.suffix_len, 2)
     small_model = replace(
         model,
         vocab_size=_VOCABULARY,
         bos_token_id=1,
         eos_token_id=2,
-        hidden_size=16 * heads,
+        hidden_size=_HEAD * heads,
         intermediate_size=48,
-        num_hidden_layers=suffix + min(model.num_hidden_layers - model.suffix_len, 2),
+        num_hidden_layers=max(layers, len(set(mixers.layer_types(model)))),
+        # Each kind of mixer once, however long the cycle.
+        layer_types=tuple(dict.fromkeys(mixers.layer_types(model))) if model.layer_types else (),
         suffix_len=suffix,
         num_attention_heads=heads,
+        # As many query heads to a head of keys and values, as far as there are that many.
+        num_key_value_heads=max(1, heads * model.num_key_value_heads // model.num_attention_heads),
+        head_dim=_HEAD,
         mini_batch_size=chunk,
         sliding_window_size=min(window, length // 2),
         attention_block=chunk // 2 if model.attention_block else 0,

@@ -1,19 +1,16 @@
-"""Results of timings as a Markdown table, as one line of JSON, and as a picture."""
+"""Timings as a Markdown table, as one line of JSON, and as a picture."""
 
 import json
 import math
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ttt.bench.timing import Result
+from ttt import figures
+from ttt.bench.timing import Timing
 
-# A CVD-safe palette (Okabe and Ito), and marks for print; variants take them in their order.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = "os^Dv<>"
 LABELS = {
     "train_step": "training step",
     "gradient": "loss and gradient",
@@ -22,92 +19,102 @@ LABELS = {
     "decode": "decoding, steps included",
     "decode_between_steps": "decoding between steps",
 }
-RIVALS = ("e2e", "fa")
-"""Variants of which the first gets cheaper than the second as the context grows."""
-_COLUMNS = (
-    *("variant", "call", "context", "batch", "median s", "min – max s", "s/1K (ms/token)"),
-    *("tokens/s", "TFLOP/s", "MFU", "temp MB", "compile s"),
+_NAMES = ("variant", "call")
+_NUMBERS = (
+    "context",
+    "batch",
+    "median s",
+    "min – max s",
+    "s/1K (ms/token)",
+    "tokens/s",
+    "TFLOP/s",
+    "MFU",
+    "temp MB",
+    "compile s",
 )
+_COLUMNS = _NAMES + _NUMBERS
 
 
-def table(results: Sequence[Result]) -> str:
-    """One row per result, columns aligned."""
-    rows = [_COLUMNS, *map(_cells, results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+def table(timings: Sequence[Timing]) -> str:
+    """One row per timing, columns aligned, and below it crossings and failures in words."""
+    rows = [_COLUMNS, *map(_cells, timings)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [
         f"| {' | '.join(_padded(cell, i, widths[i]) for i, cell in enumerate(row))} |"
         for row in (rows[0], rule, *rows[1:])
     ]
-    reasons = [
-        f"\n{r.variant}, {r.call}, {r.context}: {r.failed}" for r in results if r.failed is not None
-    ]
-    found = crossings(results)
-    said = [f"\n{_said(call, found[call])}" for call in found]
-    return "\n".join([*lines, *said, *reasons]) + "\n"
+    for (call, ours, theirs), tokens in crossings(timings).items():
+        lines.append(f"\n{LABELS[call]}: {_sentence(ours, theirs, tokens)}")
+    lines += [f"\n{t.variant}, {t.call}, {t.context}: {t.failed}" for t in timings if t.failed]
+    return "\n".join(lines) + "\n"
 
 
-def crossings(results: Sequence[Result]) -> dict[str, float]:
-    """Call -> the context from which on the first of `RIVALS` is cheaper than the second.
+def crossings(timings: Sequence[Timing]) -> dict[tuple[str, str, str], float]:
+    """(call, variant that learns, variant whose state grows) -> where the first gets cheaper.
 
-    Between two contexts both are taken for straight lines in log-log, as the picture has them.
-    0 where it is cheaper at every context, infinity where it is dearer at the longest. Calls that
-    do not have both at two contexts or more are left out.
+    That is the context from which on it stays cheaper. Between two contexts both are taken for
+    straight lines in log-log, as the picture has them. 0 where it is cheaper at every context,
+    infinity where it is dearer at the longest. Left out: calls without both at two contexts.
     """
-    found = {}
-    for call in dict.fromkeys(r.call for r in results):
-        ours, theirs = (
-            {
-                r.context: r.s_per_1k_tokens
-                for r in results
-                if r.call == call and r.variant == v and r.seconds
-            }
-            for v in RIVALS
-        )
-        both = sorted(ours.keys() & theirs.keys())
-        if len(both) < 2:
-            continue
-        x = np.log(both)
-        lead = np.array([math.log(ours[n] / theirs[n]) for n in both])
-        dearer = np.flatnonzero(lead > 0)
-        if not len(dearer):
-            found[call] = 0.0
-        elif dearer[-1] == len(both) - 1:
-            found[call] = math.inf
-        else:
-            i = dearer[-1]
-            share = lead[i] / (lead[i] - lead[i + 1])
-            found[call] = float(np.exp(x[i] + share * (x[i + 1] - x[i])))
-    return found
+    latency: dict[tuple[str, str], dict[int, float]] = {}
+    for t in timings:
+        if t.seconds:
+            latency.setdefault((t.call, t.variant), {})[t.context] = t.s_per_1k_tokens
+    learning = dict.fromkeys(t.variant for t in timings if t.learns)
+    growing = dict.fromkeys(t.variant for t in timings if t.grows and not t.learns)
+    return {
+        (call, ours, theirs): found
+        for call in dict.fromkeys(t.call for t in timings)
+        for ours in learning
+        for theirs in growing
+        if (found := _crossing(latency.get((call, ours), {}), latency.get((call, theirs), {})))
+        is not None
+    }
 
 
-def _said(call: str, crossing: float) -> str:
-    ours, theirs = RIVALS
+def _crossing(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
+    both = sorted(ours.keys() & theirs.keys())
+    if len(both) < 2:
+        return None
+    x = np.log(both)
+    lead = np.array([math.log(ours[n] / theirs[n]) for n in both])
+    dearer = np.flatnonzero(lead > 0)
+    if not len(dearer):
+        return 0.0
+    i = dearer[-1]
+    if i == len(both) - 1:
+        return math.inf
+    share = lead[i] / (lead[i] - lead[i + 1])
+    return float(np.exp(x[i] + share * (x[i + 1] - x[i])))
+
+
+def _sentence(ours: str, theirs: str, crossing: float) -> str:
     if crossing == 0:
-        return f"{LABELS[call]}: {ours} is cheaper than {theirs} at every context measured"
+        return f"{ours} is cheaper than {theirs} at every context measured"
     if math.isinf(crossing):
-        return f"{LABELS[call]}: {ours} is dearer than {theirs} at the longest context measured"
-    return f"{LABELS[call]}: {ours} is cheaper than {theirs} from about {crossing:,.0f} tokens on"
+        return f"{ours} is dearer than {theirs} at the longest context measured"
+    return f"{ours} is cheaper than {theirs} from about {crossing:,.0f} tokens on"
 
 
 def _padded(cell: str, column: int, width: int) -> str:
-    return cell.ljust(width) if column < 2 else cell.rjust(width)
+    return cell.ljust(width) if column < len(_NAMES) else cell.rjust(width)
 
 
-def _cells(result: Result) -> list[str]:
-    cells = [result.variant, result.call, f"{result.context:,}", str(result.sequences)]
-    if result.failed is not None:
+def _cells(timing: Timing) -> list[str]:
+    cells = [timing.variant, timing.call, f"{timing.context:,}", str(timing.sequences)]
+    if timing.failed is not None:
         return [*cells, "failed", *[""] * (len(_COLUMNS) - len(cells) - 1)]
     return [
         *cells,
-        f"{result.median:.4g}",
-        f"{min(result.seconds):.4g} – {max(result.seconds):.4g}",
-        f"{result.s_per_1k_tokens:.3g}",
-        f"{result.tokens_per_s:,.0f}",
-        _or_dash(result.flops and result.flops / result.median / 1e12, ".3g"),
-        _or_dash(result.mfu, ".1%"),
-        _or_dash(result.temp_mb, ",.0f"),
-        _or_dash(result.compile_s, ".1f"),
+        f"{timing.median:.4g}",
+        f"{min(timing.seconds):.4g} – {max(timing.seconds):.4g}",
+        f"{timing.s_per_1k_tokens:.3g}",
+        f"{timing.tokens_per_s:,.0f}",
+        _or_dash(timing.flops and timing.flops / timing.median / 1e12, ".3g"),
+        _or_dash(timing.mfu, ".1%"),
+        _or_dash(timing.temp_mb, ",.0f"),
+        _or_dash(timing.compile_s, ".1f"),
     ]
 
 
@@ -115,84 +122,81 @@ def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def summary(results: Sequence[Result]) -> str:
+def summary(timings: Sequence[Timing]) -> str:
     """One JSON object on one line: variant -> `step_s`, `temp_mb` and `compile_s`, or `failed`.
 
     Where there are several calls or contexts, the key is `variant/call/context`.
     """
-    one = len({(r.call, r.context) for r in results}) == 1
+    one = len({(t.call, t.context) for t in timings}) == 1
     return json.dumps(
-        {r.variant if one else f"{r.variant}/{r.call}/{r.context}": _figures(r) for r in results}
+        {t.variant if one else f"{t.variant}/{t.call}/{t.context}": _figures(t) for t in timings}
     )
 
 
-def _figures(result: Result) -> dict[str, Any]:
-    if result.failed is not None:
-        return {"failed": result.failed}
-    figures = {"step_s": result.median, "temp_mb": result.temp_mb, "compile_s": result.compile_s}
-    return {name: x if x is None else float(f"{x:.4g}") for name, x in figures.items()}
+def _figures(timing: Timing) -> dict[str, Any]:
+    if timing.failed is not None:
+        return {"failed": timing.failed}
+    values = {"step_s": timing.median, "temp_mb": timing.temp_mb, "compile_s": timing.compile_s}
+    return {name: x if x is None else float(f"{x:.4g}") for name, x in values.items()}
 
 
-def draw(results: Sequence[Result], path: Path, *, title: str) -> None:
+def draw(timings: Sequence[Timing], path: Path, *, title: str) -> None:
     """Save the picture: latency against context, a panel per call, a line per variant.
 
     Points are medians, bars reach from the fastest call to the slowest.
     """
-    import matplotlib  # costs a second, and most imports of this module do without
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    calls = list(dict.fromkeys(r.call for r in results))
-    variants = list(dict.fromkeys(r.variant for r in results))
-    contexts = sorted({r.context for r in results})
-    figure, panels = plt.subplots(
-        *(1, len(calls)), figsize=(1.5 + 3.2 * len(calls), 3.8), squeeze=False, layout="constrained"
+    calls = list(dict.fromkeys(t.call for t in timings))
+    figure, panels = figures.pyplot().subplots(
+        ncols=len(calls),
+        figsize=(1.5 + 3.2 * len(calls), 4.2),
+        squeeze=False,
+        layout="constrained",
     )
     for axes, call in zip(panels[0], calls, strict=True):
-        for variant, colour, mark in zip(variants, cycle(COLOURS), cycle(MARKS)):
-            there = [r for r in results if (r.call, r.variant) == (call, variant) and r.seconds]
-            x, y, bars = _curve(sorted(there, key=lambda r: r.context))
-            style = {"color": colour, "marker": mark, "ms": 5, "lw": 1.6, "capsize": 2}
-            axes.errorbar(x, y, bars, label=variant, **style)
-        crossing = crossings([r for r in results if r.call == call]).get(call, 0)
-        if 0 < crossing < math.inf:
-            axes.axvline(crossing, color="0.5", lw=1, ls=":")
-            axes.annotate(
-                f" {RIVALS[0]} cheaper\n from {crossing:,.0f}",
-                (crossing, 0.02),
-                xycoords=("data", "axes fraction"),
-                fontsize=7,
-                color="0.3",
-            )
+        _draw_call(axes, timings, call)
         axes.set_title(LABELS[call], fontsize=10, loc="left")
-        axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(contexts, [_short(n) for n in contexts])
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="both", labelsize=8)
-        axes.grid(axis="y", which="both", color="0.92")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        figures.tidy(axes)
+        axes.grid(axis="y", which="minor", color="0.92")
         axes.set_xlabel("context (tokens)")
     panels[0][0].set_ylabel("seconds per 1K tokens (milliseconds per token)")
-    panels[0][0].legend(frameon=False)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figures.legend_below(figure, panels[0][0])
+    figures.finish(figure, path, title)
 
 
-def _curve(results: Sequence[Result]) -> tuple[list[int], list[float], list[list[float]]]:
-    """Contexts, median latencies, and how far the fastest and the slowest lie below and above."""
-    scale = [r.s_per_1k_tokens / r.median for r in results]
-    below = [(r.median - min(r.seconds)) * s for r, s in zip(results, scale, strict=True)]
-    above = [(max(r.seconds) - r.median) * s for r, s in zip(results, scale, strict=True)]
-    return [r.context for r in results], [r.s_per_1k_tokens for r in results], [below, above]
-
-
-def _short(tokens: int) -> str:
-    """8192 -> 8K."""
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+def _draw_call(axes: Any, timings: Sequence[Timing], call: str) -> None:
+    for number, variant in enumerate(dict.fromkeys(t.variant for t in timings)):
+        own = [t for t in timings if (t.call, t.variant) == (call, variant) and t.seconds]
+        own.sort(key=lambda t: t.context)
+        scale = [t.s_per_1k_tokens / t.median for t in own]
+        below = [(t.median - min(t.seconds)) * s for t, s in zip(own, scale, strict=True)]
+        above = [(max(t.seconds) - t.median) * s for t, s in zip(own, scale, strict=True)]
+        axes.errorbar(
+            [t.context for t in own],
+            [t.s_per_1k_tokens for t in own],
+            [below, above],
+            label=variant,
+            capsize=2,
+            **figures.style(number),
+        )
+    axes.set_xscale("log", base=2)
+    contexts = sorted({t.context for t in timings})
+    figures.log_tokens(axes, contexts)
+    inside = {k: n for k, n in crossings(timings).items() if k[0] == call and 0 < n < math.inf}
+    for row, ((_, ours, theirs), tokens) in enumerate(inside.items()):
+        axes.axvline(tokens, color="0.5", lw=1, ls=":")
+        axes.annotate(
+            f"{ours} below {theirs} \nfrom {tokens:,.0f} ",
+            (tokens, 1 - 0.1 * row),  # left of the lines and above: no curve comes there
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="top",
+            fontsize=7,
+            color="0.3",
+        )

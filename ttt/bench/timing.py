@@ -35,7 +35,7 @@ from ttt.plan.hardware import peak_flops
 
 
 @dataclass(frozen=True)
-class Result:
+class Timing:
     """What one variant took for one call at one context; `failed` says why there are no numbers."""
 
     variant: str
@@ -57,6 +57,10 @@ class Result:
     failed: str | None = None
     tokens: int | None = None
     """Of each sequence in a call; None: the whole context."""
+    learns: bool = False
+    """Whether the variant learns while it reads."""
+    grows: bool = False
+    """Whether its state grows with the context."""
 
     @property
     def median(self) -> float:
@@ -78,11 +82,13 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the fields, the spread, and what follows from them."""
+        names = ("variant", "call", "context", "sequences")
+        what = {name: getattr(self, name) for name in names}
         if self.failed is not None:
-            return {**self._what(), "failed": self.failed}
+            return {**what, "failed": self.failed}
         low, q1, median, q3, high = np.quantile(self.seconds, (0, 0.25, 0.5, 0.75, 1)).tolist()
         return {
-            **self._what(),
+            **what,
             "step_s": median,
             "spread_s": {"min": low, "q1": q1, "q3": q3, "max": high},
             "seconds": list(self.seconds),
@@ -93,10 +99,6 @@ class Result:
             "flops": self.flops,
             "mfu": self.mfu,
         }
-
-    def _what(self) -> dict[str, Any]:
-        names = ("variant", "call", "context", "sequences")
-        return {name: getattr(self, name) for name in names}
 
 
 # ---- the calls -------------------------------------------------------------------------
@@ -163,7 +165,7 @@ class BatchProgram:
 
 @lru_cache(maxsize=4)
 def _engine(model: ModelConfig, training: TrainingConfig, context: int) -> Engine:
-    """An engine, kept: one with a window runs the same programs at every context."""
+    """An engine, kept: one whose state does not grow runs the same programs at every context."""
     network = jax.jit(lambda: MetaModel(model, key=jax.random.key(0)))()
     return Engine(network, training, context=context)
 
@@ -176,11 +178,10 @@ class EngineProgram:
         training, model = config.training, config.model
         self._call, self._config = call, config
         self._sequences, self._context = training.global_batch_size, training.seq_length
-        full = mixers.grows(model)
-        room = self._context + 2 * CHUNK_OF_FULL_ATTENTION if full else 1
+        slots = self._context + 2 * CHUNK_OF_FULL_ATTENTION if mixers.grows(model) else 1
         # The engine reads neither of the two; without them, contexts share it.
         alike = replace(training, seq_length=1, global_batch_size=1)
-        self._engine = engine = _engine(model, alike, room)
+        self._engine = engine = _engine(model, alike, slots)
         self.tokens: int | None = {
             "prefill": None,
             "decode": engine.chunk,
@@ -263,19 +264,20 @@ def measure(
     *,
     warmup: int,
     repetitions: int,
-    told: Callable[[str], None],
-) -> list[Result]:
+    on_progress: Callable[[str], None],
+) -> list[Timing]:
     """Time `call` of all variants in turns, at the contexts and batches of their configurations.
 
     The arguments of all variants are in memory together; one that finds no room becomes a failed
-    result. `told` hears of the progress.
+    timing. `on_progress` is called with a sentence for each step.
     """
     programs: dict[str, Program] = {}
     for name, config in configs.items():
-        told(f"{name}: {call} of {_shape(config)}, compiling …")
+        shape = f"{config.training.global_batch_size} x {config.training.seq_length} tokens"
+        on_progress(f"{name}: {call} of {shape}, compiling …")
         if program := _unless_full(lambda config=config: _program(config, call)):
             programs[name] = program
-            told(f"{name}: compiled in {program.compile_s:.1f} s")
+            on_progress(f"{name}: compiled in {program.compile_s:.1f} s")
     # A variant must fit beside the others, so all are there before the first one runs.
     for _ in range(warmup):
         for name in tuple(programs):
@@ -285,23 +287,13 @@ def measure(
     for done in range(1, repetitions + 1):
         for name, program in programs.items():
             seconds[name].append(program())
-        told(f"{call}: round {done} of {repetitions}")
+        on_progress(f"{call}: round {done} of {repetitions}")
     return [
-        _result(name, call, config, programs[name], seconds[name])
+        _timed(name, call, config, programs[name], seconds[name])
         if name in programs
         else failed(name, call, config, "out of memory")
         for name, config in configs.items()
     ]
-
-
-def failed(variant: str, call: str, config: Config, reason: str) -> Result:
-    """The result of a variant that has no numbers."""
-    training = config.training
-    return Result(variant, call, training.seq_length, training.global_batch_size, failed=reason)
-
-
-def _shape(config: Config) -> str:
-    return f"{config.training.global_batch_size} x {config.training.seq_length} tokens"
 
 
 def _unless_full[R](work: Callable[[], R]) -> R | None:
@@ -314,23 +306,34 @@ def _unless_full[R](work: Callable[[], R]) -> R | None:
         return None
 
 
-def _result(
-    variant: str, call: str, config: Config, program: Program, seconds: Sequence[float]
-) -> Result:
+def failed(variant: str, call: str, config: Config, reason: str) -> Timing:
+    """Of a variant that has no numbers."""
     training = config.training
+    return Timing(variant, call, training.seq_length, training.global_batch_size, failed=reason)
+
+
+def _timed(
+    variant: str, call: str, config: Config, program: Program, seconds: Sequence[float]
+) -> Timing:
+    model, training = config.model, config.training
     tokens = training.seq_length * training.global_batch_size
     flops = None if program.tokens else tokens * _flops_per_token(config, call)
-    peak = peak_flops(jax.devices()[0].device_kind, config.model.compute_dtype)
+    peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype)
     devices = jax.device_count() if call in _CALLS else 1
     speed = (flops or 0) / float(np.median(seconds)) / devices
-    return Result(
-        *(variant, call, training.seq_length, training.global_batch_size),
+    return Timing(
+        variant,
+        call,
+        training.seq_length,
+        training.global_batch_size,
         seconds=tuple(seconds),
         compile_s=program.compile_s,
         temp_mb=program.temp_mb,
         flops=flops,
         mfu=speed / peak if peak and flops else None,
         tokens=program.tokens,
+        learns=training.train_mode == "meta",
+        grows=mixers.grows(model),
     )
 
 

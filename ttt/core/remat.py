@@ -5,12 +5,16 @@ from collections.abc import Callable
 import jax
 
 
-def remat[**P, R](function: Callable[P, R], policy: str) -> Callable[P, R]:
+def remat[**P, R](
+    function: Callable[P, R], policy: str, *, prevent_cse: bool = False
+) -> Callable[P, R]:
     """`function`, recomputed in the backward pass as `policy` says.
 
     What stays in memory: with `none` every intermediate, with `dots` the products with weights and
     the results of attention, with `attention` those results alone, with `block` the inputs alone.
     `chunk` is `block` for each half of a block on its own (model/transformer.py).
+    prevent_cse: keep XLA from merging what is computed again with the forward pass; in the body of
+        a scan it cannot.
     """
     # Named in ops/dot_attention.py, whose backward pass recomputes the scores anyway: without its
     # results kept, attention runs three times.
@@ -29,6 +33,4 @@ def remat[**P, R](function: Callable[P, R], policy: str) -> Callable[P, R]:
             raise ValueError(
                 f"remat policy {policy!r} is none of none, dots, attention, block, chunk"
             )
-    # Every use is the body of a scan, where nothing can be merged with the forward pass: no barrier
-    # is needed.
-    return jax.checkpoint(function, policy=keep, prevent_cse=False)
+    return jax.checkpoint(function, policy=keep, prevent_cse=prevent_cse)

@@ -1,5 +1,6 @@
 """Leaves of a pytree by dotted name: `language_model.model.wte.weight`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,9 +38,21 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def select(tree: PyTree, globs: Sequence[str]) -> PyTree[bool]:
-    """A tree of booleans: whether any of the dotted globs matches the leaf's name."""
-    chosen = [any(matches(glob, name) for glob in globs) for name in named_leaves(tree)]
+    """A tree of booleans: whether any of the dotted globs matches the leaf's name.
+
+    Where a layer stands in a stack of several kinds (`ttt.model.stacks.Cycle`) is no part of it.
+    """
+    names = map(without_place, named_leaves(tree))
+    chosen = [any(matches(glob, name) for glob in globs) for name in names]
     return jax.tree.unflatten(jax.tree.structure(tree), chosen)
+
+
+def without_place(name: str) -> str:
+    """`….prefix_blocks.period.0.ffn_norm.weight` -> `….prefix_blocks.ffn_norm.weight`."""
+    return _PLACE.sub("", name)
+
+
+_PLACE = re.compile(r"\.(?:period|rest)\.\d+")
 
 
 def cast(tree: PyTree, dtype: jnp.dtype) -> PyTree:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from ttt import mixers
 from ttt.config import compose, resolve
 from ttt.errors import UserError
-from ttt.evaluation import held_out
-from ttt.evaluation.machine import Machine, in_batches
+from ttt.evaluation import resources
+from ttt.evaluation.resources import LoadedModels, in_batches
 from ttt.inference.sampling import Sampling
 from ttt.infra.mesh import device_mesh
 from ttt.infra.progress import Progress
@@ -60,26 +61,28 @@ class HarnessModel(LM):
         tokenizer: `bytes`, a `tokenizers` JSON file or a folder with a `tokenizer.json`; empty: the
             one that the experiment's token store names.
         learn: off: the inner rate is 0.
-        max_length: tokens of a request; 0: the trained length. Binding under full attention alone.
+        max_length: tokens of a request; 0: the trained length. Binding where the state
+            grows with the context.
         ignored: what the harness itself adds (device, …).
         """
         super().__init__()
         if tokenizer and Path(tokenizer).is_dir():
             tokenizer = str(Path(tokenizer) / "tokenizer.json")
-        asked = {
+        settings = {
             "training.exp_name": run,
             "training.exp_folder": exp_folder,
             "evaluation.tokenizer": tokenizer,
         }
-        overrides = [f"{key}='{value}'" for key, value in asked.items() if value]
+        overrides = [f"{key}='{value}'" for key, value in settings.items() if value]
         config = resolve(
             compose([f"+experiment={experiment}", f"evaluation.step={step}", *overrides])
         )
         (self._run,) = trained.load(config)
-        self._tokenizer = held_out.tokenizer(config, self._run)
+        self._tokenizer = resources.tokenizer(config, self._run)
         self.max_length = max_length or self._run.training.seq_length
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 4
-        self._engine = Machine(device_mesh()).engine(self._run, self.max_length, learn=learn)
+        self._bounded = mixers.grows(self._run.config)
+        self._engine = LoadedModels(device_mesh()).engine(self._run, self.max_length, learn=learn)
 
     # ---- the harness's requests ----
 
@@ -94,13 +97,13 @@ class HarnessModel(LM):
     ) -> list[float]:
         """Log p of whole texts.
 
-        Full attention reads texts longer than `max_length` window by window.
+        Where the state grows, texts longer than `max_length` are read window by window.
         """
         found = []
         for request in self._told(requests, "rolling log-likelihood"):
             ids = self._tokenizer.encode(request.args[0]).tolist()
             bos = self._tokenizer.bos_token_id
-            if self._run.window is not None or len(ids) < self.max_length:
+            if not self._bounded or len(ids) < self.max_length:
                 windows = [([bos], ids)]
             else:
                 windows = map(
@@ -161,7 +164,7 @@ class HarnessModel(LM):
 
     def _shortened(self, ids: np.ndarray, room: int) -> np.ndarray:
         """The last tokens, so that full attention has room for as many more."""
-        if self._run.window is not None:
+        if not self._bounded:
             return ids
         return ids[-max(1, self.max_length - room) :]
 

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
-from ttt.evaluation.machine import Machine, in_batches
-from ttt.evaluation.suite import Told
+from ttt.evaluation.resources import LoadedModels, in_batches
+from ttt.evaluation.suite import OnProgress
 from ttt.model.trained import TrainedModel
 
 FOREIGN = "hf:"
@@ -34,7 +34,9 @@ class AbstractJudge(ABC):
     unit: str
 
     @abstractmethod
-    def read(self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, told: Told) -> list[Judged]:
+    def read(
+        self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, on_progress: OnProgress
+    ) -> list[Judged]:
         """Score texts of one length, whose first `prefix` tokens somebody else wrote."""
 
 
@@ -43,19 +45,21 @@ class OwnJudge(AbstractJudge):
 
     unit = "nats per token"
 
-    def __init__(self, run: TrainedModel, machine: Machine, batch_size: int):
+    def __init__(self, run: TrainedModel, models: LoadedModels, batch_size: int):
         self.name = run.name
-        self._run, self._machine, self._batch_size = run, machine, batch_size
+        self._run, self._models, self._batch_size = run, models, batch_size
 
-    def read(self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, told: Told) -> list[Judged]:
+    def read(
+        self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, on_progress: OnProgress
+    ) -> list[Judged]:
         """Score texts of one length."""
-        engine = self._machine.engine(self._run, len(texts[0]))
-        found = []
+        engine = self._models.engine(self._run, len(texts[0]))
+        judged = []
         for rows in in_batches(len(texts), self._batch_size):
             _, scores = engine.read(engine.start(len(rows)), [texts[row] for row in rows])
-            found += [Judged(np.arange(1, len(nll) + 1.0), np.asarray(nll)) for nll in scores]
-            told(min(len(found), len(texts)))
-        return found[: len(texts)]
+            judged += [Judged(np.arange(1, len(nll) + 1.0), np.asarray(nll)) for nll in scores]
+            on_progress(min(len(judged), len(texts)))
+        return judged[: len(texts)]
 
 
 class ForeignJudge(AbstractJudge):
@@ -70,28 +74,30 @@ class ForeignJudge(AbstractJudge):
         """Look for the folder and the libraries; raises a UserError."""
         self.name = Path(folder).name
         self._folder, self._tokenizer = Path(folder).expanduser(), tokenizer
-        asked = f"evaluation.long_decoding.evaluator={FOREIGN}{folder}"
+        setting = f"evaluation.long_decoding.evaluator={FOREIGN}{folder}"
         if not (self._folder / "config.json").is_file():
             raise UserError(
-                f"{asked}: no config.json in that folder; give the folder of a Hugging Face "
+                f"{setting}: no config.json in that folder; give the folder of a Hugging Face "
                 "causal LM (as `save_pretrained` writes it), or the name of one of our runs"
             )
         missing = [n for n in ("transformers", "torch") if importlib.util.find_spec(n) is None]
         if missing:
             raise UserError(
-                f"{asked}: it needs {' and '.join(missing)}; install with `uv pip install "
+                f"{setting}: it needs {' and '.join(missing)}; install with `uv pip install "
                 f"--no-config {' '.join(missing)}` and run with `uv run --no-sync evaluate …`, or "
                 "name one of our runs as evaluator"
             )
 
-    def read(self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, told: Told) -> list[Judged]:
+    def read(
+        self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, on_progress: OnProgress
+    ) -> list[Judged]:
         """Score texts, one after the other; a token's position is that of its first letter."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(self._folder, local_files_only=True)
         model.train(mode=False)
-        found = []
+        judged = []
         for ids in texts:
             parts = [self._tokenizer.decode(part) for part in (ids[:prefix], ids[prefix:])]
             encoded = tokenizer(
@@ -100,9 +106,9 @@ class ForeignJudge(AbstractJudge):
             nll = _nll(model, encoded["input_ids"])
             starts = np.array([start for start, _ in encoded["offset_mapping"]][1:], float)
             sizes = (prefix, len(ids) - prefix)
-            found.append(Judged(_positions(starts, [len(part) for part in parts], sizes), nll))
-            told(len(found))
-        return found
+            judged.append(Judged(_positions(starts, [len(part) for part in parts], sizes), nll))
+            on_progress(len(judged))
+        return judged
 
 
 def _nll(model: Any, ids: Sequence[int]) -> Float[np.ndarray, " K"]:

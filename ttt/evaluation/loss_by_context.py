@@ -1,197 +1,180 @@
 """Loss by token position and by context length: one held-out text, cut into several lengths."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from rich.table import Table
 
 from ttt import figures
 from ttt.dataloader import lm_dataset
-from ttt.dataloader.lm_dataset import Source
 from ttt.errors import UserError
-from ttt.evaluation import held_out
 from ttt.evaluation.loss_by_position import PositionLoss
-from ttt.evaluation.machine import Machine
-from ttt.evaluation.result import Row
-from ttt.evaluation.suite import AbstractSuite, Job, Told
+from ttt.evaluation.resources import LoadedModels, held_out
+from ttt.evaluation.result import Key, Row
+from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot, printed
 from ttt.infra.mesh import Layout, check_divides
 from ttt.knobs import Config
 from ttt.model.loop import Evaluator
 from ttt.model.trained import TrainedModel
 
-Curve = tuple[str, bool]
-"""A run's name, and whether it was learning."""
-
-_KEY = "evaluation.loss_by_context.contexts"
+_KEY = "evaluation.loss_by_context"
 
 
 class LossByContext(AbstractSuite):
     """Every run at every context, learning or not, with intervals over sequences."""
 
     name = "loss_by_context"
+    keys = ("learning", "position_from", "position_to")
 
-    def __init__(self, config: Config, runs: Sequence[TrainedModel], machine: Machine):
-        self._asked, self._machine = config.evaluation, machine
-        own = config.evaluation.loss_by_context
-        self._contexts = own.contexts or _default_contexts(config.training.seq_length, runs)
-        self._runs = list(runs)
-        self._compiled: dict[tuple[str, int], Evaluator] = {}
-        self._scored: dict[tuple[Curve, int], PositionLoss] = {}
-        self._trained = {run.name: run.training.seq_length for run in runs}
+    def __init__(self, config: Config, runs: Sequence[TrainedModel], models: LoadedModels):
+        super().__init__(config, runs, models)
+        asked = config.evaluation.loss_by_context
+        self._contexts = asked.contexts or _default_contexts(config.training.seq_length, runs)
+        self._evaluators: dict[tuple[str, int], Evaluator] = {}
+        self._scored: dict[tuple[Reader, int], PositionLoss] = {}
+        full = [reader for reader in self.readers if reader.run.one_chunk]
+        still = [reader for reader in self.readers_of(runs[0]) if not reader.learning]
+        self._reference = next(iter([*full, *still]), None)
         for run in runs:
             for context in self._contexts:
-                run.check_context(context, _KEY)
+                run.check_context(context, f"{_KEY}.contexts")
         longest = max(self._contexts)
-        if own.tokens < longest:
+        if asked.tokens < longest:
             raise UserError(
-                f"evaluation.loss_by_context.tokens={own.tokens}: less than one sequence of "
-                f"{longest} tokens; raise it, or leave out that context"
+                f"{_KEY}.tokens={asked.tokens}: less than one sequence of {longest} tokens; raise "
+                "it, or leave out that context"
             )
         self._source = {
-            (run.name, context): held_out.source(config, run, context)
+            (run.name, context): held_out(config, run, context)
             for run in runs
             for context in self._contexts
         }
         source = self._source[runs[0].name, longest]
-        if len(source) * longest < own.tokens:
+        if len(source) * longest < asked.tokens:
             raise UserError(
-                f"evaluation.loss_by_context.tokens={own.tokens}: {source.name} holds "
-                f"{len(source)} sequences of {longest} tokens; lower it to at most "
-                f"{len(source) * longest}, or add data"
+                f"{_KEY}.tokens={asked.tokens}: {source.name} holds {len(source)} sequences of "
+                f"{longest} tokens; lower it to at most {len(source) * longest}, or add data"
             )
         for context in self._contexts:
-            check_divides(machine.mesh, self._batch_size(context))
+            check_divides(models.mesh, self._batch_size(context))
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each context and mode."""
         for context in self._contexts:
-            for learn in run.modes(self._asked.without_learning):
-
-                def work(told: Told, context: int = context, learn: bool = learn) -> list[Row]:
-                    return self._measure(run, context, learn, told)
-
+            for reader in self.readers_of(run):
                 steps = self._sequences(context) // self._batch_size(context)
-                yield Job(context, {"learning": learn and run.learns}, steps, work)
+                work = partial(self._measure, reader, context, steps)
+                yield Job(context, {"learning": reader.learning}, steps, work)
 
-    def _measure(self, run: TrainedModel, context: int, learn: bool, told: Told) -> list[Row]:
-        size = self._batch_size(context)
-        batches = self._sequences(context) // size
-        found = PositionLoss.measure(
+    def _measure(
+        self, reader: Reader, context: int, batches: int, on_progress: OnProgress
+    ) -> list[Row]:
+        run, size = reader.run, self._batch_size(context)
+        self._scored[reader, context] = PositionLoss.measure(
             self._evaluator(run, context, size),
-            self._machine.model(run, context),
-            self._batches(self._source[run.name, context], size, batches, run),
-            learn=learn,
-            told=lambda done, loss: told(done),
+            self.models.model(run, context),
+            lm_dataset.eval_batches(
+                self._source[run.name, context],
+                batch_size=size,
+                max_batches=batches,
+                bos_token_id=run.config.bos_token_id,
+            ),
+            learn=reader.learning,
+            on_progress=lambda done, loss: on_progress(done),
         )
-        curve = (run.name, learn and run.learns)
-        self._scored[curve, context] = found
-        return found.rows(self.row(run, context, "loss"), **self._draws(curve))
+        return self._rows(reader, context)
 
-    def _draws(self, curve: Curve, **keys: str) -> dict[str, Any]:
-        asked = self._asked
-        told = {"learning": curve[1], **keys}
-        return {"resamples": asked.resamples, "seed": asked.seed, "keys": told}
+    def _rows(self, reader: Reader, context: int, reference: Reader | None = None) -> list[Row]:
+        keys: dict[str, Key] = {"learning": reader.learning}
+        if reference is not None:
+            keys["reference"] = reference.label
+        return self._scored[reader, context].rows(
+            self.row(reader.run, context, "loss"),
+            resamples=self.config.evaluation.resamples,
+            seed=self.config.evaluation.seed,
+            keys=keys,
+            reference=None if reference is None else self._scored[reference, context],
+        )
 
     def comparisons(self) -> list[Row]:
         """Each curve less the reference: full attention if there is some, else not learning."""
-        reference = self._reference()
-        rows = []
-        for run in self._runs:
-            for learning in (True, False):
-                for context in self._contexts:
-                    curve = (run.name, learning)
-                    mine = self._scored.get((curve, context))
-                    other = self._scored.get((reference, context))
-                    if curve != reference and mine is not None and other is not None:
-                        like = self.row(run, context, "difference")
-                        draws = self._draws(curve, reference=self._label(reference))
-                        rows += mine.rows_against(other, like, **draws)
+        reference, rows = self._reference, []
+        if reference is None:
+            return []
+        for reader in self.readers:
+            for context in self._contexts:
+                both = {(reader, context), (reference, context)}
+                if len(both) == 2 and both <= self._scored.keys():
+                    rows += self._rows(reader, context, reference)
         return rows
-
-    def _reference(self) -> Curve:
-        for run in self._runs:
-            if run.method == "fa":
-                return run.name, False
-        return self._runs[0].name, False
 
     def _evaluator(self, run: TrainedModel, context: int, size: int) -> Evaluator:
         """One program serves both modes; those of other runs and lengths are let go."""
-        if (run.name, context) not in self._compiled:
+        if (run.name, context) not in self._evaluators:
             training = replace(run.training, eval_batch_size=size)
-            evaluator = Evaluator(training, Layout(self._machine.mesh))
-            self._compiled = {(run.name, context): evaluator}
-        return self._compiled[run.name, context]
-
-    def _batches(self, source: Source, size: int, batches: int, run: TrainedModel) -> Any:
-        bos = run.config.bos_token_id
-        return lm_dataset.eval_batches(
-            source, batch_size=size, max_batches=batches, bos_token_id=bos
-        )
+            evaluator = Evaluator(training, Layout(self.models.mesh))
+            self._evaluators = {(run.name, context): evaluator}
+        return self._evaluators[run.name, context]
 
     def _sequences(self, context: int) -> int:
-        return self._asked.loss_by_context.tokens // context
+        return self.config.evaluation.loss_by_context.tokens // context
 
     def _batch_size(self, context: int) -> int:
         """The largest divisor of the number of sequences that `batch_size` and devices allow."""
         sequences = self._sequences(context)
-        sizes = range(min(self._asked.batch_size, sequences), 0, -1)
+        sizes = range(min(self.config.evaluation.batch_size, sequences), 0, -1)
         return next(n for n in sizes if sequences % n == 0)
 
     def notes(self) -> dict[str, Any]:
         """Text and lengths."""
-        source = next(iter(self._source.values()))
+        draws = self.config.evaluation.resamples
         return {
             "what": "mean -log p of held-out tokens; each scored by weights that have not seen it",
-            "text": source.name,
+            "text": next(iter(self._source.values())).name,
             "tokens": {str(c): self._sequences(c) * c for c in self._contexts},
-            "interval": f"95 %, bootstrap over sequences, {self._asked.resamples} draws",
-            "trained_at": self._trained,
+            "interval": f"95 %, bootstrap over sequences, {draws} draws",
+            "trained_at": {run.name: run.training.seq_length for run in self.runs},
         }
 
-    def table(self, rows: Sequence[Row]) -> Table:
+    # ---- what people see ----
+
+    def table(self, rows: pd.DataFrame) -> Table:
         """Loss by run and context, and in brackets what it is less than the reference's."""
-        title = f"held-out loss, nats per token (difference from {self._reference_label()})"
-        table = Table(title=title)
-        table.add_column("run", overflow="fold")
-        for context in self._contexts:
-            table.add_column(f"{context:,}", justify="right")
-        values = {
-            (_curve(row), row.context, row.measure): row.value
-            for row in rows
-            if row.measure in ("loss", "difference")
+        columns = {"run": [reader.label for reader in self.readers]}
+        columns |= {
+            f"{context:,}": [
+                _cell(reader.own(rows[rows.context == context])) for reader in self.readers
+            ]
+            for context in self._contexts
         }
-        for curve in dict.fromkeys(map(_curve, rows)):
-            cells = []
-            for context in self._contexts:
-                loss = values.get((curve, context, "loss"))
-                less = values.get((curve, context, "difference"))
-                cell = "failed" if loss is None else f"{loss:.3f}"
-                cells.append(cell if less is None else f"{cell} ({less:+.3f})")
-            table.add_row(self._label(curve), *cells)
-        return table
+        title = f"held-out loss, nats per token (difference from {self._reference_label()})"
+        return printed(title, columns)
 
-    def draw(self, rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
+    def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         """`loss_by_position.png`, a column per context, and `loss_by_context.png` over contexts."""
-        good = [row for row in rows if row.value is not None]
-        contexts = sorted({row.context for row in good if row.measure == "loss"})
+        contexts = sorted(set(rows.context[rows.measure == "loss"]))
         if not contexts:
             return []
-        path = folder / "loss_by_position.png"
-        self._draw_positions(good, contexts, path, title)
-        if len(contexts) == 1:
-            return [path]
-        self._draw_contexts(good, contexts, folder / "loss_by_context.png", title)
-        return [path, folder / "loss_by_context.png"]
+        paths = [folder / "loss_by_position.png"]
+        self._draw_positions(rows, contexts, paths[0], title)
+        if len(contexts) > 1:
+            paths.append(folder / "loss_by_context.png")
+            self._draw_contexts(rows, contexts, paths[1], title)
+        return paths
 
     def _draw_positions(
-        self, rows: Sequence[Row], contexts: Sequence[int], path: Path, title: str
+        self, rows: pd.DataFrame, contexts: Sequence[int], path: Path, title: str
     ) -> None:
         measures = self._panels(rows)
         figure, panels = figures.pyplot().subplots(
-            *(len(measures), len(contexts)),
-            figsize=(max(5.5, 1.4 + 3 * len(contexts)), 0.8 + 2.7 * len(measures)),
+            nrows=len(measures),
+            ncols=len(contexts),
+            figsize=(max(8.0, 1.4 + 3 * len(contexts)), 0.8 + 2.7 * len(measures)),
             sharey="row",
             sharex="col",
             squeeze=False,
@@ -199,13 +182,13 @@ class LossByContext(AbstractSuite):
         )
         for axes_row, (measure, label) in zip(panels, measures.items(), strict=True):
             for axes, context in zip(axes_row, contexts, strict=True):
-                here = [r for r in rows if (r.measure, r.context) == (f"{measure}_at", context)]
-                self._plot(axes, here, _middle, band=measure == "difference")
-                ticks = (16, 64, 256, 1024, 4096, 16384, 65536)
+                here = rows[(rows.measure == f"{measure}_at") & (rows.context == context)]
+                # The geometric middle of a bin; the first one starts at 0.
+                middle = np.sqrt(here.position_from.clip(8) * here.position_to)
+                self._plot(axes, here.assign(x=middle), band=measure == "difference")
+                ticks = [4**i for i in range(2, 20)]
                 figures.log_tokens(axes, [n for n in ticks if n <= context])
-                for window in {run.window for run in self._runs if run.window}:
-                    if window < context:
-                        figures.mark(axes, window, "window")
+                self.mark_windows(axes, 0, context)
             axes_row[0].set_ylabel(label)
         for axes, context in zip(panels[0], contexts, strict=True):
             axes.set_title(f"context {figures.short(context)}", fontsize=9, loc="left")
@@ -215,77 +198,60 @@ class LossByContext(AbstractSuite):
         figures.finish(figure, path, title)
 
     def _draw_contexts(
-        self, rows: Sequence[Row], contexts: Sequence[int], path: Path, title: str
+        self, rows: pd.DataFrame, contexts: Sequence[int], path: Path, title: str
     ) -> None:
         measures = self._panels(rows)
         figure, panels = figures.pyplot().subplots(
-            *(1, len(measures)),
+            ncols=len(measures),
             figsize=(1 + 4 * len(measures), 4),
             squeeze=False,
             layout="constrained",
         )
         for axes, (measure, label) in zip(panels[0], measures.items(), strict=True):
-            here = [row for row in rows if row.measure == measure]
-            self._plot(axes, here, lambda row: row.context, band=measure == "difference")
+            here = rows[rows.measure == measure]
+            self._plot(axes, here.assign(x=here.context), band=measure == "difference")
             figures.log_tokens(axes, contexts)
-            for trained in set(self._trained.values()):
-                figures.mark(axes, trained, "trained length")
+            for length in {run.training.seq_length for run in self.runs}:
+                figures.mark(axes, length, "trained length")
             axes.set_xlabel("context (tokens)")
             axes.set_ylabel(label)
         figures.legend_below(figure, panels[0][0])
         figures.finish(figure, path, title)
 
-    def _panels(self, rows: Sequence[Row]) -> dict[str, str]:
+    def _panels(self, rows: pd.DataFrame) -> dict[str, str]:
         """Measures to draw, with the labels of their axes."""
         labels = {"loss": "held-out loss (nats per token)"}
-        if any(row.measure == "difference" for row in rows):
-            labels["difference"] = (
-                f"difference from {self._reference_label()}\n(nats per token, 95 % band)"
-            )
+        if "difference" in set(rows.measure):
+            reference = self._reference_label()
+            labels["difference"] = f"difference from {reference}\n(nats per token, 95 % band)"
         return labels
 
-    def _plot(
-        self, axes: Any, rows: Sequence[Row], x: Callable[[Row], float], *, band: bool
-    ) -> None:
-        for index, run in enumerate(self._runs):
-            for learning in (True, False):
-                there = [row for row in rows if _curve(row) == (run.name, learning)]
-                if not there:
-                    continue
-                look = figures.style(index, learns=learning or not run.learns)
-                at = [x(row) for row in there]
-                label = self._label((run.name, learning))
-                axes.plot(at, [row.value for row in there], label=label, **look)
-                if band:
-                    low, high = [row.low for row in there], [row.high for row in there]
-                    axes.fill_between(at, low, high, color=look["color"], alpha=0.15, lw=0)
+    def _plot(self, axes: Any, rows: pd.DataFrame, *, band: bool) -> None:
+        for reader in self.readers:
+            own = reader.own(rows)
+            plot(axes, own.x, own, band=0.15 * band, label=reader.label, **reader.style)
         if band:
             axes.axhline(0, color="0.4", lw=1)
         figures.tidy(axes)
 
-    def _label(self, curve: Curve) -> str:
-        """Its name in pictures and tables."""
-        name, learning = curve
-        run = next(run for run in self._runs if run.name == name)
-        return f"{name}, not learning" if run.learns and not learning else name
-
     def _reference_label(self) -> str:
-        reference = self._reference()
-        return self._label(reference) if len(self._runs) > 1 else "not learning"
+        if self._reference is None or len(self.runs) == 1:
+            return "not learning"
+        return self._reference.label
+
+
+def _cell(rows: pd.DataFrame) -> str:
+    """The loss, and its difference from the reference's where that is known."""
+    known = rows.dropna(subset="value")
+    values = dict(zip(known.measure, known.value, strict=True))
+    loss, less = values.get("loss"), values.get("difference")
+    cell = "failed" if loss is None else f"{loss:.3f}"
+    return cell if less is None else f"{cell} ({less:+.3f})"
 
 
 def _default_contexts(length: int, runs: Sequence[TrainedModel]) -> tuple[int, ...]:
     """Half the trained length, it, and twice it, where these are whole chunks of every run."""
-    chunks = [run.config.mini_batch_size for run in runs if run.window is not None]
     wanted = (length // 2, length, 2 * length)
-    return tuple(n for n in wanted if n == length or (n and all(n % c == 0 for c in chunks)))
-
-
-def _curve(row: Row) -> Curve:
-    return row.run, bool(row.keys["learning"])
-
-
-def _middle(row: Row) -> float:
-    """Geometric middle of a bin; the first one starts at 0."""
-    start, stop = float(row.keys["position_from"]), float(row.keys["position_to"])
-    return (max(start, 8.0) * stop) ** 0.5
+    return tuple(
+        n for n in wanted if n == length or (n and all(run.whole_chunks(n) == n for run in runs))
+    )

@@ -13,14 +13,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from rich.table import Table
 
+from ttt import figures
 from ttt.core.batch import Batch
-from ttt.evaluation.bins import log_edges
-from ttt.evaluation.result import Key, Row
-from ttt.intervals import Interval, bootstrap
+from ttt.evaluation.result import Key, Row, estimate, log_edges
+from ttt.evaluation.suite import printed
+from ttt.intervals import bootstrap
 from ttt.model.loop import Scores
 
-# Of a CVD-safe palette (Okabe and Ito); the same curve has the same colour in every picture.
-COLOURS = {"learning": "#0072B2", "still": "#D55E00"}
 LABELS = {"learning": "learning while reading", "still": "not learning (inner rate 0)"}
 
 
@@ -48,11 +47,12 @@ class PositionLoss:
         batches: Iterable[Batch],
         *,
         learn: bool,
-        told: Callable[[int, float], None] = lambda batch, loss: None,
+        on_progress: Callable[[int, float], None] = lambda batch, loss: None,
     ) -> "PositionLoss":
-        """Score all batches; `told(batches done, mean loss so far)` hears of the progress.
+        """Score all batches, at least one.
 
         evaluator: (model, batch, learn=…) -> the scores of a batch.
+        on_progress: called with the batches done and the mean loss so far.
         """
         nll = count = np.zeros(())
         edges = np.zeros(1, int)
@@ -61,15 +61,13 @@ class PositionLoss:
         for done, batch in enumerate(batches, start=1):
             scores = evaluator(model, batch, learn=learn)
             mask = scores.loss_mask.astype(np.float64)
-            parts = scores.token_nll * mask, mask
-            nll, count = (
-                x + np.sum(part, axis=0) for x, part in zip((nll, count), parts, strict=True)
-            )
+            masked = scores.token_nll * mask
+            nll, count = nll + np.sum(masked, axis=0), count + np.sum(mask, axis=0)
             edges = log_edges(mask.shape[1])
-            for bins, part in zip(binned, parts, strict=True):
+            for bins, part in zip(binned, (masked, mask), strict=True):
                 bins.append(np.add.reduceat(part, edges[:-1], axis=1))
             losses += scores.loss.tolist()
-            told(done, float(np.mean(losses)))
+            on_progress(done, float(np.mean(losses)))
         return cls(nll, count, np.asarray(losses), edges, *map(np.concatenate, binned))
 
     @property
@@ -82,71 +80,55 @@ class PositionLoss:
         """Mean over all tokens that count, in nats: the same whatever the chunks."""
         return float(np.sum(self.nll) / max(np.sum(self.count), 1))
 
-    def rows(self, like: Row, *, resamples: int, seed: int, keys: Mapping[str, Key]) -> list[Row]:
-        """`loss` over all, then `loss_at` of each logarithmic bin; `like` tells whose they are.
-
-        Intervals are those of the bootstrap over sequences.
-        """
-        draws = {"resamples": resamples, "seed": seed}
-        whole = bootstrap(self.sequence_loss, np.ones_like(self.sequence_loss), **draws)
-        bins = bootstrap(self.bin_nll, self.bin_count, **draws)
-        return self._rows(replace(like, measure="loss"), whole, bins, keys)
-
-    def rows_against(
+    def rows(
         self,
-        reference: "PositionLoss",
         like: Row,
         *,
         resamples: int,
         seed: int,
         keys: Mapping[str, Key],
+        reference: "PositionLoss | None" = None,
     ) -> list[Row]:
-        """`difference` and `difference_at`: the loss here less that of `reference`.
+        """`loss` over all, then `loss_at` of each logarithmic bin; `like` tells whose they are.
 
-        Both scored the same sequences, which are drawn in pairs: what all texts vary by falls out,
-        so these intervals are far narrower than those of either loss.
+        With a reference, which scored the same sequences: `difference` and `difference_at`, the
+        loss here less the one there. Intervals are those of the bootstrap over sequences. Those of
+        differences, which are drawn in pairs, are far narrower: what all texts vary by falls out.
         """
-        draws = {"resamples": resamples, "seed": seed}
-        less = self.sequence_loss - reference.sequence_loss
-        whole = bootstrap(less, np.ones_like(less), **draws)
-        bins = bootstrap(self.bin_nll - reference.bin_nll, self.bin_count, **draws)
-        return self._rows(replace(like, measure="difference"), whole, bins, keys)
-
-    def _rows(
-        self, like: Row, whole: Interval, bins: Interval, keys: Mapping[str, Key]
-    ) -> list[Row]:
-        def row(measure: str, at: Interval, start: int, stop: int) -> Row:
-            place = {"position_from": start, "position_to": stop}
-            value, low, high = (float(x) for x in at)
-            return replace(
+        measure, losses, nll = "loss", self.sequence_loss, self.bin_nll
+        if reference is not None:
+            measure = "difference"
+            losses, nll = losses - reference.sequence_loss, nll - reference.bin_nll
+        whole = bootstrap(losses, np.ones_like(losses), resamples=resamples, seed=seed)
+        bins = bootstrap(nll, self.bin_count, resamples=resamples, seed=seed)
+        stretches = [(measure, 0, len(self.nll), whole)]
+        places = zip(
+            pairwise(self.edges.tolist()), self.bin_count.T, zip(*bins, strict=True), strict=True
+        )
+        for (start, stop), counts, interval in places:
+            if np.any(counts):
+                stretches.append((f"{measure}_at", start, stop, interval))
+        return [
+            replace(
                 like,
-                measure=measure,
-                keys={**keys, **place},
-                value=value,
-                low=low,
-                high=high,
-                n=len(self.sequence_loss),
+                measure=name,
+                keys={**keys, "position_from": start, "position_to": stop},
+                **estimate(interval),
+                n=len(losses),
                 unit="nats per token",
             )
-
-        found = [row(like.measure, whole, 0, len(self.nll))]
-        for i, (start, stop) in enumerate(pairwise(self.edges.tolist())):
-            if np.any(self.bin_count[:, i]):
-                at = Interval(*(x[i] for x in bins))
-                found.append(row(f"{like.measure}_at", at, start, stop))
-        return found
+            for name, start, stop, interval in stretches
+        ]
 
     def in_bins(self, bins: int) -> Float[np.ndarray, " bins"]:
         """Mean over all counted tokens of each of `bins` equal stretches of the sequence."""
-        nll, count = (np.add.reduceat(x, self._edges(bins)[:-1]) for x in (self.nll, self.count))
+        starts = np.linspace(0, len(self.nll), bins + 1).astype(int)[:-1]
+        nll, count = (np.add.reduceat(x, starts) for x in (self.nll, self.count))
         return nll / np.maximum(count, 1)
-
-    def _edges(self, bins: int) -> Int[np.ndarray, " edges"]:
-        return np.linspace(0, len(self.nll), bins + 1).astype(int)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LearningComparison:
     """The same sequences and weights, learning and not; `still` is None where nothing learns."""
 
     learning: PositionLoss
@@ -169,16 +151,11 @@ class Comparison:
 
     def rows(self, like: Row, *, resamples: int, seed: int) -> list[Row]:
         """Both in the schema of all suites, told apart by the key `learning`."""
-        return [
-            row
-            for name, part in self._parts().items()
-            for row in part.rows(
-                like,
-                resamples=resamples,
-                seed=seed,
-                keys={"learning": self.still is not None and name == "learning"},
-            )
-        ]
+        rows = []
+        for name, part in self._parts().items():
+            keys = {"learning": self.still is not None and name == "learning"}
+            rows += part.rows(like, resamples=resamples, seed=seed, keys=keys)
+        return rows
 
     def summary(self, bins: int = 8) -> dict[str, object]:
         """The figures that a report quotes."""
@@ -186,74 +163,50 @@ class Comparison:
             "sequences": len(self.learning.sequence_loss),
             "seq_length": len(self.learning.nll),
             "window": self.window,
-            "loss": self.learning.loss,
-            "token_loss": self.learning.token_loss,
-            "loss_by_bin": self.learning.in_bins(bins).tolist(),
         }
+        for name, part in self._parts().items():
+            ending = "_without_learning" if name == "still" else ""
+            figures[f"loss{ending}"] = part.loss
+            figures[f"token_loss{ending}"] = part.token_loss
+            figures[f"loss_by_bin{ending}"] = part.in_bins(bins).tolist()
         if self.still is not None:
-            figures["loss_without_learning"] = self.still.loss
-            figures["token_loss_without_learning"] = self.still.token_loss
-            figures["loss_by_bin_without_learning"] = self.still.in_bins(bins).tolist()
-            figures["gain_last_half"] = float(np.mean(self.gains(2)[1]))
+            figures["gain_last_half"] = float(self.gains(2)[1])
         return figures
 
     def table(self, bins: int = 8) -> Table:
         """The loss by position, for a terminal."""
         size = len(self.learning.nll) // bins
-        sequences = len(self.learning.sequence_loss)
-        table = Table(
-            title=f"held-out loss by token position, {sequences} sequences (nats per token)"
-        )
-        table.add_column("position", justify="right")
-        for name in self._parts():
-            table.add_column(LABELS[name] if self.still is not None else "loss", justify="right")
-        rows = [part.in_bins(bins) for part in self._parts().values()]
+        spans = [f"{i * size} - {(i + 1) * size - 1}" for i in range(bins)]
+        values = {
+            "loss" if self.still is None else LABELS[name]: part.in_bins(bins)
+            for name, part in self._parts().items()
+        }
         if self.still is not None:
-            table.add_column("gain", justify="right")
-            rows.append(self.gains(bins))
-        for i, values in enumerate(zip(*rows, strict=True)):
-            span = f"{i * size} - {(i + 1) * size - 1}"
-            table.add_row(span, *(f"{value:.3f}" for value in values))
-        return table
+            values["gain"] = self.gains(bins)
+        columns = {name: [f"{x:.3f}" for x in column] for name, column in values.items()}
+        sequences = len(self.learning.sequence_loss)
+        title = f"held-out loss by token position, {sequences} sequences (nats per token)"
+        return printed(title, {"position": spans, **columns}, names=0)
 
     def draw(self, path: Path, *, title: str, points: int) -> None:
         """Save the picture; each curve is the mean over each of `points` stretches."""
-        import matplotlib  # costs a second, and most imports of this module do without
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot as plt
-
         length = len(self.learning.nll)
         middles = (np.arange(points) + 0.5) * length / points
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        for name, part in self._parts().items():
-            label = LABELS[name] if self.still is not None else None
-            axes.plot(middles, part.in_bins(points), "o-", ms=4, color=COLOURS[name], label=label)
+        figure, axes = figures.pyplot().subplots(figsize=(7, 4.2), layout="constrained")
+        for number, (name, part) in enumerate(self._parts().items()):
+            axes.plot(middles, part.in_bins(points), label=LABELS[name], **figures.style(number))
         if self.still is not None:
             below, above = self.learning.in_bins(points), self.still.in_bins(points)
-            axes.fill_between(middles, below, above, color=COLOURS["learning"], alpha=0.12, lw=0)
-            gain = self.gains(2)[1]
-            axes.set_title(
-                f"learning lowers the last half by {gain:.3f} nats", fontsize=9, loc="right"
-            )
+            axes.fill_between(middles, below, above, color=figures.COLOURS[0], alpha=0.12, lw=0)
+            title += f": learning lowers the last half by {self.gains(2)[1]:.3f} nats"
             axes.legend(frameon=False)
         if self.window < length:
-            axes.axvline(self.window, color="0.6", lw=1, ls="--")
-            axes.annotate(
-                " attention window",
-                (self.window, 0.02),
-                xycoords=("data", "axes fraction"),
-                color="0.4",
-                fontsize=8,
-            )
-        axes.set_title(title, fontsize=10, loc="left")
+            figures.mark(axes, self.window, "attention window")
+        figures.tidy(axes)
         axes.set_xlabel("token position")
         axes.set_ylabel("held-out loss (nats per token)")
         axes.set_xlim(0, length)
-        axes.spines[["top", "right"]].set_visible(False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        figures.finish(figure, path, title)
 
     def _parts(self) -> dict[str, PositionLoss]:
         parts = {"learning": self.learning, "still": self.still}

@@ -1,7 +1,5 @@
 """How much a text repeats itself, in its own tokens. No JAX."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Int
 
@@ -25,37 +23,27 @@ def repeated(tokens: Int[np.ndarray, " N"], span: int = SPAN) -> float:
     return hits / max(1, len(tokens) - 1)
 
 
-def longest_repeat(tokens: Sequence[int] | Int[np.ndarray, " N"]) -> int:
-    """Tokens of the longest stretch that occurs twice (overlaps count); by a suffix automaton.
+def longest_repeat(tokens: Int[np.ndarray, " N"]) -> int:
+    """Tokens of the longest stretch that occurs twice (overlaps count); takes N log² N steps.
 
-    Time and memory grow with N, not with N².
+    Equal n-grams have equal numbers. Numbers of grams of n and of m tokens give those of n + m.
     """
-    lengths, links = [0], [-1]
-    edges: list[dict[int, int]] = [{}]
-    last = longest = 0
-    for token in map(int, tokens):
-        new = len(lengths)
-        lengths.append(lengths[last] + 1)
-        links.append(0)
-        edges.append({})
-        state = last
-        while state != -1 and token not in edges[state]:
-            edges[state][token] = new
-            state = links[state]
-        if state != -1:
-            target = edges[state][token]
-            if lengths[target] == lengths[state] + 1:
-                links[new] = target
-            else:
-                copy = len(lengths)
-                lengths.append(lengths[state] + 1)
-                links.append(links[target])
-                edges.append(dict(edges[target]))
-                while state != -1 and edges[state].get(token) == target:
-                    edges[state][token] = copy
-                    state = links[state]
-                links[target] = links[new] = copy
-        # The longest suffix of what has been read that occurred before ends here too.
-        longest = max(longest, lengths[links[new]])
-        last = new
-    return longest
+
+    def joined(first: np.ndarray, size: int, second: np.ndarray) -> np.ndarray:
+        """Numbers of the grams of `size` tokens and then those of `second`, at every place."""
+        count = max(0, len(second) - size)
+        pairs = first[:count].astype(np.int64) * (len(tokens) + 1) + second[size:]
+        return np.unique(pairs, return_inverse=True)[1]
+
+    def repeats(grams: np.ndarray) -> bool:
+        return len(set(grams.tolist())) < len(grams)
+
+    doubled = [np.unique(tokens, return_inverse=True)[1]]  # grams of 1, 2, 4, … tokens
+    while repeats(doubled[-1]):
+        doubled.append(joined(doubled[-1], 2 ** (len(doubled) - 1), doubled[-1]))
+    grams, size = np.zeros(len(tokens) + 1, int), 0
+    for power in reversed(range(len(doubled) - 1)):
+        longer = joined(grams, size, doubled[power])
+        if repeats(longer):
+            grams, size = longer, size + 2**power
+    return size

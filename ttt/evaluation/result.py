@@ -4,14 +4,16 @@ The columns of `<suite>.csv` are those of `Row`, with the suite's own keys (posi
 …) between `measure` and `value`. An empty cell is "not known" or "has no such key".
 """
 
-import csv
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
 
 Key = str | int | float | bool
 
@@ -23,7 +25,7 @@ class Row:
     suite: str
     run: str
     method: str
-    """`fa`, `swa`, `e2e`, or `token_stats` of a count model."""
+    """`fa`, `swa`, `hybrid`, `e2e`, or `token_stats` of a count model."""
     step: int
     """Outer steps behind the checkpoint."""
     context: int
@@ -50,42 +52,46 @@ class Row:
 
     def flat(self) -> dict[str, Any]:
         """Column -> value, the keys in their place."""
-        columns = dict(vars(self))
-        flat = {}
-        for name, value in columns.items():
+        flat: dict[str, Any] = {}
+        for name, value in vars(self).items():
             flat |= value if name == "keys" else {name: value}
         return flat
 
 
-_AFTER_KEYS = ("value", "low", "high", "n", "unit", "failed")
+def estimate(interval: Iterable[Any]) -> dict[str, float]:
+    """A value and the bounds of its interval as fields of a row."""
+    return dict(zip(("value", "low", "high"), map(float, interval), strict=True))
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
-    """Columns of a table of `rows`, the union of their keys in order of appearance."""
-    names = dict.fromkeys(name for row in rows for name in row.flat())
-    return [name for name in names if name not in _AFTER_KEYS] + list(_AFTER_KEYS)
+def log_edges(length: int) -> Int[np.ndarray, " edges"]:
+    """Borders of bins that widen with position: 0, 16, 23, 32, 45, 64, … , length.
+
+    Two to every doubling, and the same for every length but for the last, so that bins of several
+    contexts can be compared.
+    """
+    grid = np.round(16 * 2 ** np.arange(0, 40, 0.5)).astype(int)
+    return np.concatenate([[0], grid[grid < length], [length]])
 
 
 def to_csv(rows: Sequence[Row]) -> str:
     """The rows as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.flat() for row in rows)
-    return text.getvalue()
+    # Objects, because a column of whole numbers with a gap would become one of floats.
+    table = pd.DataFrame([row.flat() for row in rows], dtype=object)
+    last = ["value", "low", "high", "n", "unit", "failed"]
+    return table[[*table.columns.drop(last), *last]].to_csv(index=False, lineterminator="\n")
 
 
-def to_json(rows: Sequence[Row], notes: Mapping[str, Any]) -> str:
-    """The rows and what there is to know about them, as a JSON object."""
-    found = {"notes": dict(notes), "rows": [row.flat() for row in rows]}
-    return json.dumps(found, indent=1, allow_nan=False) + "\n"
+def frame(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
+    """A line for each row, with a column for each of `keys` whether a row has it or not."""
+    table = pd.DataFrame([row.flat() for row in rows])
+    return table.reindex(columns=list(dict.fromkeys([*table, *keys])))
 
 
 def save(folder: Path, suite: str, rows: Sequence[Row], notes: Mapping[str, Any]) -> None:
     """Write `<suite>.csv` and `<suite>.json`, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    known = {"notes": dict(notes), "rows": [row.flat() for row in rows]}
     write_whole(folder / f"{suite}.csv", to_csv(rows))
-    write_whole(folder / f"{suite}.json", to_json(rows, notes))
+    write_whole(folder / f"{suite}.json", json.dumps(known, indent=1, allow_nan=False) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

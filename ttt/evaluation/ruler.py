@@ -8,11 +8,14 @@ and sentences end at punctuation instead of where NLTK sees an end.
 """
 
 import ast
+import bisect
 import json
 import random
 import re
+import sys
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +80,8 @@ class Haystack(NamedTuple):
     sentences: tuple[str, ...]
     joint: str
     """What stands between two of them."""
+    endless: bool = False
+    """Whether its one sentence is repeated as often as it fits."""
 
 
 class Prompt(NamedTuple):
@@ -101,7 +106,7 @@ class Prompt(NamedTuple):
 
 def noise() -> Haystack:
     """The haystack of `niah_single_1`; as long as it is asked to be."""
-    return Haystack("RULER's five sentences, repeated", (NOISE,), "\n")
+    return Haystack("RULER's five sentences, repeated", (NOISE,), "\n", endless=True)
 
 
 def essays(file: str) -> Haystack:
@@ -174,7 +179,6 @@ def make_prompts(
     depths: Sequence[float],
     samples: int,
     seed: int,
-    told: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Prompt]:
     """Prompts that fill `length` tokens together with their answers, `samples` for each depth.
 
@@ -182,77 +186,69 @@ def make_prompts(
     function of seed, task, length, depth and sample alone. Raises a UserError where not one
     sentence fits, or the text is too short.
     """
-    kind = TASKS[task]
-    count = None
+    kind = TASKS[task].value_type
+    most = length - tokens_to_generate
+    count = 0
     prompts = []
     for depth in depths:
         for sample in range(samples):
             rng = random.Random(f"{seed}/{task}/{length}/{depth}/{sample}")
             key = f"{rng.choice(_ADJECTIVES.split())}-{rng.choice(_NOUNS.split())}"
-            value = _value(kind.value_type, rng)
-            words = {"value_type": kind.value_type, "key": key}
-            needle = NEEDLE.format(**words, value=value)
-
-            def build(
-                sentences: int,
-                words: dict = words,
-                needle: str = needle,
-                depth: float = depth,
-                value: str = value,
-            ) -> Prompt:
-                taken = _first(haystack, sentences)
-                head, tail = CONTEXT.split("{context}")
-                before, after = hide(taken, haystack.joint, needle, depth)
-                start = head.format(**words) + before
-                ask = tail + QUESTION.format(**words) + ANSWER_PREFIX.format(**words)
-                ids = tokenizer.encode(start + after + ask)
-                tokens = np.concatenate([np.array([tokenizer.bos_token_id], np.int32), ids])
-                return Prompt(tokens, value, depth, 1 + len(tokenizer.encode(start)))
-
-            room = length - tokens_to_generate
-            if count is None:
-                count = _fitting(build, room, haystack, task, length, tokens_to_generate)
+            build = partial(_prompt, haystack, tokenizer, kind, key, _value(kind, rng), depth)
+            count = count or _sentences_that_fit(build, haystack, task, most, length)
             prompt = build(count)
-            while len(prompt.tokens) > room and count > 1:  # another key may be longer
+            while len(prompt.tokens) > most and count > 1:  # another key may be longer
                 count -= 1
                 prompt = build(count)
             prompts.append(prompt)
-            told(len(prompts), len(depths) * samples)
     return prompts
 
 
-def _first(haystack: Haystack, count: int) -> Sequence[str]:
-    if haystack.sentences == (NOISE,):
-        return (NOISE,) * count
-    return haystack.sentences[:count]
+def _prompt(
+    haystack: Haystack,
+    tokenizer: AbstractTokenizer,
+    value_type: str,
+    key: str,
+    value: str,
+    depth: float,
+    count: int,
+) -> Prompt:
+    """The one with the first `count` sentences of the haystack."""
+    words = {"value_type": value_type, "key": key}
+    needle = NEEDLE.format(**words, value=value)
+    sentences = haystack.sentences * count if haystack.endless else haystack.sentences[:count]
+    head, tail = CONTEXT.format(**words, context="{context}").split("{context}")
+    before, after = hide(sentences, haystack.joint, needle, depth)
+    question = tail + QUESTION.format(**words) + ANSWER_PREFIX.format(**words)
+    ids = tokenizer.encode(head + before + after + question)
+    tokens = np.concatenate([np.array([tokenizer.bos_token_id], np.int32), ids])
+    return Prompt(tokens, value, depth, 1 + len(tokenizer.encode(head + before)))
 
 
-def _fitting(
-    build: Callable[[int], Prompt], room: int, haystack: Haystack, task: str, length: int, gen: int
+def _sentences_that_fit(
+    build: Callable[[int], Prompt], haystack: Haystack, task: str, most: int, length: int
 ) -> int:
-    """The largest number of sentences with which a prompt has at most `room` tokens."""
-    smallest = len(build(1).tokens)
-    if smallest > room:
+    """The largest number of sentences with which a prompt has at most `most` tokens."""
+
+    def size(count: int) -> int:
+        return len(build(count).tokens)
+
+    if size(1) > most:
         raise UserError(
-            f"evaluation.needles.lengths={length}: the shortest prompt of {task} takes {smallest} "
-            f"tokens, and its answer {gen}; give at least {smallest + gen}"
+            f"evaluation.needles.lengths={length}: the shortest prompt of {task} takes {size(1)} "
+            f"tokens, and its answer {length - most}; give at least {size(1) + length - most}"
         )
-    endless = haystack.sentences == (NOISE,)
-    low, high = 1, 2
-    while (endless or high <= len(haystack.sentences)) and len(build(high).tokens) <= room:
-        low, high = high, 2 * high
-    if not endless and high > len(haystack.sentences):
-        high = len(haystack.sentences)
-        if len(whole := build(high).tokens) <= room:
+    available = sys.maxsize if haystack.endless else len(haystack.sentences)
+    high = 1
+    while size(high) <= most:
+        if high == available:
             raise UserError(
                 f"evaluation.needles.lengths={length}: with all its text ({haystack.source}) a "
-                f"prompt of {task} has {len(whole)} tokens, fewer than the {room} there is room "
+                f"prompt of {task} has {size(high)} tokens, fewer than the {most} there is room "
                 "for; lower the length, or give more text (evaluation.needles.haystack=FILE)"
             )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(build(middle).tokens) <= room else (low, middle)
-    return low
+        high = min(2 * high, available)
+    return bisect.bisect_right(range(1, high), most, key=size)
 
 
 def _value(kind: str, rng: random.Random) -> str:

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.table import Table
 
-from ttt.evaluation.machine import Machine
+from ttt import figures
+from ttt.evaluation.resources import LoadedModels
 from ttt.evaluation.result import Key, Row
 from ttt.knobs import Config
 from ttt.model.trained import TrainedModel
 
 logger = logging.getLogger(__name__)
 
-Told = Callable[[int], None]
-"""Hears of a job's progress: how many of its steps are done."""
+OnProgress = Callable[[int], None]
+"""Called with the number of a job's steps that are done."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +31,59 @@ class Job:
     keys: Mapping[str, Key]
     """What tells its rows from those of other jobs."""
     steps: int
-    """What `work` tells the progress of."""
-    work: Callable[[Told], list[Row]]
+    """What `work` reports as progress."""
+    work: Callable[[OnProgress], list[Row]]
 
     def __str__(self) -> str:
         """For progress and messages."""
         return " ".join([str(self.context), *(f"{k}={v}" for k, v in self.keys.items())])
 
 
-class AbstractSuite(ABC):
-    """Measurements of one kind, of all runs.
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A run as it reads: learning, or not. One line of a table, one curve of a picture."""
 
-    What users can have got wrong raises a UserError when it is made, before anything is compiled.
-    """
+    run: TrainedModel
+    learning: bool
+    number: int
+    """Of the run, which gives the curve its colour."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it could learn and does not."""
+        return self.run.learns and not self.learning
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and pictures."""
+        return f"{self.run.name}, not learning" if self.is_off else self.run.name
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """How its curve looks."""
+        return figures.style(self.number, learns=not self.is_off)
+
+    def own(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Its lines of a table of rows."""
+        return rows[(rows.run == self.run.name) & (rows.learning == self.learning)]
+
+
+class AbstractSuite(ABC):
+    """Measurements of one kind, of all runs."""
 
     name: str
+    keys: tuple[str, ...]
+    """Columns of its rows that tables and pictures are made from."""
 
-    @abstractmethod
-    def __init__(self, config: Config, runs: Sequence[TrainedModel], machine: Machine):
-        """Check and prepare."""
+    def __init__(self, config: Config, runs: Sequence[TrainedModel], models: LoadedModels):
+        """Check what users can have got wrong, before anything is compiled; raises UserError."""
+        self.config, self.runs, self.models = config, list(runs), models
+        modes = config.evaluation.without_learning
+        self.readers = [
+            Reader(run, learn and run.learns, number)
+            for number, run in enumerate(runs)
+            for learn in run.modes(modes)
+        ]
 
     @abstractmethod
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
@@ -58,12 +94,12 @@ class AbstractSuite(ABC):
         """What a reader of the rows should know: data, settings, sources."""
 
     @abstractmethod
-    def table(self, rows: Sequence[Row]) -> Table:
-        """The figures for a terminal."""
+    def table(self, rows: pd.DataFrame) -> Table:
+        """The figures for a terminal; rows as in `result.frame`, failed ones too."""
 
     @abstractmethod
-    def draw(self, rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
-        """Save the pictures; returns where."""
+    def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
+        """Save the pictures of rows that have values; returns where."""
 
     def comparisons(self) -> list[Row]:
         """Rows that several jobs together give; called when all are done."""
@@ -73,16 +109,26 @@ class AbstractSuite(ABC):
         """More files to keep beside the rows: name -> text."""
         return {}
 
+    def readers_of(self, run: TrainedModel) -> list[Reader]:
+        """The run learning, and not learning where that is another thing."""
+        return [reader for reader in self.readers if reader.run is run]
+
     def row(self, run: TrainedModel, context: int, measure: str, **fields: Any) -> Row:
         """A row of this suite."""
         return Row(self.name, run.name, run.method, run.step, context, measure, **fields)
+
+    def mark_windows(self, axes: Any, least: int, most: int) -> None:
+        """Lines at the attention windows that lie between two numbers of tokens."""
+        for window in {run.window for run in self.runs if run.window}:
+            if least < window < most:
+                figures.mark(axes, window, "window")
 
 
 def measure(
     suites: Sequence[AbstractSuite],
     runs: Iterable[TrainedModel],
     *,
-    progress: Callable[[AbstractSuite, TrainedModel, Job], AbstractContextManager[Told]],
+    progress: Callable[[AbstractSuite, TrainedModel, Job], AbstractContextManager[OnProgress]],
     saved: Callable[[AbstractSuite, Sequence[Row]], None],
 ) -> dict[str, list[Row]]:
     """Do every job of every run; returns rows by suite, failed ones included.
@@ -93,8 +139,8 @@ def measure(
     for run in runs:
         for suite in suites:
             for job in suite.jobs(run):
-                with progress(suite, run, job) as told:
-                    rows[suite.name] += attempt(suite, run, job, told)
+                with progress(suite, run, job) as on_progress:
+                    rows[suite.name] += attempt(suite, run, job, on_progress)
                 saved(suite, rows[suite.name])
     for suite in suites:
         rows[suite.name] += [row.checked() for row in suite.comparisons()]
@@ -102,11 +148,33 @@ def measure(
     return rows
 
 
-def attempt(suite: AbstractSuite, run: TrainedModel, job: Job, told: Told) -> list[Row]:
+def attempt(
+    suite: AbstractSuite, run: TrainedModel, job: Job, on_progress: OnProgress
+) -> list[Row]:
     """The job's rows, or one that says why there are none."""
     try:
-        return [row.checked() for row in job.work(told)]
+        return [row.checked() for row in job.work(on_progress)]
     except Exception as error:
-        logger.exception("%s of %s at %s failed", *(suite.name, run.name, job))
+        logger.exception("%s of %s at %s failed", suite.name, run.name, job)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return [suite.row(run, job.context, "failed", keys=job.keys, failed=reason)]
+
+
+def plot(axes: Any, x: pd.Series, rows: pd.DataFrame, *, band: float, **style: Any) -> None:
+    """A curve of the rows' values over x, and their intervals as a band of that opacity."""
+    if len(rows):
+        axes.plot(x, rows.value, **style)
+        axes.fill_between(x, rows.low, rows.high, color=style["color"], alpha=band, lw=0)
+
+
+def printed(title: str, columns: Mapping[str, Sequence[str]], *, names: int = 1) -> Table:
+    """A table for a terminal; the first `names` columns hold names, the others numbers."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        if i < names:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    return table

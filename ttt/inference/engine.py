@@ -11,7 +11,7 @@ grows with the model, the window or the context.
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,12 +25,13 @@ from ttt import mixers
 from ttt.core.precision import Precision
 from ttt.errors import UserError
 from ttt.inference import state as states
-from ttt.inference.programs import Layers, Programs, Writing
+from ttt.inference.programs import Programs, Writing
 from ttt.inference.sampling import Sampling
 from ttt.inference.state import State
 from ttt.knobs import ModelConfig, TrainingConfig
 from ttt.model.layers import for_compute
 from ttt.model.published import to_published
+from ttt.model.stacks import restacked, unrolled
 from ttt.model.transformer import MetaModel
 
 # Tokens that full attention, which has no chunks of its own, reads at a time.
@@ -39,7 +40,7 @@ CHUNK_OF_FULL_ATTENTION = 512
 # call, few enough to hear of the progress.
 _CHUNKS_PER_CALL = 16
 TOKENS_PER_CALL = 64
-_TOKENS_WHILE_TOLD = 8
+_TOKENS_WHILE_SHOWN = 8
 
 
 class Written(NamedTuple):
@@ -66,31 +67,55 @@ class Engine:
         """
         if context < 1:
             raise UserError(f"context={context}: a sequence has at least one token; raise it")
-        self.full_attention = mixers.grows(model.config)
+        self.grows = mixers.grows(model.config)
         self.learns = learn and training.train_mode == "meta"
         self.chunk = model.config.mini_batch_size
-        if self.full_attention:
+        if mixers.windows_apart(model.config):
             self.chunk = min(CHUNK_OF_FULL_ATTENTION, context)
         self.context = context
         self.config: ModelConfig = model.config
         self._training = training
         self._model = model
-        reader = model.reading(self.chunk)
-        if self.learns:
-            self._fast, slow = reader.fast_weights(training.spec_inner)
-        else:
-            self._fast, slow = eqx.partition(reader, False)
-        self._slow = for_compute(slow, Precision.of(self.config).compute)
+        # A chunk's gradient is the only one there is, and its intermediates are few.
+        how = {"mini_batch_size": self.chunk, "remat_prefix": "none", "remat_suffix": "none"}
+        config = replace(model.config, **how)
+        # The one copy of the weights that the engine makes, beside the caller's.
+        self._fast, self._slow = jax.jit(self._parted)(model.with_config(config))
         inner = training.optimizer_inner
         self._rate, self._clip = inner.lr, inner.clip_gradient
-        programs = Programs(reader.config, training, context=context, learns=self.learns)
+        programs = Programs(config, training, context=context, learns=self.learns)
         self._programs = programs
         self._fresh = jax.jit(programs.fresh_state, static_argnums=1)
         self._read = jax.jit(programs.read_chunks, donate_argnums=1, static_argnums=4)
+        self._stretch = jax.jit(programs.read_stretch, donate_argnums=1, static_argnums=3)
         self._rest = jax.jit(programs.read_rest, static_argnums=4)
         self._open = jax.jit(programs.open_chunk)
-        self._write = jax.jit(programs.write_tokens, donate_argnums=1, static_argnums=8)
+        self._write = jax.jit(programs.write_tokens, donate_argnums=1, static_argnums=7)
         self._end = jax.jit(programs.end_chunk)
+
+    def _parted(self, model: MetaModel) -> tuple[MetaModel, MetaModel]:
+        """(fast, slow) weights, layer by layer, in the dtypes that they are used in."""
+        config = self.config
+        suffix = config.suffix_len
+        model = eqx.tree_at(
+            lambda m: m.language_model.model.h,
+            model,
+            replace_fn=lambda h: eqx.tree_at(
+                lambda h: (h.prefix_blocks, h.suffix_blocks),
+                h,
+                (
+                    unrolled(h.prefix_blocks, config.num_hidden_layers - suffix),
+                    unrolled(h.suffix_blocks, suffix),
+                ),
+                is_leaf=lambda x: x is None,
+            ),
+        )
+        fast, slow = (
+            model.fast_weights(self._training.spec_inner)
+            if self.learns
+            else eqx.partition(model, False)
+        )
+        return fast, for_compute(slow, Precision.of(config).compute)
 
     # ---- states --------------------------------------------------------------------------
 
@@ -148,8 +173,18 @@ class Engine:
         if not self.learns:
             return self._model
         like, slow = self._model.fast_weights(self._training.spec_inner)
-        fast = [leaf[row] for leaf in jax.tree.leaves(state.fast)]
-        return eqx.combine(jax.tree.unflatten(jax.tree.structure(like), fast), slow)
+        fast = jax.tree.map(lambda leaf: leaf[row], state.fast)
+        fast = eqx.tree_at(
+            lambda m: m.language_model.model.h.suffix_blocks,
+            fast,
+            restacked(
+                like.language_model.model.h.suffix_blocks,
+                fast.language_model.model.h.suffix_blocks.rest,
+            ),
+        )
+        return eqx.combine(
+            jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(fast)), slow
+        )
 
     def compile(
         self, sequences: int, sampling: Sampling | None = None, *, score: bool = True
@@ -172,7 +207,7 @@ class Engine:
         digest = hashlib.sha256()
         how = ("attention", "attention_block", "loss_block", "remat_prefix", "remat_suffix", "name")
         settings = {k: v for k, v in asdict(self.config).items() if k not in how}
-        if self.full_attention:
+        if mixers.windows_apart(self.config):
             del settings["mini_batch_size"]
         rule = [self._rate, self._clip, self._training.spec_inner] if self.learns else None
         digest.update(json.dumps([settings, rule], sort_keys=True).encode())
@@ -189,14 +224,14 @@ class Engine:
         prompts: Sequence[Int[np.ndarray, " T"]],
         *,
         score: bool = True,
-        told: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> tuple[State, list[Float[np.ndarray, " N"]]]:
         """Continue each sequence with its own tokens, of any lengths.
 
         Returns the new state and, sequence by sequence, −log p in nats of every token read, given
         all before it and learned from them; the very first token of a sequence has none. Without
         `score` a model that does not learn skips them, and they are not meaningful.
-        told: hears how many of the longest sequence's tokens are read.
+        on_progress: hears how many of the longest sequence's tokens are read.
         Raises UserError for ids outside the vocabulary, a sequence without a token, and one longer
         than the context of full attention.
         """
@@ -210,15 +245,23 @@ class Engine:
         state = jax.tree.map(jnp.copy, state)
         scores: list[Array] = []
         longest = int(counts.max(initial=0))
-        for first in range(0, longest, _CHUNKS_PER_CALL):
+        stretch = self._stretch_of(before, counts)
+        if stretch:
+            tokens = _padded(pieces, stretch * self.chunk + 1)
+            state, nll = self._stretch(self._slow, state, tokens, score)
+            scores.append(nll)
+            if on_progress is not None:
+                jax.block_until_ready(nll)
+                on_progress(stretch * self.chunk)
+        for first in range(stretch, longest, _CHUNKS_PER_CALL):
             now = np.clip(counts - first, 0, _CHUNKS_PER_CALL).astype(np.int32)
             start, width = first * self.chunk, _CHUNKS_PER_CALL * self.chunk + 1
             tokens = _padded([piece[start:] for piece in pieces], width)
             state, nll = self._read(self._slow, state, tokens, now, score)
             scores.append(nll)
-            if told is not None:
+            if on_progress is not None:
                 jax.block_until_ready(nll)
-                told(min(first + _CHUNKS_PER_CALL, longest) * self.chunk)
+                on_progress(min(first + _CHUNKS_PER_CALL, longest) * self.chunk)
         rest = [piece[count * self.chunk :] for piece, count in zip(pieces, counts, strict=True)]
         ids = _padded(rest, self.chunk)
         sizes = np.array([len(part) for part in rest], np.int32)
@@ -239,9 +282,20 @@ class Engine:
             occurred=jnp.asarray(occurred),
             logits=logits,
         )
-        if told is not None:
-            told(max(len(piece) for piece in pieces))
+        if on_progress is not None:
+            on_progress(max(len(piece) for piece in pieces))
         return state, found
+
+    def _stretch_of(self, before: np.ndarray, counts: np.ndarray) -> int:
+        """Chunks to read at once before all others.
+
+        Where the state grows, a chunk costs the more the later it comes, and the platform's whole
+        sequence attention is much faster than chunk by chunk against a cache. It starts at the
+        sequence's start, with all sequences at once.
+        """
+        fresh = self.grows and not self.learns and not before.any()
+        chunks = int(counts.min()) if fresh else 0
+        return chunks if chunks > 1 else 0
 
     def check(self, state: State, prompts: Sequence[Int[np.ndarray, " T"]], tokens: int) -> None:
         """Raise what `read` of the prompts, and then `write` of so many tokens, would raise."""
@@ -274,7 +328,7 @@ class Engine:
             )
 
     def _check_room(self, tokens: int, what: str) -> None:
-        if self.full_attention and tokens > self.context:
+        if self.grows and tokens > self.context:
             raise UserError(
                 f"{what} comes to {tokens} tokens, and full attention has caches for "
                 f"context={self.context}: shorten it, or raise the context"
@@ -291,13 +345,13 @@ class Engine:
         seed: int = 0,
         stop: Collection[int] = (),
         given: Sequence[Int[np.ndarray, " T"]] | None = None,
-        told: Callable[[list[np.ndarray]], None] | None = None,
+        on_progress: Callable[[list[np.ndarray]], None] | None = None,
     ) -> tuple[State, Written]:
         """Continue each sequence by up to `tokens` tokens, fewer where a stop token is written.
 
         seed: draws depend on it, on the number of the sequence in the batch and on the position.
         given: what to write in place of choosing, as far as it goes (teacher forcing).
-        told: hears what each sequence has got since the last call.
+        on_progress: hears what each sequence has got since the last call.
         Raises UserError before the first token of a sequence, for a bad `sampling`, ids outside the
         vocabulary, and more tokens than the context of full attention has places for.
         """
@@ -310,7 +364,7 @@ class Engine:
         for row, ids in enumerate(given):
             self._check_ids(np.asarray(ids), f"given text {row}")
         forced = _padded(given, max(tokens, 1), fill=-1)
-        per_call = TOKENS_PER_CALL if told is None else _TOKENS_WHILE_TOLD
+        per_call = TOKENS_PER_CALL if on_progress is None else _TOKENS_WHILE_SHOWN
         written: list[np.ndarray] = []
         scores: list[np.ndarray] = []
         for first in range(0, tokens, per_call):
@@ -321,8 +375,8 @@ class Engine:
             )
             written.append(np.asarray(ids))
             scores.append(np.asarray(nll))
-            if told is not None:
-                told([row[row >= 0] for row in written[-1]])
+            if on_progress is not None:
+                on_progress([row[row >= 0] for row in written[-1]])
             if stop and bool(np.all(np.asarray(writing.stopped))):
                 break
         nothing = np.zeros((sequences, 0))
@@ -380,11 +434,11 @@ class Engine:
         stops = self._stops(()) if stops is None else stops
         how = (jax.random.key(seed), sampling.values(), stops, sampling.kind())
         given = _padded(forced, TOKENS_PER_CALL, -1)
-        return self._slow, writing, self._layers, jnp.int32(tokens), given, *how
+        return self._slow, writing, jnp.int32(tokens), given, *how
 
     def end(self, writing: Writing) -> State:
         """The state after all that was written."""
-        return self._end(self._layers, writing)
+        return self._end(self._slow, writing)
 
     def _stops(self, ids: Collection[int]) -> Bool[Array, " V"]:
         wanted = np.array(sorted(ids), np.int64)
@@ -396,10 +450,6 @@ class Engine:
     @property
     def _weights(self) -> tuple[MetaModel, MetaModel]:
         return self._fast, self._slow
-
-    @cached_property
-    def _layers(self) -> Layers:
-        return jax.jit(self._programs.apart)(self._slow)
 
 
 def _padded(

@@ -1,10 +1,11 @@
 """What the engine compiles: reading by chunks, writing by tokens, and the step on a full chunk.
 
-Everywhere `slow` is the model without its fast weights, its matrices in the compute dtype. What
-belongs to one sequence alone stands in lanes: leaves [B, ...], and [...] where there is but one.
+Everywhere `slow` is the model without its fast weights, its matrices in the compute dtype and its
+layers one by one: taking a layer out of a stack would copy it for every token. What belongs to one
+sequence alone stands in lanes: leaves [B, ...], and [...] where there is but one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -16,28 +17,20 @@ from ttt.core.precision import Precision, at_least_float32
 from ttt.inference.sampling import Values, choose
 from ttt.inference.state import State
 from ttt.knobs import ModelConfig, TrainingConfig
-from ttt.model import inner_loop
+from ttt.model import inner_loop, stacks
 from ttt.model.inner_loop import InnerRule
-from ttt.model.layers import Embedding, Linear, RMSNorm, for_compute
+from ttt.model.layers import for_compute
+from ttt.model.mixer import AbstractMixer
+from ttt.model.stacks import Stack
 from ttt.model.transformer import (
-    Block,
     MetaModel,
     chunk_loss,
     init_states,
-    open_blocks,
+    prefill_blocks,
+    put_blocks,
     step_blocks,
 )
-from ttt.ops.cross_entropy import token_nll
-
-
-class Layers(NamedTuple):
-    """A network whose layers are apart: taking one out of a stack would copy it for every token."""
-
-    wte: Embedding
-    prefix: tuple[Block, ...]
-    suffix: tuple[Block, ...]
-    ln_f: RMSNorm
-    lm_head: Linear | None
+from ttt.ops.cross_entropy import token_nll, whole_nll
 
 
 class Writing(NamedTuple):
@@ -48,14 +41,14 @@ class Writing(NamedTuple):
     """
 
     state: State
-    """Without its mixer states, which lie in the rooms."""
-    prefix: tuple[PyTree, ...]
-    """Rooms, layer by layer."""
-    suffix: tuple[PyTree, ...]
+    """Without its mixer states, which are opened."""
+    prefix: Stack
+    """Mixer states with the slots of the open chunk behind them, layer by layer."""
+    suffix: Stack
     x: Float[Array, "*B C D"]
     """The open chunk after the prefix."""
-    fast: Layers
-    """The fast weights, layer by layer, in the compute dtype."""
+    fast: MetaModel
+    """The fast weights in the compute dtype."""
     stopped: Bool[Array, " B"]
 
 
@@ -68,6 +61,8 @@ class Programs:
         """config: as the model reads, `mini_batch_size` the tokens of a chunk."""
         self.config, self.context, self.learns = config, context, learns
         self.chunk = config.mini_batch_size
+        self.slots = -(-context // self.chunk) * self.chunk
+        """Places in a state that grows with the context: whole chunks."""
         inner = training.optimizer_inner
         self._rate, self._clip = inner.lr, inner.clip_gradient
         self._dtype = Precision.of(config).compute
@@ -76,16 +71,11 @@ class Programs:
     def fresh_state(self, weights: tuple[MetaModel, MetaModel], sequences: int) -> State:
         """Before the first token; weights: fast and slow."""
         fast, slow = weights
-        stacks = slow.language_model.model.h
-        whole = -(-self.context // self.chunk) * self.chunk
-
-        def fresh(blocks: Block | None) -> PyTree:
-            return init_states(blocks, whole, self._dtype)
-
+        blocks = slow.language_model.model.h
         one = State(
             fast=fast,
-            prefix=fresh(stacks.prefix_blocks),
-            suffix=fresh(stacks.suffix_blocks),
+            prefix=init_states(blocks.prefix_blocks, self.slots, self._dtype),
+            suffix=init_states(blocks.suffix_blocks, self.slots, self._dtype),
             ids=jnp.zeros(self.chunk, jnp.int32),
             open=jnp.zeros((), jnp.int32),
             seen=jnp.zeros((), jnp.int32),
@@ -124,9 +114,9 @@ class Programs:
     ) -> tuple[MetaModel, PyTree, PyTree, Float[Array, " C"]]:
         """One chunk of one sequence, and the step on it."""
         model = eqx.combine(fast, slow)
-        stacks = model.language_model.model.h
+        blocks = model.language_model.model.h
         ids, targets = tokens[:-1], tokens[1:]
-        prefix, x = step_blocks(stacks.prefix_blocks, prefix, model.embed(ids), "none")
+        prefix, x = step_blocks(blocks.prefix_blocks, prefix, model.embed(ids), "none")
         if self.learns:
             fast, suffix, nll = self._learn(slow, fast, suffix, x, targets)
         elif score:
@@ -134,7 +124,7 @@ class Programs:
             table = model.language_model.table
             nll = token_nll(hidden, table, targets, block=self.config.loss_block)
         else:
-            suffix, _ = step_blocks(stacks.suffix_blocks, suffix, x, "none")
+            suffix, _ = step_blocks(blocks.suffix_blocks, suffix, x, "none")
             nll = jnp.zeros(len(ids), self._wide)
         return fast, prefix, suffix, nll
 
@@ -182,9 +172,9 @@ class Programs:
             fast: MetaModel, prefix: PyTree, suffix: PyTree, ids: Array, size: Array
         ) -> tuple[Array, Array]:
             model = eqx.combine(fast, slow)
-            lm, stacks = model.language_model, model.language_model.model.h
-            _, x = step_blocks(stacks.prefix_blocks, prefix, model.embed(ids), "none")
-            _, x = step_blocks(stacks.suffix_blocks, suffix, x, "none")
+            lm, blocks = model.language_model, model.language_model.model.h
+            _, x = step_blocks(blocks.prefix_blocks, prefix, model.embed(ids), "none")
+            _, x = step_blocks(blocks.suffix_blocks, suffix, x, "none")
             hidden = lm.model.ln_f(x)
             nll = jnp.zeros(len(ids), self._wide)
             if score or self.learns:
@@ -197,48 +187,56 @@ class Programs:
         rows = (state.fast, state.prefix, state.suffix, ids, sizes)
         return _rows(_over(one, sequences)(*_lanes(rows)), sequences)
 
-    def apart(self, model: MetaModel) -> Layers:
-        """The parts of a network, or of a partition of one, layer by layer."""
-        lm = for_compute(model, self._dtype).language_model
-        stacks, config = lm.model.h, self.config
-        suffix = config.suffix_len
-        return Layers(
-            wte=lm.model.wte,
-            prefix=_unstacked(stacks.prefix_blocks, config.num_hidden_layers - suffix),
-            suffix=_unstacked(stacks.suffix_blocks, suffix),
-            ln_f=lm.model.ln_f,
-            lm_head=lm.lm_head,
-        )
+    def read_stretch(
+        self, slow: MetaModel, state: State, tokens: Int[Array, "B N"], score: bool
+    ) -> tuple[State, Float[Array, "B N"]]:
+        """The first N − 1 tokens of every sequence at once, of a model that does not learn."""
+        model, length = slow, tokens.shape[1] - 1  # nothing is fast
+        lm, blocks = model.language_model, model.language_model.model.h
+
+        def one(ids: Int[Array, " T"]) -> tuple[PyTree, PyTree, Array]:
+            x = model.embed(ids)
+            prefix, x = prefill_blocks(blocks.prefix_blocks, x, self.slots, self.chunk)
+            suffix, x = prefill_blocks(blocks.suffix_blocks, x, self.slots, self.chunk)
+            return prefix, suffix, x
+
+        prefix, suffix, x = _rows(_over(one, len(tokens))(_lanes(tokens[:, :-1])), len(tokens))
+        nll = jnp.zeros((len(tokens), length), self._wide)
+        if score:
+            hidden = lm.model.ln_f(x)
+            nll = whole_nll(hidden, lm.table, tokens[:, 1:], block=self.config.loss_block)
+        return state._replace(prefix=prefix, suffix=suffix), nll
 
     def open_chunk(self, slow: MetaModel, state: State) -> Writing:
-        """The open chunk read once more, into its room."""
+        """The open chunk read once more, into slots behind the states at its border."""
 
         def one(
-            fast: MetaModel, prefix: PyTree, suffix: PyTree, ids: Array
-        ) -> tuple[PyTree, PyTree, Array, Layers]:
+            fast: MetaModel, prefix: Stack, suffix: Stack, ids: Array
+        ) -> tuple[Stack, Stack, Array, MetaModel]:
             model = eqx.combine(fast, slow)
-            stacks = model.language_model.model.h
-            prefix, x = open_blocks(stacks.prefix_blocks, prefix, model.embed(ids))
-            suffix, _ = open_blocks(stacks.suffix_blocks, suffix, x)
-            config = self.config
-            return (
-                _unstacked(prefix, config.num_hidden_layers - config.suffix_len),
-                _unstacked(suffix, config.suffix_len),
-                x,
-                self.apart(fast),
+            blocks, start = model.language_model.model.h, jnp.zeros((), jnp.int32)
+            prefix, x = put_blocks(
+                blocks.prefix_blocks,
+                _opened(blocks.prefix_blocks, prefix, self.chunk),
+                model.embed(ids),
+                start,
             )
+            suffix = _opened(blocks.suffix_blocks, suffix, self.chunk)
+            suffix, _ = put_blocks(blocks.suffix_blocks, suffix, x, start)
+            return prefix, suffix, x, for_compute(fast, self._dtype)
 
         rows = (state.fast, state.prefix, state.suffix, state.ids)
         opened = _over(one, len(state.open))(*_lanes(rows))
         stopped = jnp.zeros(len(state.open), bool)
         return Writing(state._replace(prefix=None, suffix=None), *opened, stopped)
 
-    def end_chunk(self, layers: Layers, writing: Writing) -> State:
+    def end_chunk(self, slow: MetaModel, writing: Writing) -> State:
         """The state at the border of the open chunk, whose tokens it remembers."""
+        blocks = slow.language_model.model.h
 
-        def one(prefix: tuple, suffix: tuple) -> tuple[PyTree, PyTree]:
-            return _stacked(_closed(layers.prefix, prefix, 0)), _stacked(
-                _closed(layers.suffix, suffix, 0)
+        def one(prefix: Stack, suffix: Stack) -> tuple[Stack, Stack]:
+            return _closed(blocks.prefix_blocks, prefix, 0), _closed(
+                blocks.suffix_blocks, suffix, 0
             )
 
         sequences = len(writing.stopped)
@@ -250,7 +248,6 @@ class Programs:
         self,
         slow: MetaModel,
         writing: Writing,
-        layers: Layers,
         tokens: Int[Array, ""],
         given: Int[Array, "B N"],
         key: PRNGKeyArray,
@@ -286,7 +283,7 @@ class Programs:
             scores = _nll(writing.state.logits, pending)
             ids = _column(ids, jnp.where(active, pending, -1), i)
             nll = _column(nll, scores, i)
-            writing = self._put(layers, writing, pending, stops)
+            writing = self._put(slow, writing, pending, stops)
             after = jnp.minimum(i + 1, given.shape[1] - 1)
             return writing, chosen(writing.state, after), i + 1, ids, nll
 
@@ -295,7 +292,7 @@ class Programs:
             full = due(writing)
             writing = jax.lax.cond(
                 jnp.any(full),
-                lambda writing: self._close_chunk(slow, layers, writing, pending, full),
+                lambda writing: self._close_chunk(slow, writing, pending, full),
                 lambda writing: writing,
                 writing,
             )
@@ -313,21 +310,19 @@ class Programs:
         return writing, ids, nll
 
     def _put(
-        self, layers: Layers, writing: Writing, ids: Int[Array, " B"], stops: Bool[Array, " V"]
+        self, slow: MetaModel, writing: Writing, ids: Int[Array, " B"], stops: Bool[Array, " V"]
     ) -> Writing:
         """One token more of every sequence that has not stopped."""
 
         def one(
-            fast: Layers, prefix: tuple, suffix: tuple, x: Array, token: Array, place: Array
-        ) -> tuple[tuple, tuple, Array, Array]:
-            network = eqx.combine(fast, layers)
-            row = network.wte(token[None], self._dtype)
-            row, prefix = _put_blocks(network.prefix, row, prefix, place)
-            x = jax.lax.dynamic_update_slice_in_dim(x, row, place, axis=0)
-            row, suffix = _put_blocks(network.suffix, row, suffix, place)
-            head = network.lm_head
-            table = network.wte.weight if head is None else head.weight.T
-            return prefix, suffix, x, _logits(table, network.ln_f(row))
+            fast: MetaModel, prefix: Stack, suffix: Stack, x: Array, token: Array, slot: Array
+        ) -> tuple[Stack, Stack, Array, Array]:
+            model = eqx.combine(fast, slow)
+            lm, blocks = model.language_model, model.language_model.model.h
+            prefix, row = put_blocks(blocks.prefix_blocks, prefix, model.embed(token[None]), slot)
+            x = jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis=0)
+            suffix, row = put_blocks(blocks.suffix_blocks, suffix, row, slot)
+            return prefix, suffix, x, _logits(lm.table, lm.model.ln_f(row))
 
         state, active = writing.state, ~writing.stopped
         # Of a sequence that has stopped, what is written here lies behind its last token.
@@ -351,40 +346,40 @@ class Programs:
     def _close_chunk(
         self,
         slow: MetaModel,
-        layers: Layers,
         writing: Writing,
         following: Int[Array, " B"],
         full: Bool[Array, " B"],
     ) -> Writing:
-        """The step on the chunk of every sequence that is `full`, and an empty room behind it."""
-        chunk = self.chunk
+        """The step on the chunk of every sequence that is `full`, and empty slots behind it."""
+        chunk, blocks = self.chunk, slow.language_model.model.h
 
         def one(
             fast: MetaModel,
-            apart: Layers,
-            prefix: tuple,
-            suffix: tuple,
+            used: MetaModel,
+            prefix: Stack,
+            suffix: Stack,
             x: Array,
             ids: Array,
             following: Array,
-        ) -> tuple[MetaModel, Layers, tuple, tuple]:
-            prefix = _roomy(layers.prefix, _closed(layers.prefix, prefix, chunk), chunk)
-            if not self.learns:
-                closed = _closed(layers.suffix, suffix, chunk)
-                return fast, apart, prefix, _roomy(layers.suffix, closed, chunk)
-            targets = jnp.concatenate([ids[1:], following[None]])
-            before = _stacked(_closed(layers.suffix, suffix, 0))
-            fast, after, _ = self._learn(slow, fast, before, x, targets)
-            after = _unstacked(after, len(suffix))
-            return fast, self.apart(fast), prefix, _roomy(layers.suffix, after, chunk)
+        ) -> tuple[MetaModel, MetaModel, Stack, Stack]:
+            closed = _closed(blocks.prefix_blocks, prefix, chunk)
+            prefix = _opened(blocks.prefix_blocks, closed, chunk)
+            if self.learns:
+                targets = jnp.concatenate([ids[1:], following[None]])
+                before = _closed(blocks.suffix_blocks, suffix, 0)
+                fast, closed, _ = self._learn(slow, fast, before, x, targets)
+                used = for_compute(fast, self._dtype)
+            else:
+                closed = _closed(blocks.suffix_blocks, suffix, chunk)
+            return fast, used, prefix, _opened(blocks.suffix_blocks, closed, chunk)
 
         state = writing.state
         old = (_lanes(state.fast), writing.fast, writing.prefix, writing.suffix)
         new = _over(one, len(full))(*old, writing.x, *_lanes((state.ids, following)))
         # A single sequence comes here with its chunk full.
-        fast, apart, prefix, suffix = new if len(full) == 1 else _where(full, new, old)
+        fast, used, prefix, suffix = new if len(full) == 1 else _where(full, new, old)
         state = state._replace(fast=_rows(fast, len(full)), open=jnp.where(full, 0, state.open))
-        return writing._replace(state=state, fast=apart, prefix=prefix, suffix=suffix)
+        return writing._replace(state=state, fast=used, prefix=prefix, suffix=suffix)
 
 
 # ---- small parts ---------------------------------------------------------------------------
@@ -414,42 +409,22 @@ def _where(rows: Bool[Array, " B"], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(one, new, old)
 
 
-def _unstacked(tree: PyTree, layers: int) -> tuple[PyTree, ...]:
-    if tree is None:
-        return ()
-
-    def layer(i: int) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[i], tree)
-
-    return tuple(map(layer, range(layers)))
+def _closed(blocks: Stack, opened: Stack, tokens: int) -> Stack:
+    """The mixers' states after the first `tokens` slots."""
+    return _each_mixer(lambda mixer, state: mixer.close(state, tokens), blocks, opened)
 
 
-def _stacked(layers: Sequence[PyTree]) -> PyTree:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if layers else None
+def _opened(blocks: Stack, states: Stack, slots: int) -> Stack:
+    """The mixers' states with empty slots."""
+    return _each_mixer(lambda mixer, state: mixer.open(state, slots), blocks, states)
 
 
-def _put_blocks(
-    blocks: Sequence[Block], x: Float[Array, "1 D"], rooms: Sequence[PyTree], place: Int[Array, ""]
-) -> tuple[Float[Array, "1 D"], tuple[PyTree, ...]]:
-    after = []
-    for block, room in zip(blocks, rooms, strict=True):
-        x, room = block.put(x, room, place)
-        after.append(room)
-    return x, tuple(after)
-
-
-def _closed(blocks: Sequence[Block], rooms: Sequence[PyTree], tokens: int) -> list[PyTree]:
-    return [
-        block.seq_modeling_block.close(room, tokens)
-        for block, room in zip(blocks, rooms, strict=True)
-    ]
-
-
-def _roomy(blocks: Sequence[Block], states: Sequence[PyTree], tokens: int) -> tuple[PyTree, ...]:
-    return tuple(
-        block.seq_modeling_block.room(state, tokens)
-        for block, state in zip(blocks, states, strict=True)
-    )
+def _each_mixer(
+    function: Callable[[AbstractMixer, PyTree], PyTree], blocks: Stack, states: Stack
+) -> Stack:
+    return stacks.walk(
+        blocks, None, lambda x, block, state: (x, function(block.seq_modeling_block, state)), states
+    )[1]
 
 
 def _logits(table: Float[Array, "V D"], hidden: Float[Array, "1 D"]) -> Float[Array, " V"]:

@@ -17,9 +17,9 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
@@ -35,6 +34,7 @@ from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, with_leaves
 from ttt.errors import RunError, UserError
 from ttt.globs import matches
+from ttt.infra import distributed
 
 _logger = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class Checkpoints:
         self.folder = Path(folder).expanduser().absolute()
         self.keep = keep
         self.milestone_freq = milestone_freq
-        self._saving: _Background | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints on disk, ascending."""
@@ -101,38 +102,39 @@ class Checkpoints:
                 "checkpoint root, or train that run first"
             )
         if step != -1 and step not in steps:
-            there = ", ".join(map(str, steps))
-            raise CheckpointError(f"{self.folder} has no step {step}: choose one of {there}")
+            listed = ", ".join(map(str, steps))
+            raise CheckpointError(f"{self.folder} has no step {step}: choose one of {listed}")
         return self.folder / str(steps[-1] if step == -1 else step)
 
+    def newest_good(self) -> int | None:
+        """The newest undamaged step; None: the first process, which decides for all, sees none."""
+        return self.find_good() if distributed.from_first(bool(self.steps())) else None
+
     def find_good(self, step: int = -1) -> int:
-        """The newest whole and undamaged step, or `step` if it is that; damage is told loudly.
+        """The newest whole and undamaged step, or `step` if it is that; damage is a loud warning.
 
         Every file is read and compared with `hashes.json`; a checkpoint with neither hashes nor
-        manifest is a published one and taken as it is. Nothing is changed.
+        manifest is a published one and taken as it is. Nothing is changed. The first process looks,
+        for all: on a shared file system another may see less.
         Raises CheckpointError if no checkpoint, or not the one asked for, is good.
         """
-        asked = int(self.find(step).name)
-        candidates = [asked] if step != -1 else self.steps()[::-1]
-        found = np.int32(-1)
+        return distributed.from_first(distributed.first_does(lambda: self._find_good(step)) or 0)
+
+    def _find_good(self, step: int) -> int:
+        newest = int(self.find(step).name)
         damage: dict[int, str] = {}
-        if jax.process_index() == 0:
-            for candidate in candidates:
-                if not (fault := _damage(self.folder / str(candidate))):
-                    found = np.int32(candidate)
-                    break
-                damage[candidate] = fault
-                _logger.warning("CHECKPOINT %d IS BROKEN: %s", candidate, fault)
-        found = int(multihost_utils.broadcast_one_to_all(found))
-        if found == -1:
-            listed = _listed(f"no checkpoint in {self.folder} can be used", damage.values())
-            raise CheckpointError(
-                f"{listed}\nBring one back from a copy, or move the folder away to start anew. "
-                "Nothing was changed."
-            )
-        if damage:
-            _logger.warning("FALLING BACK TO THE CHECKPOINT OF STEP %d", found)
-        return found
+        for candidate in [newest] if step != -1 else self.steps()[::-1]:
+            if not (fault := _damage(self.folder / str(candidate))):
+                if damage:
+                    _logger.warning("FALLING BACK TO THE CHECKPOINT OF STEP %d", candidate)
+                return candidate
+            damage[candidate] = fault
+            _logger.warning("CHECKPOINT %d IS BROKEN: %s", candidate, fault)
+        listed = _listed(f"no checkpoint in {self.folder} can be used", damage.values())
+        raise CheckpointError(
+            f"{listed}\nBring one back from a copy, or move the folder away to start anew. "
+            "Nothing was changed."
+        )
 
     def put_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps, which `find_good` found broken, to STEP.broken."""
@@ -192,17 +194,20 @@ class Checkpoints:
                 _await(self.folder / str(step))
             _logger.info("checkpoint %d is on disk after %.1f s", step, time.monotonic() - began)
 
-        self._saving = _Background(step, commit)
+        self._saving = step, self._background.submit(commit)
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises a RunError if it failed."""
         saving, self._saving = self._saving, None
-        if saving is not None and (error := saving.result()):
-            raise self._failed(saving.step, error) from error
+        if saving is None:
+            return
+        step, future = saving
+        if isinstance(error := future.exception(), Exception):
+            raise self._failed(step, error) from error
 
     def check(self) -> None:
         """Raise a RunError if the last save has failed already."""
-        if self._saving is not None and self._saving.failed():
+        if self._saving is not None and self._saving[1].done():
             self.wait()
 
     def _failed(self, step: int, error: Exception) -> RunError:
@@ -254,30 +259,6 @@ def _await(path: Path) -> None:
     """Return when another process has made `path`; if that fails, it ends this process too."""
     while not path.exists():
         time.sleep(_POLL_SECONDS)
-
-
-class _Background:
-    """A function in a thread of its own."""
-
-    def __init__(self, step: int, function: Callable[[], None]):
-        self.step = step
-        self._error: Exception | None = None
-        self._function = function
-        self._thread = threading.Thread(target=self._run, name=f"checkpoint {step}")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._function()
-        except Exception as error:  # told by `result`, in the thread that waits
-            self._error = error
-
-    def failed(self) -> bool:
-        return not self._thread.is_alive() and self._error is not None
-
-    def result(self) -> Exception | None:
-        self._thread.join()
-        return self._error
 
 
 def _folders_first() -> ocp.Context:
@@ -486,8 +467,8 @@ def _item_folder(step_dir: str | Path, item: str) -> Path:
         return folder
     if not folder.parent.is_dir():
         raise CheckpointError(f"there is no checkpoint at {folder.parent}")
-    there = ", ".join(sorted(path.name for path in folder.parent.iterdir() if path.is_dir()))
-    raise CheckpointError(f"{folder.parent} has no item {item!r}: it has {there}")
+    items = ", ".join(sorted(path.name for path in folder.parent.iterdir() if path.is_dir()))
+    raise CheckpointError(f"{folder.parent} has no item {item!r}: it has {items}")
 
 
 def _savable(tree: PyTree) -> PyTree:
@@ -507,11 +488,11 @@ def _savable(tree: PyTree) -> PyTree:
 def _restore_item(step_dir: Path, item: str, like: PyTree) -> PyTree:
     path = str(_item_folder(step_dir, item).parent)
     stored = ocp.metadata(path, item).metadata
-    wanted, there = named_leaves(like), named_leaves(stored)
-    faults = [f"{name}: not in the checkpoint" for name in wanted if name not in there]
-    faults += [f"{name}: not asked for" for name in there if name not in wanted]
-    for name in wanted.keys() & there.keys():
-        ours, theirs = _describe(wanted[name]), _describe(there[name])
+    wanted, saved = named_leaves(like), named_leaves(stored)
+    faults = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
+    faults += [f"{name}: not asked for" for name in saved if name not in wanted]
+    for name in wanted.keys() & saved.keys():
+        ours, theirs = _describe(wanted[name]), _describe(saved[name])
         if ours != theirs:
             faults.append(f"{name}: {ours} wanted, {theirs} stored")
     if faults:
@@ -530,11 +511,11 @@ def _abstract(leaf: ShapeDtype) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _misfit(name: str, wanted: ShapeDtype, found: ShapeDtype) -> list[str]:
-    both_float = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (wanted, found))
-    if wanted.shape == found.shape and (wanted.dtype == found.dtype or both_float):
+def _misfit(name: str, wanted: ShapeDtype, saved: ShapeDtype) -> list[str]:
+    both_float = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (wanted, saved))
+    if wanted.shape == saved.shape and (wanted.dtype == saved.dtype or both_float):
         return []
-    return [f"{name}: {_describe(wanted)} wanted, {_describe(found)} in the checkpoint"]
+    return [f"{name}: {_describe(wanted)} wanted, {_describe(saved)} in the checkpoint"]
 
 
 def _describe(array: ShapeDtype) -> str:

@@ -1,4 +1,4 @@
-"""What must happen before JAX wakes its backend: platform, devices, compile cache, processes."""
+"""What must happen before JAX starts its backend: platform, devices, compile cache, processes."""
 
 import logging
 import os
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ttt.entry import UNUSED_GPU, gpu_is_visible
 from ttt.errors import UserError
 from ttt.knobs import BackendConfig
 
@@ -48,6 +49,8 @@ def start(backend: BackendConfig) -> None:
         _join(backend)
     if platform != "auto":
         _check(platform)
+    elif not jax.config.jax_platforms and jax.default_backend() == "cpu" and gpu_is_visible():
+        logging.getLogger(__name__).warning(UNUSED_GPU)
     if not is_first():  # what all have to say, one says
         logging.getLogger("ttt").setLevel(logging.WARNING)
 
@@ -145,14 +148,14 @@ def _has_the_node() -> bool:
 
 def _check(platform: str) -> None:
     try:
-        found = jax.devices()[0].platform
+        present = jax.devices()[0].platform
     except RuntimeError as error:
         raise UserError(
             f"backend.platform={platform} does not start ({error}): {_REMEDIES[platform]}, "
             "or set backend.platform=cpu"
         ) from error
-    if found != _DEVICE_NAMES[platform]:
+    if present != _DEVICE_NAMES[platform]:
         raise UserError(
-            f"backend.platform={platform}, but JAX has only {found} here: {_REMEDIES[platform]}, "
+            f"backend.platform={platform}, but JAX has only {present} here: {_REMEDIES[platform]}, "
             "or set backend.platform=auto"
         )

@@ -90,7 +90,8 @@ class RunLock:
         except OSError as error:
             _logger.warning(
                 "%s cannot be locked (%s): nothing keeps a second run out of it",
-                *(folder, error.strerror),
+                folder,
+                error.strerror,
             )
         self._held[path] = descriptor
 

@@ -6,16 +6,19 @@ arrays so named. So one rule serves a weight, a stack of them, and its moments.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Int, PyTree
 
+from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, with_leaves
 from ttt.errors import UserError
 from ttt.globs import matches
@@ -54,7 +57,7 @@ def check_divides(mesh: Mesh, sequences: int) -> None:
     if sequences % devices:
         raise UserError(
             f"{sequences} sequences cannot be divided evenly among {devices} devices: make the "
-            f"batch (global_batch_size / accum_steps, or eval_batch_size) a multiple of {devices}"
+            f"batch (training.global_batch_size / accum_steps) a multiple of {devices}"
         )
 
 
@@ -93,6 +96,44 @@ def replicate(mesh: Mesh, tree: PyTree) -> PyTree:
     All processes pass the same values.
     """
     return Layout(mesh).place(tree)
+
+
+def joined(parts: Sequence[AnyArray], order: Int[np.ndarray, " N"] | None = None) -> AnyArray:
+    """Arrays one after another along the first axis, joined in host memory to be saved.
+
+    order: of the joined rows; None: as they come.
+
+    No device holds anything twice for it. Arrays that are divided among devices, each in the same
+    way and not along the first axis, come back as a global array whose parts lie in the host memory
+    of the devices' own processes; all others as NumPy. Under `jax.jit` this is `jnp.concatenate`.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(isinstance(part, Tracer) for part in parts):
+        whole = jnp.concatenate(parts)
+        return whole if order is None else whole[order]
+    divided = [part for part in parts if isinstance(part, jax.Array)]
+    if not isinstance(first, jax.Array) or first.is_fully_replicated:
+        return _rows([np.asarray(part) for part in parts], order)
+    in_host_memory = "pinned_host"
+    pieces = [
+        jax.device_put(
+            _rows([np.asarray(shard.data) for shard in shards], order),
+            SingleDeviceSharding(shards[0].device, memory_kind=in_host_memory),
+        )
+        for shards in zip(*(part.addressable_shards for part in divided), strict=True)
+    ]
+    return jax.make_array_from_single_device_arrays(
+        (sum(len(part) for part in parts), *first.shape[1:]),
+        first.sharding.with_memory_kind(in_host_memory),
+        pieces,
+    )
+
+
+def _rows(parts: Sequence[np.ndarray], order: Int[np.ndarray, " N"] | None) -> np.ndarray:
+    whole = np.concatenate(parts)
+    return whole if order is None else whole[order]
 
 
 @dataclass(frozen=True)
@@ -158,7 +199,8 @@ class Layout:
         def put(leaf: PyTree, sharding: NamedSharding) -> PyTree:
             if not isinstance(leaf, jax.Array | np.ndarray):
                 return leaf
-            if sharding.is_fully_addressable or not leaf.is_fully_addressable:
+            own = sharding.is_fully_addressable
+            if isinstance(leaf, jax.Array) and (own or not leaf.is_fully_addressable):
                 return jax.device_put(leaf, sharding)
             whole = np.asarray(leaf)
             return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)

@@ -74,16 +74,16 @@ class StopRequest:
 
     def _listen(self) -> None:
         taken = (*SIGNALS, *_submitit_signal())
-        told = False
+        warned = False
         while got := os.read(self._read_end, 1):
             number = got[0]
             if number not in taken:
                 continue
-            if told and number == signal.SIGINT:
+            if warned and number == signal.SIGINT:
                 os._exit(INTERRUPTED)
             self._ask(number)
-            if not told:
-                told = True
+            if not warned:
+                warned = True
                 _logger.warning(
                     "asked to stop by %s: finishing the step and saving; a second Ctrl-C leaves at "
                     "once, back to the last checkpoint",

@@ -18,7 +18,37 @@ _LIVE_SECONDS = 0.1
 _WINDOW = 50
 
 
-class Progress:
+class _Line:
+    """A line that is shown anew: live in a terminal, else printed, as a context manager."""
+
+    def __init__(self, console: Console, live: Live | None, clock: Callable[[], float]):
+        self._console, self._live, self._clock = console, live, clock
+        self._interval = _LIVE_SECONDS if live else _LOG_SECONDS
+
+    def __enter__(self) -> Self:
+        """Take over the terminal's last line."""
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give it back, the last state left to read."""
+        if self._live:
+            self._live.stop()
+
+    def _show(self, line: str) -> None:
+        if self._live:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+class Progress(_Line):
     """Progress of a loop of `total` steps, as a context manager."""
 
     def __init__(
@@ -40,36 +70,18 @@ class Progress:
         self._total = total
         self._what = what
         self._start = start
-        self._clock = clock
-        self._console = console or Console(quiet=quiet)
-        live = self._console.is_terminal and not quiet
-        self._live = Live(console=self._console, auto_refresh=False) if live else None
-        self._interval = _LIVE_SECONDS if live else _LOG_SECONDS
+        console = console or Console(quiet=quiet)
+        live = Live(console=console, auto_refresh=False)
+        super().__init__(console, live if console.is_terminal and not quiet else None, clock)
         self._shown = -float("inf")
         # (time, step, tokens so far) at the end of the last steps. Speeds are taken between two of
         # them, so the first step, which waits for the compiler, never counts.
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW)
 
-    def __enter__(self) -> Self:
-        """Take over the terminal's last line."""
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give it back, the last state left to read."""
-        if self._live:
-            self._live.stop()
-
     def update(
         self, step: int, *, loss: float | None = None, tokens: int = 0, mfu: float | None = None
     ) -> None:
-        """Tell that `step` steps are done, the last with this loss, this many tokens, this MFU."""
+        """Show that `step` steps are done, the last with this loss, this many tokens, this MFU."""
         now = self._clock()
         so_far = self._marks[-1][2] if self._marks else 0
         self._marks.append((now, step, so_far + tokens))
@@ -93,14 +105,8 @@ class Progress:
             parts.append(f"resumed at {self._start}")
         return "  ".join(parts)
 
-    def _show(self, line: str) -> None:
-        if self._live:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
-        else:
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-
-class Bar:
+class Bar(_Line):
     """Progress of jobs one after another, each counted in its unit, as a context manager.
 
     Called as `bar(what, done, total, unit)`, from any thread; total: None if it is not known.
@@ -108,38 +114,21 @@ class Bar:
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         """On standard error, unless a console is given; clock: seconds."""
-        self._console = console or Console(stderr=True)
-        live = self._console.is_terminal
-        self._live = Live(
-            console=self._console,
+        console = console or Console(stderr=True)
+        live = Live(
+            console=console,
             auto_refresh=False,
             transient=True,
             redirect_stdout=False,  # which would go to standard error
             redirect_stderr=False,
         )
-        self._interval = _LIVE_SECONDS if live else _LOG_SECONDS
-        self._clock = clock
+        super().__init__(console, live if console.is_terminal else None, clock)
         self._what = ""
         self._shown = clock()
         self._marks: deque[tuple[float, int]] = deque()
 
-    def __enter__(self) -> Self:
-        """Take over the terminal's last line."""
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give it back."""
-        self._live.stop()
-
     def __call__(self, what: str, done: int, total: int | None, unit: str) -> None:
-        """Tell that `done` of `total` are done of the job `what`."""
+        """Show that `done` of `total` are done of the job `what`."""
         now = self._clock()
         if what != self._what:
             self._what = what
@@ -155,7 +144,7 @@ class Bar:
 
     def say(self, line: str) -> None:
         """Write a line to standard output, above the progress."""
-        if self._console.is_terminal:
+        if self._live:
             self._live.update(Text(""), refresh=True)
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
@@ -175,12 +164,6 @@ class Bar:
             if total:
                 parts.append(f"{timedelta(seconds=round((total - done) / speed))} left")
         return "  ".join(parts)
-
-    def _show(self, line: str) -> None:
-        if self._console.is_terminal:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
-        else:
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 class Spent:

@@ -6,6 +6,9 @@
                                           eval/<name>-<step>.npz   arrays of an evaluation
                                           eval/<name>-<step>.json  its summary
 
+`RunRecord` writes these files and reads one of them at a time; a file that cannot be read is an
+error. `read_run` reads them all, and says which are missing or broken. Nothing else reads them.
+
 Every line of `metrics.jsonl` has `step` (outer steps done) and metrics of that step: one line of
 its training, with `loss` (nats per token), and another one of an evaluation after it. JSON has no
 number for a diverged loss: NaN and the infinities are written as the strings "NaN", "Infinity" and
@@ -22,6 +25,8 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +35,11 @@ from typing import IO, Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from ttt.config import upgraded
 from ttt.errors import UserError
+
+FINAL_EVALUATION = "loss_by_position"
+"""Name of the evaluation at the end of training."""
 
 _REPOSITORY = Path(__file__).parents[2]
 _PACKAGES = ("ttt", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -43,6 +52,7 @@ _DISK_FAULTS = {
     *(errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EACCES, errno.EPERM, errno.ENOENT),
 }
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
+_TAIL_BYTES = 1 << 16
 
 
 class RecordError(UserError):
@@ -126,8 +136,24 @@ class RunRecord:
         self._amend({"seconds": {name: round(value, 3) for name, value in seconds.items()}})
 
     def run(self) -> dict[str, Any]:
-        """The content of `run.json`."""
-        return _loads(self._run_json.read_bytes(), self._run_json)
+        """The content of `run.json`, which has one attempt at least."""
+        run = _loads(self._run_json.read_bytes(), self._run_json)
+        attempts = run.get("attempts")
+        if not (isinstance(attempts, list) and attempts and all("status" in a for a in attempts)):
+            raise RecordError(f"{self._run_json} holds no attempt: repair or delete it")
+        return run
+
+    def settings(self) -> dict[str, Any]:
+        """The content of `config.yaml`, with what older versions did where they had no setting."""
+        path = self.folder / "config.yaml"
+        try:
+            content: Any = OmegaConf.to_container(OmegaConf.load(path))
+            if not isinstance(content.get("training"), dict):
+                raise ValueError("no settings of a training in it")
+            return upgraded(content)
+        except Exception as error:  # there is no telling what a broken file makes a parser raise
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RecordError(f"{path} cannot be read ({told}): move the folder away") from error
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append a step's metrics: numbers, strings or lists of them, NumPy and JAX included."""
@@ -153,6 +179,24 @@ class RunRecord:
     def logged(self, step: int, name: str) -> bool:
         """Whether a line of `step` has the metric `name`."""
         return any(row["step"] == step and name in row for row in self.metrics())
+
+    def last_step(self) -> tuple[int, float | None]:
+        """The last logged step and its loss, if it has one; (0, None) before the first.
+
+        It reads the end of `metrics.jsonl` alone, so that it may be called often.
+        """
+        try:
+            with self._metrics_jsonl.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = file.read().splitlines()
+        except OSError:
+            return 0, None
+        for line in reversed(lines):
+            with suppress(ValueError):  # cut off, at either end
+                row = json.loads(line)
+                if "loss" in row or "tokens" in row:
+                    return row["step"], float(row["loss"]) if "loss" in row else None
+        return 0, None
 
     def sync(self) -> None:
         """Wait until all that was logged is on the disk, where no power failure takes it back."""
@@ -190,6 +234,15 @@ class RunRecord:
         _write_json(path.with_suffix(".json"), summary)
         return path
 
+    def last_evaluation(self) -> Path | None:
+        """The path of the last final evaluation's summary; its arrays lie beside it."""
+        steps = {
+            int(match[1]): path
+            for path in (self.folder / "eval").glob(f"{FINAL_EVALUATION}-*.json")
+            if (match := re.fullmatch(rf"{FINAL_EVALUATION}-(\d+)\.json", path.name))
+        }
+        return steps[max(steps)] if steps else None
+
     @property
     def _run_json(self) -> Path:
         return self.folder / "run.json"
@@ -207,6 +260,102 @@ class RunRecord:
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
         _write_json(self._run_json, {**run, "status": run["attempts"][-1]["status"]})
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What the record of a training run holds; what is not there is empty."""
+
+    folder: Path
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """`run.json`, as `RunRecord.start` describes it."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """`config.yaml`: its sections `model`, `training`, …"""
+    metrics: Sequence[Mapping[str, Any]] = ()
+    """`metrics.jsonl`."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """Of the last final evaluation."""
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Of the same, such as `learning_nll` [positions], the sum of −log p over sequences."""
+    faults: tuple[str, ...] = ()
+    """Files that should be there and are not, or cannot be read."""
+
+    @property
+    def status(self) -> str:
+        """Running (or killed: nobody can tell), finished, failed, interrupted; broken: unknown."""
+        return self.run.get("status", "broken")
+
+    @property
+    def attempts(self) -> Sequence[Mapping[str, Any]]:
+        """Of the run, in their order."""
+        return self.run.get("attempts", ())
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The section of the settings."""
+        return self.settings.get("training", {})
+
+    @property
+    def mode(self) -> str:
+        """`jax`, `token_stats` or `simulate`."""
+        return self.training.get("runtime_mode", "jax")
+
+    def noted(self, key: str) -> list[Mapping[str, Any]]:
+        """What the attempts say under `key`, without those that say nothing."""
+        return [attempt[key] for attempt in self.attempts if attempt.get(key)]
+
+
+def read_run(folder: Path) -> StoredRun:
+    """Read all of a record, whatever state it is in."""
+    record, faults = RunRecord(folder), []
+
+    def fault(text: str) -> None:
+        faults.append(" ".join(text.replace(str(folder.absolute()), str(folder)).split())[:400])
+
+    def part(name: str, load: Callable[[], Any], empty: Any) -> Any:
+        if not (folder / name).exists():
+            fault(f"{folder / name} is missing")
+            return empty
+        try:
+            return load()
+        except RecordError as error:
+            fault(str(error))
+        except Exception as error:  # there is no telling what a broken file makes a parser raise
+            fault(f"{folder / name} cannot be read: {type(error).__name__}: {error}")
+        return empty
+
+    run = part("run.json", record.run, {})
+    settings = part("config.yaml", record.settings, {})
+    finished = run.get("status") == "finished"
+    rows: Any = ()
+    if finished or (folder / "metrics.jsonl").exists():
+        rows = part("metrics.jsonl", record.metrics, ())
+        if finished and not rows and not faults:
+            fault(f"{folder / 'metrics.jsonl'} holds no step")
+    summary, arrays = {}, {}
+    if path := record.last_evaluation():
+        beside = path.with_suffix(".npz")
+        summary = part(f"eval/{path.name}", lambda: _loads(path.read_bytes(), path), {})
+        arrays = part(f"eval/{beside.name}", lambda: _arrays(beside), {})
+    elif finished and settings.get("training", {}).get("runtime_mode") != "simulate":
+        fault(f"{folder}/eval/{FINAL_EVALUATION}-STEP.json is missing")
+    return StoredRun(folder, run, settings, rows, summary, arrays, tuple(faults))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it holds a training run's record, whole or in part.
+
+    Evaluations have none of these files, benchmarks the settings of another run and no metrics.
+    """
+    names = ("run.json", "config.yaml", "metrics.jsonl")
+    present = [name for name in names if (folder / name).exists()]
+    if present != ["run.json", "config.yaml"]:
+        return bool(present)
+    try:
+        training = RunRecord(folder).settings()["training"]
+    except RecordError:
+        return True
+    return training.get("exp_name", folder.name) == folder.name
 
 
 def disk_fault(error: OSError) -> str:
@@ -289,13 +438,25 @@ def _number(value: Any) -> Any:
 
 def _loads(text: bytes, place: Path | str) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
         raise RecordError(f"{place} is not valid JSON ({error}): repair or delete it") from error
+    if not isinstance(content, dict):
+        raise RecordError(f"{place} is no JSON object: repair or delete it")
+    return content
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(stored)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+    write_whole(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text so that readers and crashes meet the old file or the new one."""
     _write(path, lambda file: file.write(text.encode()))
 
 

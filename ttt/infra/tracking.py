@@ -3,122 +3,75 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ttt.infra.record import RunRecord, masked_arguments
 
 _logger = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """Takes metrics as they come."""
+class Tracker:
+    """Writes metrics to the run record, which is the truth, and to its mirror in W&B if any.
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of a step, in ascending order of steps."""
-
-    def finish(self, status: str) -> None:
-        """Close: finished, failed or interrupted."""
-
-
-class RecordTracker:
-    """Writes to the run record on disk, which is the truth."""
+    Whatever fails in W&B is logged once and never raised.
+    """
 
     def __init__(self, record: RunRecord):
-        """record: a started one."""
+        """record: to be started before the first call."""
         self._record = record
+        self._mirror: Any = None
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`."""
-        self._record.log(step, **metrics)
-
-    def finish(self, status: str) -> None:
-        """Close the attempt in `run.json`."""
-        self._record.finish(status)
-
-
-class WandbTracker:
-    """Mirrors metrics to Weights & Biases; whatever fails there is logged once and never raised."""
-
-    def __init__(
-        self,
-        *,
-        entity: str,
-        project: str,
-        name: str,
-        run_id: str,
-        folder: str | Path,
-        config: Mapping[str, Any],
-        key: str = "",
-    ):
-        """Open the W&B run `run_id`, or go on with it.
+    def mirror(
+        self, *, entity: str, project: str, name: str, config: Mapping[str, Any], key: str = ""
+    ) -> None:
+        """Open the W&B run of the record's id, or go on with it.
 
         entity, key: empty for what W&B itself finds (WANDB_API_KEY, its login). WANDB_MODE=offline
             needs neither key nor network.
-        folder: where W&B puts its own files.
         config: settings to show, secrets masked.
         """
-        self._run = None
-        try:
+        if key:
+            # The environment is the one way in that leaves no copy in W&B's files.
+            os.environ["WANDB_API_KEY"] = key
+        # W&B uploads the command line, and reads it whenever it pleases.
+        sys.argv[:] = masked_arguments(sys.argv)
+
+        def open_run() -> None:
             import wandb  # costs seconds, and most runs do without
 
-            if key:
-                # The environment is the one way in that leaves no copy in W&B's files.
-                os.environ["WANDB_API_KEY"] = key
-            # W&B uploads the command line, and reads it whenever it pleases.
-            sys.argv[:] = masked_arguments(sys.argv)
-            self._run = wandb.init(
+            self._mirror = wandb.init(
                 entity=entity or None,
                 project=project,
                 name=name,
-                id=run_id,
+                id=self._record.run()["id"],
                 resume="allow",
-                dir=str(folder),
+                dir=str(self._record.folder),
                 config=dict(config),
             )
-        except Exception as error:
-            self._lose(error)
+
+        self._try(open_run)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send the metrics of a step."""
-        if self._run is None:
-            return
-        try:
-            self._run.log(dict(metrics), step=step)
-        except Exception as error:
-            self._lose(error)
+        """Take the metrics of a step, in ascending order of steps."""
+        self._record.log(step, **metrics)
+        if self._mirror is not None:
+            self._try(lambda: self._mirror.log(dict(metrics), step=step))
 
     def finish(self, status: str) -> None:
-        """Close the W&B run."""
-        if self._run is None:
-            return
+        """Close the attempt: finished, failed or interrupted."""
+        self._record.finish(status)
+        if self._mirror is not None:
+            self._try(lambda: self._mirror.finish(exit_code=0 if status == "finished" else 1))
+
+    def _try(self, action: Callable[[], None]) -> None:
         try:
-            self._run.finish(exit_code=0 if status == "finished" else 1)
+            action()
         except Exception as error:
-            self._lose(error)
-
-    def _lose(self, error: Exception) -> None:
-        self._run = None
-        told = f"{type(error).__name__}: {error}"
-        if key := os.environ.get("WANDB_API_KEY"):
-            told = told.replace(key, "***")
-        _logger.warning("W&B is lost; the run goes on, its record on disk is complete (%s)", told)
-
-
-class CompositeTracker:
-    """Several trackers as one; put the run record first."""
-
-    def __init__(self, *trackers: Tracker):
-        """trackers: called in this order."""
-        self._trackers = trackers
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Pass on to all."""
-        for tracker in self._trackers:
-            tracker.log(step, metrics)
-
-    def finish(self, status: str) -> None:
-        """Pass on to all."""
-        for tracker in self._trackers:
-            tracker.finish(status)
+            self._mirror = None
+            message = f"{type(error).__name__}: {error}"
+            if key := os.environ.get("WANDB_API_KEY"):
+                message = message.replace(key, "***")
+            _logger.warning(
+                "W&B is lost; the run goes on, its record on disk is complete (%s)", message
+            )

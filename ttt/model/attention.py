@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ttt.core.precision import Precision
-from ttt.knobs import ModelConfig
 from ttt.model.layers import Linear, RMSNorm
 from ttt.model.mixer import AbstractMixer
 from ttt.ops.dot_attention import (
@@ -34,30 +32,30 @@ class KeyValueCache(NamedTuple):
     keys rotated.
     """
 
-    keys: Float[Array, "H W K"]
-    values: Float[Array, "H W K"]
+    keys: Float[Array, "G W K"]
+    values: Float[Array, "G W K"]
     seen: Int[Array, ""]
     """Tokens read so far. With a window and fewer than W, the first slots are empty; without one,
     the slots from here on are."""
 
 
 class OpenCache(NamedTuple):
-    """A cache with room for the next C positions behind it, filled one by one.
+    """A cache with slots for the next C positions behind it.
 
     The positions of a chunk are the same until it is full, so each key is rotated once.
     """
 
-    keys: Float[Array, "H S K"]
+    keys: Float[Array, "G S K"]
     """As in the cache: not rotated with a window, rotated without."""
-    rotated: Float[Array, "H S K"] | None
+    rotated: Float[Array, "G S K"] | None
     """None without a window: `keys` are."""
-    values: Float[Array, "H S K"]
+    values: Float[Array, "G S K"]
     seen: Int[Array, ""]
-    """Tokens read before the room."""
+    """Tokens read before the slots."""
 
 
 class Attention(AbstractMixer):
-    """Multi-head attention with optional QK-norm and rotary positions.
+    """H query heads over G heads of keys and values, with QK-norm (or without) and rotation.
 
     With a window W, query t sees keys t − W < j ≤ t; without one, all keys j ≤ t.
     """
@@ -69,46 +67,107 @@ class Attention(AbstractMixer):
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     heads: int = eqx.field(static=True)
+    kv_heads: int = eqx.field(static=True)
     theta: float = eqx.field(static=True)
     window: int | None = eqx.field(static=True)
     block: int = eqx.field(static=True)
     backend: str = eqx.field(static=True)
 
-    def __init__(self, config: ModelConfig, *, window: int | None, key: PRNGKeyArray):
-        width, dtype = config.hidden_size, Precision.of(config).param
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        window: int | None,
+        theta: float,
+        norm_eps: float | None = None,
+        bias: bool = False,
+        block: int,
+        backend: str = "auto",
+        scale: float,
+        dtype: jnp.dtype,
+        key: PRNGKeyArray,
+    ):
+        """Fresh weights from N(0, scale²), biases 0.
+
+        norm_eps: of the QK-norms; None: there are none.
+        block: queries whose scores are in memory together.
+        backend: one of `ttt.knobs.ATTENTION_BACKENDS`.
+        """
+        queries, keys = heads * head_dim, kv_heads * head_dim
+        shapes = {"wq": (width, queries), "wk": (width, keys), "wv": (width, keys)}
+        shapes["wo"] = (queries, width)
         self.wq, self.wk, self.wv, self.wo = (
-            Linear(width, width, scale=config.initializer_range, dtype=dtype, key=k)
-            for k in jax.random.split(key, 4)
+            Linear(*shape, bias=bias and name != "wo", scale=scale, dtype=dtype, key=k)
+            for (name, shape), k in zip(shapes.items(), jax.random.split(key, 4), strict=True)
         )
-        norm = RMSNorm(width // config.num_attention_heads, eps=config.rms_norm_eps, dtype=dtype)
-        self.q_norm = self.k_norm = norm if config.qk_norm else None
-        self.heads = config.num_attention_heads
-        self.theta = config.rope_theta
-        self.window = window
-        self.block = config.attention_block or config.mini_batch_size
-        self.backend = config.attention
+        norm = None if norm_eps is None else RMSNorm(head_dim, eps=norm_eps, dtype=dtype)
+        self.q_norm = self.k_norm = norm
+        self.heads, self.kv_heads, self.theta = heads, kv_heads, theta
+        self.window, self.block, self.backend = window, block, backend
 
     def init_state(self, context: int, dtype: jnp.dtype) -> KeyValueCache:
         """An empty cache: W positions with a window, `context` positions without."""
         positions = context if self.window is None else self.window
-        width = self.wk.weight.shape[-1]
-        empty = jnp.zeros((self.heads, positions, width // self.heads), dtype)
+        head_dim = self.wk.weight.shape[-1] // self.kv_heads
+        empty = jnp.zeros((self.kv_heads, positions, head_dim), dtype)
         return KeyValueCache(empty, empty, jnp.zeros((), jnp.int32))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The whole sequence; T a multiple of the chunk, or smaller."""
+        """The whole sequence; T a multiple of the block, or smaller."""
         q, k, v = self._project(x)
         positions = jnp.arange(x.shape[0])
         q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
-        match choose(self.backend, x.dtype):
+        return self._output(self._whole(q, k, v))
+
+    def prefill(
+        self, x: Float[Array, "T D"], context: int
+    ) -> tuple[KeyValueCache, Float[Array, "T D"]]:
+        """The first T tokens; T a multiple of the block, or smaller."""
+        q, k, v = self._project(x)
+        length, positions = x.shape[0], jnp.arange(x.shape[0])
+        turned = rotate(k, positions, self.theta)
+        q = rotate(q, positions, self.theta)
+        if self.window is None and choose(self.backend, x.dtype) == "blocks":
+            y = self._whole_growing(q, turned, v)
+        else:
+            y = self._whole(q, turned, v)
+        seen = jnp.full((), length, jnp.int32)
+        if self.window is None:
+            slots = ((0, 0), (0, context - length), (0, 0))
+            cache = KeyValueCache(jnp.pad(turned, slots), jnp.pad(v, slots), seen)
+        else:
+            slots = ((0, 0), (max(self.window - length, 0), 0), (0, 0))
+            last = (jnp.pad(y, slots)[:, -self.window :] for y in (k, v))
+            cache = KeyValueCache(*last, seen)
+        return cache, self._output(y)
+
+    def _whole(
+        self, q: Float[Array, "H T K"], k: Float[Array, "G T K"], v: Float[Array, "G T K"]
+    ) -> Float[Array, "H T K"]:
+        match choose(self.backend, q.dtype):
             case "naive":
-                mask = window_mask(x.shape[0], 0, self.window, 0)
-                return self._output(attend_naive(q, k, v, mask))
+                return attend_naive(q, k, v, window_mask(q.shape[1], 0, self.window, 0))
             case "cudnn":
-                return self._output(attend_cudnn(q, k, v, window=self.window))
+                return attend_cudnn(q, k, v, window=self.window)
         past = 0 if self.window is None else self.window
         k, v = (jnp.pad(y, ((0, 0), (past, 0), (0, 0))) for y in (k, v))
-        return self._output(attend(q, k, v, first=past, window=self.window, block=self.block))
+        return attend(q, k, v, first=past, window=self.window, block=self.block)
+
+    def _whole_growing(
+        self, q: Float[Array, "H T K"], k: Float[Array, "G T K"], v: Float[Array, "G T K"]
+    ) -> Float[Array, "H T K"]:
+        """Blocks of queries, each with the keys up to its own alone: half of the work."""
+        block = min(self.block, q.shape[1])
+
+        def one(start: Int[Array, ""]) -> Float[Array, "H B K"]:
+            part = jax.lax.dynamic_slice_in_dim(q, start, block, axis=1)
+            return attend_growing(part, k, v, start=start, block=min(k.shape[1], _KEY_BLOCK))
+
+        parts = jax.lax.map(one, jnp.arange(0, q.shape[1], block, dtype=jnp.int32))
+        return jnp.moveaxis(parts, 0, 1).reshape(q.shape)
 
     def step(
         self, state: KeyValueCache, x: Float[Array, "C D"]
@@ -119,85 +178,93 @@ class Attention(AbstractMixer):
         positions can notice. Without, the cache must have C slots left, and there is no derivative
         in reverse mode.
         """
-        opened, y = self.open(state, x)
-        return self.close(opened, x.shape[0]), y
-
-    def open(
-        self, state: KeyValueCache, x: Float[Array, "C D"]
-    ) -> tuple[OpenCache, Float[Array, "C D"]]:
-        """The next C tokens, left open: `put` may write over them from the first that is wrong."""
-        q, k, v = self._project(x)
+        new = x.shape[0]
         if self.window is None:
-            return self._open_full(state, q, k, v)
-        cached, new = self.window, x.shape[0]
+            opened, y = self.put(self.open(state, new), x, jnp.zeros((), jnp.int32))
+            return self.close(opened, new), y
+        q, k, v = self._project(x)
         keys = jnp.concatenate([state.keys, k], axis=1)
         values = jnp.concatenate([state.values, v], axis=1)
-        positions = jnp.arange(cached + new)
-        q = rotate(q, positions[cached:], self.theta)
+        positions = jnp.arange(self.window + new)
+        q = rotate(q, positions[self.window :], self.theta)
         rotated = rotate(keys, positions, self.theta)
-        first = self._first(state.seen)
-        if self.backend == "naive":
-            y = attend_naive(q, rotated, values, window_mask(new, cached, cached, first))
-        else:
-            block = math.gcd(new, self.block)
-            y = attend(q, rotated, values, first=first, window=cached, block=block)
-        return OpenCache(keys, rotated, values, state.seen), self._output(y)
+        y = self._behind_window(q, rotated, values, self._first(state.seen))
+        keys, values = (y[:, new:] for y in (keys, values))
+        return KeyValueCache(keys, values, state.seen + new), self._output(y)
 
-    def _open_full(
-        self,
-        state: KeyValueCache,
-        q: Float[Array, "H C K"],
-        k: Float[Array, "H C K"],
-        v: Float[Array, "H C K"],
-    ) -> tuple[OpenCache, Float[Array, "C D"]]:
-        new, slots = q.shape[1], state.keys.shape[1]
-        positions = state.seen + jnp.arange(new, dtype=jnp.int32)
-        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, fresh, state.seen, axis=1)
-            for old, fresh in ((state.keys, k), (state.values, v))
-        )
-        if self.backend == "naive":
-            mask = jnp.arange(slots, dtype=jnp.int32)[None, :] <= positions[:, None]
-            y = attend_naive(q, keys, values, mask)
-        else:
-            y = attend_growing(q, keys, values, start=state.seen, block=min(slots, _KEY_BLOCK))
-        return OpenCache(keys, None, values, state.seen), self._output(y)
-
-    def room(self, state: KeyValueCache, tokens: int) -> OpenCache:
-        """The same state with room for `tokens` more; without a window it is there already."""
+    def open(self, state: KeyValueCache, slots: int) -> OpenCache:
+        """Empty slots behind a window's cache; without a window they are there already."""
         if self.window is None:
             return OpenCache(state.keys, None, state.values, state.seen)
         rotated = rotate(state.keys, jnp.arange(self.window), self.theta)
-        wider = (jnp.pad(y, ((0, 0), (0, tokens), (0, 0))) for y in (state.keys, rotated))
-        keys, rotated = wider
-        values = jnp.pad(state.values, ((0, 0), (0, tokens), (0, 0)))
+        keys, rotated, values = (
+            jnp.pad(y, ((0, 0), (0, slots), (0, 0))) for y in (state.keys, rotated, state.values)
+        )
         return OpenCache(keys, rotated, values, state.seen)
 
     def put(
-        self, opened: OpenCache, x: Float[Array, "1 D"], place: Int[Array, ""]
-    ) -> tuple[OpenCache, Float[Array, "1 D"]]:
-        """The token at a place of the room, from 0; the places before it are filled."""
+        self, opened: OpenCache, x: Float[Array, "N D"], slot: Int[Array, ""]
+    ) -> tuple[OpenCache, Float[Array, "N D"]]:
+        """Keys and values of N tokens, written in place."""
         q, k, v = self._project(x)
-        slot = place + (opened.seen if self.window is None else self.window)
-        q, turned = (rotate(y, slot[None], self.theta) for y in (q, k))
+        at = slot + (opened.seen if self.window is None else self.window)
+        positions = at + jnp.arange(x.shape[0], dtype=jnp.int32)
+        q, turned = (rotate(y, positions, self.theta) for y in (q, k))
 
         def written(slots: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, at, axis=1)
 
-        slots = jnp.arange(opened.keys.shape[1], dtype=jnp.int32)
-        visible = slots <= slot
         values = written(opened.values, v)
-        if opened.rotated is None or self.window is None:
+        if opened.rotated is None:
             keys, rotated = written(opened.keys, turned), None
         else:
             keys, rotated = written(opened.keys, k), written(opened.rotated, turned)
-            visible &= (slots > slot - self.window) & (slots >= self._first(opened.seen))
-        y = attend_naive(q, keys if rotated is None else rotated, values, visible[None])
-        return OpenCache(keys, rotated, values, opened.seen), self._output(y)
+        opened = OpenCache(keys, rotated, values, opened.seen)
+        return opened, self._output(self._of_slots(q, opened, at))
+
+    def _of_slots(
+        self, q: Float[Array, "H N K"], opened: OpenCache, at: Int[Array, ""]
+    ) -> Float[Array, "H N K"]:
+        """Attention of N queries at the slots from `at` on, whose keys are written."""
+        new, slots = q.shape[1], opened.keys.shape[1]
+        keys = opened.keys if opened.rotated is None else opened.rotated
+        if self.window is None:
+            if new > 1 and self.backend != "naive":
+                return attend_growing(
+                    q, keys, opened.values, start=at, block=min(slots, _KEY_BLOCK)
+                )
+            first, window = jnp.zeros((), jnp.int32), slots
+        else:
+            first, window = self._first(opened.seen), self.window
+            if new > 1:
+                start = at - window
+                keys, values = (
+                    jax.lax.dynamic_slice_in_dim(y, start, window + new, axis=1)
+                    for y in (keys, opened.values)
+                )
+                return self._behind_window(q, keys, values, jnp.maximum(first - start, 0))
+        # All slots, masked: to cut out those that are seen would copy them for every token.
+        own = at + jnp.arange(new, dtype=jnp.int32)[:, None]
+        slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+        mask = (slot <= own) & (slot > own - window) & (slot >= first)
+        return attend_naive(q, keys, opened.values, mask)
+
+    def _behind_window(
+        self,
+        q: Float[Array, "H N K"],
+        keys: Float[Array, "G S K"],
+        values: Float[Array, "G S K"],
+        first: Int[Array, ""],
+    ) -> Float[Array, "H N K"]:
+        """N queries, the W keys before them and their own; those from `first` on exist."""
+        window, new = keys.shape[1] - q.shape[1], q.shape[1]
+        if self.backend == "naive":
+            return attend_naive(q, keys, values, window_mask(new, window, window, first))
+        block = math.gcd(new, self.block)
+        return attend(q, keys, values, first=first, window=window, block=block)
 
     def close(self, opened: OpenCache, tokens: int) -> KeyValueCache:
-        """The state after the first `tokens` of the room; those behind them are dropped."""
+        """The cache of the first `tokens` slots and what was before them."""
         keys, values = opened.keys, opened.values
         if self.window is not None:
             keys, values = (y[:, tokens : tokens + self.window] for y in (keys, values))
@@ -208,10 +275,12 @@ class Attention(AbstractMixer):
         window = self.window or 0
         return window - jnp.minimum(seen, window)
 
-    def _project(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "H T K"], ...]:
+    def _project(self, x: Float[Array, "T D"]) -> tuple[Float[Array, "_ T K"], ...]:
+        """Queries [H, T, K]; keys and values [G, T, K]."""
+        heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = (
-            jnp.swapaxes(w(x).reshape(x.shape[0], self.heads, -1), 0, 1)
-            for w in (self.wq, self.wk, self.wv)
+            jnp.swapaxes(w(x).reshape(x.shape[0], count, -1), 0, 1)
+            for w, count in zip((self.wq, self.wk, self.wv), heads, strict=True)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

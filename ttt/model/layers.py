@@ -17,18 +17,30 @@ def normal(
 
 
 class Linear(eqx.Module):
-    """x · weight, without a bias."""
+    """x · weight, plus a bias (which starts at 0) if there is one."""
 
     weight: Float[Array, "in out"]
+    bias: Float[Array, " out"] | None
 
     def __init__(
-        self, inputs: int, outputs: int, *, scale: float, dtype: jnp.dtype, key: PRNGKeyArray
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = False,
+        scale: float,
+        dtype: jnp.dtype,
+        key: PRNGKeyArray,
     ):
         self.weight = normal(key, (inputs, outputs), scale, dtype)
+        self.bias = jnp.zeros(outputs, dtype) if bias else None
 
     def __call__(self, x: Float[Array, "*lead in"]) -> Float[Array, "*lead out"]:
         """In the dtype of x."""
-        return x @ self.weight.astype(x.dtype)
+        y = x @ self.weight.astype(x.dtype)
+        if self.bias is None:
+            return y
+        return y + self.bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Embedding(eqx.Module):

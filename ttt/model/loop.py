@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ttt.core import compiling, tree
 from ttt.core.batch import Batch
 from ttt.core.scan import mean_over
-from ttt.infra.mesh import DATA_AXIS, Layout, check_divides, device_mesh, divide_batch
+from ttt.infra.mesh import DATA_AXIS, Layout, device_mesh, divide_batch
 from ttt.knobs import Config, TrainingConfig
 from ttt.model.inner_loop import InnerRule, warmup_scale
 from ttt.model.transformer import Gather, Learning, MetaModel, SequenceLoss, as_it_is
@@ -92,11 +92,23 @@ def init_state(config: Config) -> TrainState:
     return start_from(model, config.training)
 
 
-def start_from(model: MetaModel, training: TrainingConfig) -> TrainState:
-    """A model at step 0 with a fresh optimizer."""
-    trained = eqx.filter(model, tree.select(model, training.spec_outer))
-    opt_state = make_optimizer(training.optimizer_outer).init(trained)
-    return TrainState(model, opt_state, jnp.zeros((), jnp.int32))
+def start_from(
+    model: MetaModel, training: TrainingConfig, layout: Layout | None = None
+) -> TrainState:
+    """A model at step 0 with a fresh optimizer, whose moments are made where they are to lie.
+
+    layout: None: the default device.
+    """
+
+    def moments(model: MetaModel) -> PyTree:
+        trained = eqx.filter(model, tree.select(model, training.spec_outer))
+        return make_optimizer(training.optimizer_outer).init(trained)
+
+    step = jnp.zeros((), jnp.int32)
+    if layout is None:
+        return TrainState(model, moments(model), step)
+    shardings = layout.shardings(jax.eval_shape(moments, model))
+    return TrainState(model, jax.jit(moments, out_shardings=shardings)(model), layout.place(step))
 
 
 def make_gradient(
@@ -237,9 +249,8 @@ class Evaluator:
 
     def __init__(self, training: TrainingConfig, layout: Layout):
         """layout: where models and batches lie."""
-        self._batch_size = training.eval_batch_size
         self._mesh = layout.mesh
-        check_divides(layout.mesh, training.eval_batch_size)
+        self._batch_size = -(-training.eval_batch_size // layout.data) * layout.data
 
         # The inner rate is an argument, so that learning on and off are one compiled program.
         self._score = jax.jit(
@@ -249,7 +260,10 @@ class Evaluator:
         )
 
     def __call__(self, model: MetaModel, batch: Batch, *, learn: bool = True) -> Scores:
-        """Scores of a batch [b, T] of at most `eval_batch_size` sequences."""
+        """Scores of a batch [b, T] of at most `eval_batch_size` sequences.
+
+        It is filled up to a size that the devices can share evenly.
+        """
         sequences = len(batch.inputs)
         missing = self._batch_size - sequences
         batch = jax.tree.map(

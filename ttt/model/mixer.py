@@ -8,14 +8,17 @@ from jaxtyping import Array, Float, Int, PyTree
 
 
 class AbstractMixer(eqx.Module):
-    """Mixes the tokens of one sequence, whole or piece by piece: the two agree.
+    """Mixes the tokens of one sequence. Three ways of reading it agree.
 
-    `state, y = step(state, x)` over consecutive pieces of a sequence, from `init_state`, gives the
-    pieces of `__call__` on the whole. The state is a named pytree; nothing is hidden.
+    Whole: `mixer(x)`. Piece by piece: `state, y = step(state, x)` over consecutive pieces, from
+    `init_state`. Token by token behind a kept state: `open` gives the state free slots, `put` fills
+    them in order, and `close(opened, n)` gives the state after the first n. A slot may be filled
+    again; what is behind it must then be filled again too. The kept state stays as it is: one can
+    go on from it twice.
 
-    One by one, tokens go into a room of fixed size behind a state: `room` or `open` make it, `put`
-    fills it, `close` makes its tokens a part of the state. `open` with C tokens is `room`, C times
-    `put`; `step` is `open` and `close`. What `put` writes is small and in place.
+    States are named pytrees; nothing is hidden. A mixer of attention writes keys and values into
+    slots behind its cache. A recurrence keeps its start state and, per slot, what its chunk formula
+    needs of the token (docs/design.md): neither needs the states between two tokens.
     """
 
     @abstractmethod
@@ -27,23 +30,26 @@ class AbstractMixer(eqx.Module):
         """The whole sequence at once."""
 
     @abstractmethod
+    def prefill(self, x: Float[Array, "T D"], context: int) -> tuple[PyTree, Float[Array, "T D"]]:
+        """The first T tokens of a sequence of at most `context`, and the state after them.
+
+        As `step` from `init_state`, for long stretches; not differentiable in reverse mode.
+        """
+
+    @abstractmethod
     def step(self, state: PyTree, x: Float[Array, "C D"]) -> tuple[PyTree, Float[Array, "C D"]]:
         """The next C tokens."""
 
     @abstractmethod
-    def open(self, state: PyTree, x: Float[Array, "C D"]) -> tuple[PyTree, Float[Array, "C D"]]:
-        """The next C tokens, put into a room of C places that stays open."""
-
-    @abstractmethod
-    def room(self, state: PyTree, tokens: int) -> PyTree:
-        """`state` with empty room for the next `tokens`."""
+    def open(self, state: PyTree, slots: int) -> PyTree:
+        """The state with empty slots for the next tokens behind it."""
 
     @abstractmethod
     def put(
-        self, opened: PyTree, x: Float[Array, "1 D"], place: Int[Array, ""]
-    ) -> tuple[PyTree, Float[Array, "1 D"]]:
-        """One token at a place of the room, from 0; it sees nothing behind that place."""
+        self, opened: PyTree, x: Float[Array, "N D"], slot: Int[Array, ""]
+    ) -> tuple[PyTree, Float[Array, "N D"]]:
+        """N tokens into the slots from `slot` on (from 0); they see nothing behind their own."""
 
     @abstractmethod
     def close(self, opened: PyTree, tokens: int) -> PyTree:
-        """The state after the first `tokens` of the room; what stands behind them is dropped."""
+        """The state after the tokens in the first `tokens` slots; those behind are dropped."""

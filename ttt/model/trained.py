@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from ttt import mixers
 from ttt.config import with_stored
@@ -42,13 +41,13 @@ class TrainedModel:
 
     @property
     def method(self) -> str:
-        """`fa`, `swa` or `e2e`."""
+        """Its label: `fa`, `swa`, `hybrid`, … or `e2e`."""
         return method_of(self.config, self.training)
 
     @property
     def learns(self) -> bool:
         """Whether it goes on learning while it reads."""
-        return self.training.train_mode == "meta"
+        return learns(self.training)
 
     @property
     def window(self) -> int | None:
@@ -59,10 +58,15 @@ class TrainedModel:
         """Learning on, and off where that is another thing."""
         return (True, False) if self.learns and without_learning else (True,)
 
+    @property
+    def one_chunk(self) -> bool:
+        """Whether its chunk is the whole sequence, so that a sequence may have any length."""
+        return mixers.windows_apart(self.config)
+
     def check_context(self, context: int, key: str) -> None:
         """Raise a UserError unless a sequence of `context` tokens is whole chunks; `key` asked."""
         chunk = self.config.mini_batch_size
-        if self.window is not None and context % chunk:
+        if self.whole_chunks(context) != context:
             raise UserError(
                 f"{key}={context}: {self.name} reads in chunks of {chunk} tokens; give a multiple"
             )
@@ -70,7 +74,7 @@ class TrainedModel:
     def whole_chunks(self, tokens: int) -> int:
         """The smallest context with room for `tokens` that this run can have."""
         chunk = self.config.mini_batch_size
-        return tokens if self.window is None else -(-tokens // chunk) * chunk
+        return tokens if self.one_chunk else -(-tokens // chunk) * chunk
 
     def at(self, context: int, weights: MetaModel | None = None) -> MetaModel:
         """The model for sequences of `context` tokens: full attention has one chunk.
@@ -78,17 +82,22 @@ class TrainedModel:
         weights: the same parameters where they lie elsewhere, such as on devices.
         """
         weights = self.model if weights is None else weights
-        if self.window is not None:
+        if not self.one_chunk:
             return weights
         block = self.config.attention_block or _FULL_ATTENTION_BLOCK
         config = replace(
             self.config, mini_batch_size=context, attention_block=math.gcd(context, block)
         )
-        return jax.tree.unflatten(jax.tree.structure(_shapes(config)), jax.tree.leaves(weights))
+        return weights.with_config(config)
+
+
+def learns(training: TrainingConfig) -> bool:
+    """Whether a model trained so goes on learning while it reads."""
+    return training.train_mode == "meta"
 
 
 def method_of(model: ModelConfig, training: TrainingConfig) -> str:
-    """`fa`, `swa` or `e2e`; or `token_stats`, the count model in place of any of them."""
+    """A label of `ttt.mixers`; or `token_stats`, the count model in place of any of them."""
     if training.runtime_mode == "token_stats":
         return "token_stats"
     return mixers.method(model.seq_modeling_block, model.layer_types, training.train_mode)
@@ -130,7 +139,6 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
             f"{step_folder} has parameters that the model has not: {', '.join(account.unused)}. "
             "Choose the experiment that trained it"
         )
-    weights = jax.tree.map(np.asarray, weights)
     training = replace(
         own.training, eval_batch_size=config.evaluation.batch_size, inner_remat_freq=1
     )
@@ -139,14 +147,10 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
 
 def _others(checkpoints: Checkpoints) -> str:
     siblings = checkpoints.folder.parent
-    found = sorted(
+    names = sorted(
         path.name for path in siblings.glob("*") if Checkpoints(path).latest() is not None
     )
-    return f"there are {', '.join(found)}" if found else f"{siblings} has none at all"
-
-
-def _shapes(config: ModelConfig) -> MetaModel:
-    return jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
+    return f"there are {', '.join(names)}" if names else f"{siblings} has none at all"
 
 
 def describe(run: TrainedModel) -> dict[str, Any]:

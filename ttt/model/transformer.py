@@ -1,14 +1,13 @@
 """The network: blocks, two stacks, the language model, and its loss, plain or while learning."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ttt import mixers
 from ttt.core import tree
@@ -17,10 +16,11 @@ from ttt.core.precision import Precision
 from ttt.core.remat import remat
 from ttt.errors import UserError
 from ttt.knobs import ModelConfig
-from ttt.model import inner_loop
+from ttt.model import inner_loop, stacks
 from ttt.model.layers import Embedding, Linear, RMSNorm, SwiGLU
 from ttt.model.mixer import AbstractMixer
-from ttt.model.pattern import make_mixer
+from ttt.model.pattern import MAKERS
+from ttt.model.stacks import Stack
 from ttt.ops.cross_entropy import batch_nll, masked_mean, token_nll, whole_nll
 
 
@@ -37,7 +37,8 @@ class Block(eqx.Module):
     ffn_prime_norm: RMSNorm | None
     ffn_prime_post_norm: RMSNorm | None
 
-    def __init__(self, config: ModelConfig, *, prime: bool, key: PRNGKeyArray):
+    def __init__(self, config: ModelConfig, mixer: str, *, prime: bool, key: PRNGKeyArray):
+        """mixer: a name in `ttt.mixers.MIXERS`."""
         mixer_key, mlp_key, prime_key = jax.random.split(key, 3)
         width, dtype = config.hidden_size, Precision.of(config).param
 
@@ -48,7 +49,7 @@ class Block(eqx.Module):
             scale = config.initializer_range
             return SwiGLU(width, config.intermediate_size, scale=scale, dtype=dtype, key=key)
 
-        self.seq_modeling_block = make_mixer(config, mixer_key)
+        self.seq_modeling_block = MAKERS[mixer](config, mixer_key)
         self.feed_forward = mlp(mlp_key)
         self.seq_norm, self.ffn_norm = norm(config.pre_norm), norm(config.pre_norm)
         self.seq_post_norm, self.ffn_post_norm = norm(config.post_norm), norm(config.post_norm)
@@ -66,16 +67,16 @@ class Block(eqx.Module):
         state, mixed = self.seq_modeling_block.step(state, _apply(self.seq_norm, x))
         return x + _apply(self.seq_post_norm, mixed), state
 
-    def open(self, x: Float[Array, "C D"], state: PyTree) -> tuple[Array, PyTree]:
-        """The next C tokens, with the mixer's state and their room behind it."""
-        opened, mixed = self.seq_modeling_block.open(state, _apply(self.seq_norm, x))
-        return self.mlps(x + _apply(self.seq_post_norm, mixed)), opened
+    def prefill(self, x: Float[Array, "T D"], context: int) -> tuple[Array, PyTree]:
+        """The first half of the first T tokens, and the mixer's state after them."""
+        state, mixed = self.seq_modeling_block.prefill(_apply(self.seq_norm, x), context)
+        return x + _apply(self.seq_post_norm, mixed), state
 
     def put(
-        self, x: Float[Array, "1 D"], opened: PyTree, place: Int[Array, ""]
+        self, x: Float[Array, "N D"], opened: PyTree, slot: Int[Array, ""]
     ) -> tuple[Array, PyTree]:
-        """The token at a place of the room."""
-        opened, mixed = self.seq_modeling_block.put(opened, _apply(self.seq_norm, x), place)
+        """N tokens in the slots from `slot` on behind the mixer's state."""
+        opened, mixed = self.seq_modeling_block.put(opened, _apply(self.seq_norm, x), slot)
         return self.mlps(x + _apply(self.seq_post_norm, mixed)), opened
 
     def mlps(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
@@ -92,21 +93,23 @@ def _apply(norm: RMSNorm | None, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
 
 
 class Stacks(eqx.Module):
-    """Two stacks of blocks, scanned over a leading axis, so that depth costs no compile time."""
+    """Two stacks of blocks: what runs over whole sequences, and what can run chunk by chunk."""
 
-    prefix_blocks: Block | None
-    suffix_blocks: Block | None
+    prefix_blocks: Stack
+    suffix_blocks: Stack
 
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
-        keys = jax.random.split(key, config.num_hidden_layers)
+        keys, names = jax.random.split(key, config.num_hidden_layers), mixers.layer_types(config)
         first_suffix = config.num_hidden_layers - config.suffix_len
 
-        def stack(keys: Key[Array, " L"], prime: bool) -> Block | None:
-            make = jax.vmap(lambda key: Block(config, prime=prime, key=key))
-            return make(keys) if len(keys) else None
+        def stack(part: slice, prime: bool) -> Stack:
+            def block(mixer: str, key: PRNGKeyArray) -> Block:
+                return Block(config, mixer, prime=prime, key=key)
 
-        self.prefix_blocks = stack(keys[:first_suffix], prime=False)
-        self.suffix_blocks = stack(keys[first_suffix:], prime=config.prime)
+            return stacks.make(block, names[part], keys[part])
+
+        self.prefix_blocks = stack(slice(first_suffix), prime=False)
+        self.suffix_blocks = stack(slice(first_suffix, None), prime=config.prime)
 
 
 type Gather = Callable[[PyTree], PyTree]
@@ -119,73 +122,72 @@ def as_it_is(part: PyTree) -> PyTree:
 
 
 def run_blocks(
-    blocks: Block | None,
-    x: Float[Array, "T D"],
-    policy: str,
-    chunk: int,
-    gather: Gather = as_it_is,
+    blocks: Stack, x: Float[Array, "T D"], policy: str, chunk: int, gather: Gather = as_it_is
 ) -> Float[Array, "T D"]:
     """The whole sequence through a stack of blocks, one after the other made whole."""
-    if blocks is None:
-        return x
 
-    def whole(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
+    def whole(x: Float[Array, "T D"], block: Block, state: None) -> tuple[Array, None]:
         block = gather(block)
-        return block.mlps(block.mix(x)), None
+        return block.mlps(block.mix(x)), state
 
-    def halves(x: Float[Array, "T D"], block: Block) -> tuple[Float[Array, "T D"], None]:
+    def halves(x: Float[Array, "T D"], block: Block, state: None) -> tuple[Array, None]:
         block = gather(block)
         pieces = block.mix(x).reshape(-1, chunk, x.shape[-1])
-        return jax.lax.map(partial(remat(Block.mlps, policy), block), pieces).reshape(x.shape), None
+        y = jax.lax.map(partial(remat(Block.mlps, policy), block), pieces)
+        return y.reshape(x.shape), state
 
     # In halves, a backward pass never has the intermediates of attention and of an MLP at once, and
     # those of the MLP for one chunk only; remat is not nested, so nothing runs a third time.
-    one = remat(halves if policy == "chunk" else whole, policy)
-    return jax.lax.scan(one, x, blocks)[0]
+    one = halves if policy == "chunk" else whole
+    return stacks.walk(blocks, x, one, policy=policy)[0]
 
 
 def step_blocks(
-    blocks: Block | None, states: PyTree, x: Float[Array, "C D"], policy: str
-) -> tuple[PyTree, Float[Array, "C D"]]:
-    """The next C tokens through a stack of blocks; states are stacked as the blocks are."""
-    if blocks is None:
-        return states, x
+    blocks: Stack, states: Stack, x: Float[Array, "C D"], policy: str
+) -> tuple[Stack, Float[Array, "C D"]]:
+    """The next C tokens through a stack of blocks."""
 
-    def whole(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
-        block, state = layer
+    def whole(x: Float[Array, "C D"], block: Block, state: PyTree) -> tuple[Array, PyTree]:
         x, state = block.mix_step(x, state)
         return block.mlps(x), state
 
-    def halves(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
-        block, state = layer
+    def halves(x: Float[Array, "C D"], block: Block, state: PyTree) -> tuple[Array, PyTree]:
         x, state = remat(Block.mix_step, policy)(block, x, state)
         return remat(Block.mlps, policy)(block, x), state
 
-    one = halves if policy == "chunk" else remat(whole, policy)
-    y, states = jax.lax.scan(one, x, (blocks, states))
-    return states, y
+    if policy == "chunk":
+        x, states = stacks.walk(blocks, x, halves, states)
+    else:
+        x, states = stacks.walk(blocks, x, whole, states, policy=policy)
+    return states, x
 
 
-def open_blocks(
-    blocks: Block | None, states: PyTree, x: Float[Array, "C D"]
-) -> tuple[PyTree, Float[Array, "C D"]]:
-    """`step_blocks` whose tokens stay open: (rooms, outputs)."""
-    if blocks is None:
-        return states, x
+def prefill_blocks(
+    blocks: Stack, x: Float[Array, "T D"], context: int, chunk: int
+) -> tuple[Stack, Float[Array, "T D"]]:
+    """The first T tokens, whole chunks of them, and the states after them."""
 
-    def one(x: Float[Array, "C D"], layer: tuple[Block, PyTree]) -> tuple[Array, PyTree]:
-        block, state = layer
-        return block.open(x, state)
+    def one(x: Float[Array, "T D"], block: Block, state: None) -> tuple[Array, PyTree]:
+        x, state = block.prefill(x, context)
+        # The MLPs' units of all tokens at once would take more memory than all else.
+        pieces = x.reshape(-1, chunk, x.shape[-1])
+        return jax.lax.map(block.mlps, pieces).reshape(x.shape), state
 
-    y, opened = jax.lax.scan(one, x, (blocks, states))
-    return opened, y
+    x, states = stacks.walk(blocks, x, one)
+    return states, x
 
 
-def init_states(blocks: Block | None, context: int, dtype: jnp.dtype) -> PyTree:
+def put_blocks(
+    blocks: Stack, opened: Stack, x: Float[Array, "N D"], slot: Int[Array, ""]
+) -> tuple[Stack, Float[Array, "N D"]]:
+    """N tokens through a stack of blocks, into the slots from `slot` on."""
+    x, opened = stacks.walk(blocks, x, lambda x, block, state: block.put(x, state, slot), opened)
+    return opened, x
+
+
+def init_states(blocks: Stack, context: int, dtype: jnp.dtype) -> Stack:
     """The mixer states of a stack of blocks before a sequence of at most `context` tokens."""
-    if blocks is None:
-        return None
-    return jax.vmap(lambda block: block.seq_modeling_block.init_state(context, dtype))(blocks)
+    return stacks.each(lambda block: block.seq_modeling_block.init_state(context, dtype), blocks)
 
 
 class Decoder(eqx.Module):
@@ -304,6 +306,12 @@ class MetaModel(eqx.Module):
         losses = jax.vmap(jax.vmap(masked_mean))(windows(nll), windows(batch.loss_mask))
         return SequenceLoss(jnp.mean(losses, axis=1), losses, nll, jnp.zeros_like(losses))
 
+    def loss_for_sequence(self, sequence: Batch, learning: Learning | None = None) -> SequenceLoss:
+        """The loss of one sequence [T]: plain, or while learning from it."""
+        batch = jax.tree.map(lambda x: x[None], sequence)
+        losses = self.loss(batch) if learning is None else self.loss_while_learning(batch, learning)
+        return jax.tree.map(lambda x: x[0], losses)
+
     def loss_while_learning(
         self, batch: Batch, learning: Learning, gather: Gather = as_it_is
     ) -> SequenceLoss:
@@ -344,14 +352,8 @@ class MetaModel(eqx.Module):
         parts = x.reshape(x.shape[0], -1, self.config.mini_batch_size, *x.shape[2:])
         return jnp.swapaxes(parts, 0, 1)
 
-    def reading(self, chunk: int) -> "MetaModel":
-        """The same parameters to read with: chunks of `chunk` tokens, nothing rematerialised.
-
-        A chunk's gradient is the only one there is, and its intermediates are few.
-        """
-        config = replace(
-            self.config, mini_batch_size=chunk, remat_prefix="none", remat_suffix="none"
-        )
+    def with_config(self, config: ModelConfig) -> "MetaModel":
+        """The same parameters under another configuration of the same shapes."""
         like = jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(self))
 
@@ -362,24 +364,24 @@ class MetaModel(eqx.Module):
 
     def step(self, states: PyTree, x: Float[Array, "C D"]) -> tuple[PyTree, Float[Array, "C D"]]:
         """The prefix's next C outputs through suffix and final norm: (states, hidden states)."""
-        stacks = self.language_model.model.h
-        states, x = step_blocks(stacks.suffix_blocks, states, x, self.config.remat_suffix)
+        blocks = self.language_model.model.h.suffix_blocks
+        states, x = step_blocks(blocks, states, x, self.config.remat_suffix)
         return states, self.language_model.model.ln_f(x)
 
 
 def _gathered(model: MetaModel, gather: Gather, *, suffix: bool) -> MetaModel:
     """The model whole, except for the stacks that are gathered block by block."""
 
-    def stacks(model: MetaModel) -> PyTree:
+    def by_block(model: MetaModel) -> PyTree:
         h = model.language_model.model.h
         return [h.prefix_blocks] if suffix else [h.prefix_blocks, h.suffix_blocks]
 
     def is_none(leaf: PyTree) -> bool:
         return leaf is None
 
-    parts = stacks(model)
-    rest = gather(eqx.tree_at(stacks, model, [None] * len(parts), is_leaf=is_none))
-    return eqx.tree_at(stacks, rest, parts, is_leaf=is_none)
+    parts = by_block(model)
+    rest = gather(eqx.tree_at(by_block, model, [None] * len(parts), is_leaf=is_none))
+    return eqx.tree_at(by_block, rest, parts, is_leaf=is_none)
 
 
 def _without_prefix(model: MetaModel) -> MetaModel:

@@ -1,6 +1,5 @@
 """Next-token loss from hidden states, with no more logits in memory than a block's."""
 
-import math
 from functools import partial
 
 import jax
@@ -15,7 +14,7 @@ Table = Float[Array, "V D"]
 Targets = Int[AnyArray, " T"]
 PerToken = Float[Array, " T"]
 
-# Tokens whose logits are taken together where a whole sequence is scored.
+# Tokens of a sequence whose logits are taken together, at most.
 _TOKENS = 1024
 
 
@@ -54,7 +53,10 @@ def whole_nll(
     hidden: Float[Array, "B T D"], table: Table, targets: Int[AnyArray, "B T"], *, block: int = 0
 ) -> Float[Array, "B T"]:
     """`batch_nll` of long sequences, a thousand tokens or so of each at a time."""
-    length = math.gcd(hidden.shape[1], _TOKENS)
+    length = hidden.shape[1]
+    count = -(-length // _TOKENS)
+    size = -(-length // count)
+    missing = count * size - length  # whole pieces, or an odd length would go token by token
 
     # Without blocks, the logits would be kept for the backward pass: [T, V] after all.
     @jax.checkpoint
@@ -62,10 +64,11 @@ def whole_nll(
         return batch_nll(part[0], table, part[1], block=block)
 
     def parts(x: AnyArray) -> Array:
-        return jnp.moveaxis(x.reshape(len(x), -1, length, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0) for _ in x.shape[2:])))
+        return jnp.moveaxis(x.reshape(len(x), count, size, *x.shape[2:]), 1, 0)
 
     nll = jax.lax.map(one, (parts(hidden), parts(targets)))
-    return jnp.moveaxis(nll, 0, 1).reshape(targets.shape)
+    return jnp.moveaxis(nll, 0, 1).reshape(len(targets), -1)[:, :length]
 
 
 def masked_mean(values: PerToken, mask: Bool[AnyArray, " T"]) -> Float[Array, ""]:

@@ -1,7 +1,9 @@
 """Softmax attention of one sequence within a sliding window, or full, in blocks of queries.
 
-Shapes, heads first: queries [H, T, K]; keys and values [H, P + T, K], of which P stand before the
-first query (a cache, or padding). Scores are scaled by 1/√K; softmax runs in at least float32.
+Shapes, heads first: queries [H, T, K]; keys and values [G, P + T, K], of which P stand before the
+first query (a cache, or padding). H is a multiple of G: query head a reads key head a // (H/G), as
+in grouped-query attention (arXiv 2305.13245). Keys are never repeated: the H/G queries that share a
+head of keys become rows of one product. Scores are scaled by 1/√K; softmax takes at least float32.
 
 The backward pass recomputes the scores of a block from the log-sum-exp of the forward pass, so no
 array has more than a block's scores. It is plain JAX, hence differentiable again, in both modes.
@@ -22,7 +24,7 @@ from ttt.errors import UserError
 _logger = logging.getLogger(__name__)
 
 Queries = Float[Array, "H T K"]
-Keys = Float[Array, "H S K"]
+Keys = Float[Array, "G S K"]
 Statistic = Float[Array, "H T"]
 Slot = Int[AnyArray, ""]
 
@@ -71,9 +73,10 @@ def attend_cudnn(q: Queries, k: Queries, v: Queries, *, window: int | None) -> Q
 
 def attend_naive(q: Queries, k: Keys, v: Keys, mask: Bool[Array, "T S"]) -> Queries:
     """Attention where `mask` allows it, all pairs at once; every query must see a key."""
-    scores = _scores("hqd,hkd->hqk", q, k)
+    scores = _scores("hqd,hkd->hqk", _grouped(q, k), k)
+    mask = _repeated(mask, q, k)
     weights = jax.nn.softmax(jnp.where(mask[None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), v)
+    return _ungrouped(jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), v), q)
 
 
 def window_mask(
@@ -116,8 +119,9 @@ def attend_growing(q: Queries, k: Keys, v: Keys, *, start: Slot, block: int) -> 
     those behind the last query are not visited. Not differentiable in reverse mode.
     """
     queries, slots = q.shape[1], k.shape[1]
-    own = start + jnp.arange(queries, dtype=jnp.int32)
+    own = jnp.tile(start + jnp.arange(queries, dtype=jnp.int32), len(q) // len(k))
     wide = at_least_float32(q[:0]).dtype
+    like, q = q, _grouped(q, k)
 
     def add(i: Int[Array, ""], carry: tuple) -> tuple:
         highest, total, y = carry
@@ -138,7 +142,7 @@ def attend_growing(q: Queries, k: Keys, v: Keys, *, start: Slot, block: int) -> 
     nothing = (lowest, jnp.zeros_like(lowest), jnp.zeros(q.shape, wide))
     blocks = (start + queries + block - 1) // block
     _, total, y = jax.lax.fori_loop(0, blocks, add, nothing)
-    return (y / total[..., None]).astype(v.dtype)
+    return _ungrouped((y / total[..., None]).astype(v.dtype), like)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -153,12 +157,15 @@ def _attend_forward(
 
     def one(start: Int[Array, ""], q: Queries) -> tuple[Queries, Statistic]:
         keys, values, mask = _visible(window, block, past, start, k, v, first)
+        like, q = q, _grouped(q, keys)
+        mask = _repeated(mask, like, keys)
         scores = jnp.where(mask[None], _scores("hqd,hkd->hqk", q, keys), -jnp.inf)
         highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - highest[..., None])
         total = jnp.sum(weights, axis=-1)
         y = jnp.einsum("hqk,hkd->hqd", weights.astype(v.dtype), values)
-        return (at_least_float32(y) / total[..., None]).astype(v.dtype), highest + jnp.log(total)
+        y = (at_least_float32(y) / total[..., None]).astype(v.dtype)
+        return _ungrouped(y, like), (highest + jnp.log(total)).reshape(like.shape[:2])
 
     if block == q.shape[1]:
         y, lse = one(jnp.zeros((), jnp.int32), q)
@@ -182,6 +189,9 @@ def _attend_backward(
     ) -> tuple[Queries, Keys, Keys]:
         """Keys lead in the scores here: three of the four products then run along memory."""
         keys, values, mask = _visible(window, block, past, start, k, v, first)
+        mask, like = _repeated(mask, q, keys), q
+        q, d_y = _grouped(q, keys), _grouped(d_y, keys)
+        lse, inner = (x.reshape(len(keys), -1) for x in (lse, inner))
         scores = jnp.where(mask.T[None], _scores("hkd,hqd->hkq", keys, q), -jnp.inf)
         weights = jnp.exp(scores - lse[:, None, :])
         d_weights = jnp.einsum("hkd,hqd->hkq", values, d_y, preferred_element_type=lse.dtype)
@@ -189,7 +199,8 @@ def _attend_backward(
         weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
         d_values = jnp.einsum("hkq,hqd->hkd", weights, d_y)
         d_keys = jnp.einsum("hkq,hqd->hkd", d_scores, q)
-        return jnp.einsum("hkq,hkd->hqd", d_scores, keys), d_keys, d_values
+        d_q = jnp.einsum("hkq,hkd->hqd", d_scores, keys)
+        return _ungrouped(d_q, like), d_keys, d_values
 
     if block == q.shape[1]:
         return (*one(jnp.zeros((), jnp.int32), q, d_y, lse, inner), None)
@@ -218,9 +229,24 @@ def _attend_backward(
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _grouped(q: Queries, k: Keys) -> Float[Array, "G RT K"]:
+    """Queries as rows beside the keys that they share: R = H/G heads of T queries to each."""
+    return q.reshape(len(k), -1, q.shape[-1])
+
+
+def _ungrouped(y: Float[Array, "G RT K"], like: Queries) -> Queries:
+    """The inverse of `_grouped`, for heads and tokens as `like` has them."""
+    return y.reshape(*like.shape[:2], y.shape[-1])
+
+
+def _repeated(mask: Bool[Array, "T S"], q: Queries, k: Keys) -> Bool[Array, "RT S"]:
+    """The mask of queries, for the rows of `_grouped`."""
+    return jnp.tile(mask, (len(q) // len(k), 1))
+
+
 def _scores(
-    subscripts: str, a: Float[Array, "H A K"], b: Float[Array, "H B K"]
-) -> Float[Array, "H A B"]:
+    subscripts: str, a: Float[Array, "G A K"], b: Float[Array, "G B K"]
+) -> Float[Array, "G A B"]:
     wide = at_least_float32(a[:0]).dtype
     return jnp.einsum(subscripts, a, b, preferred_element_type=wide) * a.shape[-1] ** -0.5
 
@@ -233,7 +259,7 @@ def _visible(
     k: Keys,
     v: Keys,
     first: Slot,
-) -> tuple[Float[Array, "H B K"], Float[Array, "H B K"], Bool[Array, "block B"]]:
+) -> tuple[Float[Array, "G B K"], Float[Array, "G B K"], Bool[Array, "block B"]]:
     """Keys and values that the block of queries from `start` meets, and the mask between them."""
     if window is None:
         mask = window_mask(k.shape[1] - past, past, None, first)

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from ttt.evaluation.bins import log_edges
+from ttt.evaluation.result import log_edges
 from ttt.intervals import Interval, student
-from ttt.report.comparisons import Branch, Estimate, reference_of
-from ttt.report.records import Curve, Run
+from ttt.report.compare import Estimate, alike, estimate
+from ttt.report.frame import Curve, rows_of
 
 POINTS = 80
 """Of a stage's training curve, once smoothed."""
@@ -48,26 +50,45 @@ class CostCurve:
     seeds: int
 
 
-def positions(found: Sequence[Branch]) -> tuple[list[PositionCurve], list[str]]:
+def positions(branches: pd.DataFrame) -> tuple[list[PositionCurve], list[str]]:
     """A curve for each path and matching, and the runs that lack what it takes."""
     curves, missing = [], []
-    for own in _grouped(found):
+    by_index = {branch.Index: branch for branch in rows_of(branches)}
+    for own in _grouped(branches):
         usable = [b for b in own if _measured(b)]
-        missing += [b.last.name for b in own if b not in usable]
-        lengths = {len(b.last.positions.nll) for b in usable if b.last.positions}
-        if len(lengths) == 1:
-            curves.append(_positions(usable, found, lengths.pop()))
-        elif lengths:
+        missing += [b.name for b in own if not _measured(b)]
+        lengths = {len(b.arrays["learning_nll"]) for b in usable}
+        if len(lengths) > 1:
             missing.append(f"{own[0].path} (contexts {sorted(lengths)})")
+        if len(lengths) != 1:
+            continue
+        edges = log_edges(lengths.pop())
+        pairs = [(b, by_index.get(b.reference)) for b in usable]
+        less = [
+            _binned(b, edges) - _binned(r, edges)
+            for b, r in pairs
+            if r is not None and r.path != b.path and _measured(r) and alike(b, r)
+        ]
+        curves.append(
+            PositionCurve(
+                path=own[0].path,
+                matching=own[0].matching,
+                context=int(edges[-1]),
+                edges=edges,
+                loss=student(np.stack([_binned(b, edges) for b in usable])),
+                difference=student(np.stack(less)) if less else None,
+                seeds=len(usable),
+            )
+        )
     return curves, missing
 
 
-def costs(found: Sequence[Branch]) -> tuple[list[CostCurve], list[str]]:
+def costs(branches: pd.DataFrame) -> tuple[list[CostCurve], list[str]]:
     """A curve for each path and matching, and the runs that lack what it takes."""
     curves, missing = [], []
-    for own in _grouped(found):
+    for own in _grouped(branches):
+        missing += [run.name for b in own for run in b.runs if not _spent(run)]
         usable = [b for b in own if all(map(_spent, b.runs)) and len(b.runs) == len(own[0].runs)]
-        missing += [run.name for b in own if b not in usable for run in b.runs if not _spent(run)]
         if usable:
             curves.append(_costs(usable))
     return curves, missing
@@ -82,79 +103,53 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
 
 
-def _grouped(found: Sequence[Branch]) -> list[list[Branch]]:
-    keys = dict.fromkeys((b.path, b.matching) for b in found)
-    return [[b for b in found if (b.path, b.matching) == key] for key in keys]
+def _grouped(branches: pd.DataFrame) -> list[list[Any]]:
+    if branches.empty:
+        return []
+    groups = branches.groupby(["path", "matching"], sort=False)
+    return [rows_of(own) for _, own in groups]
 
 
-def _measured(branch: Branch | None) -> bool:
-    run = branch.last if branch else None
-    return run is not None and run.status == "finished" and run.positions is not None
+def _measured(branch: Any) -> bool:
+    return branch.status == "finished" and bool(branch.arrays)
 
 
-def _positions(own: Sequence[Branch], found: Sequence[Branch], context: int) -> PositionCurve:
-    edges = log_edges(context)
-    pairs = [(b, reference_of(b, found)) for b in own]
-    less = [
-        _binned(b, edges) - _binned(r, edges)
-        for b, r in pairs
-        if r is not None
-        and r.path != b.path
-        and _measured(r)
-        and r.last.context == b.last.context
-        and r.last.evaluated_on == b.last.evaluated_on
-    ]
-    return PositionCurve(
-        path=own[0].path,
-        matching=own[0].matching,
-        context=context,
-        edges=edges,
-        loss=student(np.stack([_binned(b, edges) for b in own])),
-        difference=student(np.stack(less)) if less else None,
-        seeds=len(own),
-    )
-
-
-def _binned(branch: Branch, edges: np.ndarray) -> np.ndarray:
+def _binned(branch: Any, edges: np.ndarray) -> np.ndarray:
     """Mean loss in each bin; NaN where nothing counts."""
-    positions = branch.last.positions
-    if positions is None:
-        raise ValueError(f"{branch.last.name} has no loss by position")
     nll, count = (
-        np.add.reduceat(x.astype(float), edges[:-1]) for x in (positions.nll, positions.count)
+        np.add.reduceat(branch.arrays[name].astype(float), edges[:-1])
+        for name in ("learning_nll", "learning_count")
     )
     with np.errstate(invalid="ignore"):
         return nll / count
 
 
-def _spent(run: Run) -> bool:
+def _spent(run: Any) -> bool:
     """Whether it tells what it cost and what came of it."""
     needed = (run.curve, run.validation_loss, run.tokens, run.device_hours)
-    return run.status == "finished" and None not in needed
+    return run.status == "finished" and all(value is not None for value in needed)
 
 
-def _costs(own: Sequence[Branch]) -> CostCurve:
-    each = [[_resampled(run.curve) for run in b.runs if run.curve is not None] for b in own]
+def _costs(own: Sequence[Any]) -> CostCurve:
+    stacked = np.array([[_resampled(run.curve) for run in b.runs] for b in own])
     tokens, hours = (
         np.array([[0.0, *accumulate(getattr(run, name) for run in b.runs)] for b in own])
         for name in ("tokens", "device_hours")
-    )  # [seeds, stages + 1]
-    stacked = np.array(each)  # [seeds, stages, 3, POINTS]
+    )  # [seeds, stages + 1]; `stacked` is [seeds, stages, 3, POINTS]
+    losses = [[run.validation_loss for run in b.runs] for b in own]
+    ends = zip(
+        tokens.mean(axis=0)[1:].tolist(),
+        hours.mean(axis=0)[1:].tolist(),
+        [mean for of_stage in zip(*losses, strict=True) if (mean := estimate(of_stage))],
+        strict=True,
+    )
     return CostCurve(
         path=own[0].path,
         matching=own[0].matching,
         tokens=np.mean(stacked[:, :, 0] + tokens[:, :-1, None], axis=0),
         hours=np.mean(stacked[:, :, 1] + hours[:, :-1, None], axis=0),
         loss=np.mean(stacked[:, :, 2], axis=0),
-        ends=tuple(
-            (
-                float(tokens[:, stage + 1].mean()),
-                float(hours[:, stage + 1].mean()),
-                estimate,
-            )
-            for stage in range(len(own[0].runs))
-            if (estimate := Estimate.of([b.runs[stage].validation_loss or 0.0 for b in own]))
-        ),
+        ends=tuple(ends),
         seeds=len(own),
     )
 

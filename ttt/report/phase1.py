@@ -8,19 +8,23 @@ report.md      the report to read
 
 import json
 import math
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ttt.errors import UserError
-from ttt.evaluation.result import write_whole
+from ttt.infra.record import write_whole
 from ttt.report import pictures, tables
-from ttt.report.reading import Report, read
+from ttt.report.frame import COLUMNS
+from ttt.report.reading import Report, read, read_all
 
-__all__ = ["Report", "check_out", "read", "save", "to_json", "write"]
+__all__ = ["Report", "check_out", "read", "read_all", "save", "to_json", "write"]
 
 
 def write(
@@ -42,7 +46,7 @@ def save(report: Report, out: Path) -> list[Path]:
     """Write a report that was read into `out`; see `write`."""
     check_out(out)
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"runs.csv": tables.to_csv(report), "report.json": to_json(report)}
+    texts = {"runs.csv": tables.to_csv([report]), "report.json": to_json(report)}
     for name, text in texts.items():
         write_whole(out / name, text)
     drawn = pictures.draw_all(report, out)
@@ -61,24 +65,38 @@ def check_out(out: Path) -> None:
         )
 
 
-def to_json(report: Report) -> str:
-    """All of it, as one JSON object; NaN and the infinities are null."""
-    found = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "runs"}
-    found = {"folder": found.pop("folder"), "runs": [run.flat() for run in report.runs], **found}
-    found["faults"] = report.faults
-    return json.dumps(_plain(found), indent=1, allow_nan=False) + "\n"
+def to_text(reports: Sequence[Report], form: str, *, one: bool) -> str:
+    """All reports in a format: table, json, csv or markdown; one: JSON is no list of the only."""
+    if form == "json":
+        return to_json(reports[0] if one else reports)
+    if form == "csv":
+        return tables.to_csv(reports)
+    if form == "markdown":
+        return "\n".join(map(tables.to_markdown, reports))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return "\n\n".join(tables.to_terminal(report, width) for report in reports)
+
+
+def to_json(report: Report | Sequence[Report]) -> str:
+    """All of it, as one JSON object, or a list of them; NaN and the infinities are null."""
+    return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
     """The value in JSON's own types."""
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Report):
+        value = {f.name: getattr(value, f.name) for f in fields(value)} | {"faults": value.faults}
+        value["runs"] = value["runs"][list(COLUMNS)]
+    elif is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+    elif isinstance(value, pd.DataFrame):
+        value = value.to_dict("records")
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()
+    elif isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -2,29 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ttt import figures
-from ttt.report.comparisons import REFERENCE, Comparison
+from ttt.infra.plan_manifest import MATCHINGS
+from ttt.report.compare import REFERENCE
 from ttt.report.curves import CostCurve, PositionCurve
-from ttt.report.manifest import MATCHED
+from ttt.report.frame import rows_of
 from ttt.report.reading import Report
 from ttt.report.verdict import LEAST_SAVED, MOST_ABOVE
 
 SUFFIXES = (".png", ".svg")
-COLOURS = {
-    "B1": "#000000",
-    "B2": "#E69F00",
-    "P1": "#0072B2",
-    "P2": "#D55E00",
-    "P3": "#009E73",
-    "S1": "#CC79A7",
-}
-"""Of a CVD-safe palette (Okabe and Ito); a sweep's paths share the colour of the one they vary."""
-_LINES = ("-", "--", ":", "-.")
 _GATE = "#009E73"
 
 
@@ -48,104 +40,81 @@ class Picture:
 
 def draw_all(report: Report, folder: Path) -> list[Picture]:
     """Draw what the report has the numbers for; remove what an earlier one drew from others."""
-    ways = dict.fromkeys(f"{c.path}: {c.way}" for c in report.comparisons)
+    compared = rows_of(report.comparisons)
+    ways = dict.fromkeys(f"{c.path}: {c.way}" for c in compared)
     caption = (
         f"Held-out loss against {REFERENCE}'s, and the training time saved. Open points: not to be "
         f"relied on, for the reasons below. {'; '.join(ways)}."
     )
     for matching in ("tokens", "wall_clock"):
-        label = _named(matching)
-        own = [c for c in report.comparisons if c.matching == matching]
-        caption += _absent(own, [REFERENCE, *(c.path for c in own if c.delta)], f" ({label})")
-    drawn = [_one(report, folder, "gate", caption, "", lambda path: _gate(report, path))]
-    for matching in dict.fromkeys(c.matching for c in report.comparisons) or ("tokens",):
-        label = _named(matching)
+        own = [c for c in compared if c.matching == matching]
+        drawn = [REFERENCE, *(c.path for c in own if c.delta)]
+        caption += _absent(own, drawn, f" ({_named(matching)})")
+
+    def one(name: str, caption: str, matching: str, draw: Callable[[Path], list[Path]]) -> Picture:
+        if paths := draw(folder / name):
+            return Picture(name, caption, matching, tuple(paths))
+        for suffix in SUFFIXES:
+            (folder / name).with_suffix(suffix).unlink(missing_ok=True)
+        texts = [*report.missing, *(text for c in compared for text in c.problems)]
+        reasons = list(dict.fromkeys(texts))
+        why = "; ".join(reasons[:6]) or "no path has the numbers for it"
+        more = f"; and {len(reasons) - 6} more" if len(reasons) > 6 else ""
+        return Picture(name, caption, matching, why=f"Missing: {why}{more}")
+
+    pictures = [one("gate", caption, "", lambda path: _gate(compared, path))]
+    for matching in dict.fromkeys(c.matching for c in compared) or ("tokens",):
+        own = [c for c in compared if c.matching == matching]
         costs = [curve for curve in report.costs if curve.matching == matching]
         positions = [curve for curve in report.positions if curve.matching == matching]
-        own = [c for c in report.comparisons if c.matching == matching]
-        cost = f"Loss and cost, {label}.{_absent(own, [c.path for c in costs])}"
-        position = f"Held-out loss by token position, {label}."
+        cost = f"Loss and cost, {_named(matching)}.{_absent(own, [c.path for c in costs])}"
+        position = f"Held-out loss by token position, {_named(matching)}."
         position += _absent(own, [c.path for c in positions])
-        drawn += [
-            _one(
-                *(report, folder, f"loss_against_cost_{matching}", cost, matching),
-                lambda path, costs=costs: _costs(costs, path),
-            ),
-            _one(
-                *(report, folder, f"loss_by_position_{matching}", position, matching),
-                lambda path, positions=positions: _positions(positions, path),
-            ),
+        pictures += [
+            one(f"loss_against_cost_{matching}", cost, matching, partial(_costs, costs)),
+            one(f"loss_by_position_{matching}", position, matching, partial(_positions, positions)),
         ]
-    return drawn
+    return pictures
 
 
 def _named(matching: str) -> str:
-    return MATCHED.get(matching, matching)
+    return MATCHINGS.get(matching, matching)
 
 
-def _absent(own: Sequence[Comparison], drawn: Sequence[str], where: str = "") -> str:
+def _absent(own: Sequence[Any], drawn: Sequence[str], where: str = "") -> str:
     """Which paths are not in a picture, and why, to go on with its caption."""
     absent = [c for c in own if c.path not in drawn]
     told = [f"{c.path}: {c.problems[0] if c.problems else 'no numbers'}" for c in absent]
     return f" Not in it{where}: {'; '.join(told)}." if told else ""
 
 
-def _one(
-    report: Report,
-    folder: Path,
-    name: str,
-    caption: str,
-    matching: str,
-    draw: Callable[[Path], list[Path]],
-) -> Picture:
-    path = folder / name
-    if paths := draw(path):
-        return Picture(name, caption, matching, tuple(paths))
-    for suffix in SUFFIXES:
-        path.with_suffix(suffix).unlink(missing_ok=True)
-    reasons = dict.fromkeys([*report.missing, *(p for c in report.comparisons for p in c.problems)])
-    why = "; ".join([*reasons][:6]) or "no path has the numbers for it"
-    more = f"; and {len(reasons) - 6} more" if len(reasons) > 6 else ""
-    return Picture(name, caption, matching, why=f"Missing: {why}{more}")
-
-
 # ---- the gate --------------------------------------------------------------------------
 
 
-def _gate(report: Report, path: Path) -> list[Path]:
+def _gate(compared: Sequence[Any], path: Path) -> list[Path]:
     """Left: loss and time against B1, token-matched. Right: loss where the time is the same."""
-    there = [c for c in report.comparisons if c.delta]
-    points = [c for c in there if c.matching == "tokens" and c.saving]
-    bars = [c for c in there if c.matching == "wall_clock"]
+    points = [c for c in compared if c.delta and c.matching == "tokens" and c.saving]
+    bars = [c for c in compared if c.delta and c.matching == "wall_clock"]
     if not points and not bars:
         return []
-    panels = [panel for panel, there in (("points", points), ("bars", bars)) if there]
-    widths = [{"points": 1.5, "bars": 1.0}[panel] for panel in panels]
-    figure, found = figures.pyplot().subplots(
-        *(1, len(panels)),
-        figsize=(1 + 3.2 * sum(widths), 4.2),
-        width_ratios=widths,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, panel in zip(found[0], panels, strict=True):
-        if panel == "points":
-            _gate_points(axes, points)
-        else:
-            _gate_bars(axes, bars)
+    figure, axes = figures.panels([4.8] * bool(points) + [3.2] * bool(bars))
+    if points:
+        _gate_points(axes[0], points)
+    if bars:
+        _gate_bars(axes[-1], bars)
     if points:
         figure.draw_without_rendering()  # names keep clear of each other where the axes come to lie
-        _name_points(found[0, 0], points)
+        named = [(100 * c.saving.mean, c.delta.mean, c.path) for c in points]
+        named = [(0.0, 0.0, REFERENCE), *named]
+        figures.name_points(axes[0], [(*at, figures.path_colour(at[2])) for at in named])
     return figures.finish(figure, path, "the warm-start gate (means and 95 % intervals)", SUFFIXES)
 
 
-def _gate_points(axes: Any, points: Sequence[Comparison]) -> None:
+def _gate_points(axes: Any, points: Sequence[Any]) -> None:
     for c in points:
-        if c.saving is not None and c.delta is not None:
-            at = 100 * c.saving.mean, c.delta.mean
-            axes.errorbar(*at, xerr=_error(c.saving, 100), yerr=_error(c.delta), **_point(c))
-    figures.tidy(axes)
-    axes.grid(axis="x", color="0.92")
+        at = 100 * c.saving.mean, c.delta.mean
+        axes.errorbar(*at, xerr=_error(c.saving, 100), yerr=_error(c.delta), **_point(c))
+    figures.tidy(axes, "both")
     x0, x1 = axes.get_xlim()
     y0, y1 = axes.get_ylim()
     x0, x1 = min(x0, 0) - 2, max(x1, 100 * LEAST_SAVED + 12) + 4
@@ -154,33 +123,30 @@ def _gate_points(axes: Any, points: Sequence[Comparison]) -> None:
     axes.fill_between([100 * LEAST_SAVED, x1], y0, MOST_ABOVE, color=_GATE, alpha=0.13, lw=0)
     axes.text(x1, y0, "passes the gate ", color=_GATE, fontsize=8, ha="right", va="bottom")
     axes.axhline(0, color="0.4", lw=1)
-    axes.plot(0, 0, "s", color=COLOURS[REFERENCE], ms=6, zorder=3)
+    axes.plot(0, 0, "s", color=figures.PATH_COLOURS[REFERENCE], ms=6, zorder=3)
     axes.set_xlabel(f"training time of {REFERENCE} saved (%, steps)")
     axes.set_ylabel(f"held-out loss minus {REFERENCE}'s (nats per token)")
-    _subtitle(axes, "token-matched")
+    figures.subtitle(axes, "token-matched")
 
 
-def _gate_bars(axes: Any, bars: Sequence[Comparison]) -> None:
+def _gate_bars(axes: Any, bars: Sequence[Any]) -> None:
     for row, c in enumerate(bars):
-        if c.delta is not None:
-            axes.errorbar(c.delta.mean, row, xerr=_error(c.delta), **_point(c))
+        axes.errorbar(c.delta.mean, row, xerr=_error(c.delta), **_point(c))
     axes.set_yticks(range(len(bars)), [c.path for c in bars], fontsize=9)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.axvline(0, color="0.4", lw=1)
     axes.margins(x=0.08)
     axes.locator_params(axis="x", nbins=5)
-    axes.grid(axis="x", color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    figures.tidy(axes, "x")
     axes.set_xlabel(f"held-out loss minus {REFERENCE}'s (nats per token)")
     axes.set_xlim(axes.get_xlim())
     axes.axvspan(axes.get_xlim()[0], MOST_ABOVE, color=_GATE, alpha=0.13, lw=0)
-    _subtitle(axes, "wall-clock-matched")
+    figures.subtitle(axes, "wall-clock-matched")
 
 
-def _point(comparison: Comparison) -> dict[str, Any]:
+def _point(comparison: Any) -> dict[str, Any]:
     """How it looks; open where its numbers, or its times, cannot be relied on."""
-    tint = colour(comparison.path)
+    tint = figures.path_colour(comparison.path)
     spoiled = comparison.problems or comparison.mixed
     look = {"fmt": "o", "ms": 6, "lw": 1.4, "capsize": 2.5, "zorder": 3}
     return look | {"color": tint, "mfc": "white" if spoiled else tint}
@@ -194,51 +160,6 @@ def _error(estimate: Any, scale: float = 1.0) -> list[list[float]] | None:
     return [[scale * below], [scale * above]]
 
 
-def _name_points(axes: Any, points: Sequence[Comparison]) -> None:
-    """A name beside each point, where neither another name nor another point lies."""
-    named = [(0.0, 0.0, REFERENCE, COLOURS[REFERENCE])]
-    named += [
-        (100 * c.saving.mean, c.delta.mean, c.path, colour(c.path))
-        for c in points
-        if c.saving and c.delta
-    ]
-    pixels = [axes.transData.transform((x, y)) for x, y, _, _ in named]
-    scale = axes.figure.dpi / 72
-    taken = [(x, y, 5 * scale, 5 * scale) for x, y in pixels]
-    for (px, py), (x, y, text, tint) in zip(pixels, named, strict=True):
-        half = (3.2 * len(text) * scale, 6 * scale)
-        aside = 14 + 1.4 * len(text)
-        offsets = [
-            (side * aside, up * 9 * reach)
-            for reach in (1, 2, 3)
-            for up in (1, -1)
-            for side in (1, -1)
-        ]
-        best = next(
-            (
-                offset
-                for offset in offsets
-                if not any(
-                    abs(px + offset[0] * scale - ox) < half[0] + ow
-                    and abs(py + offset[1] * scale - oy) < half[1] + oh
-                    for ox, oy, ow, oh in taken
-                )
-            ),
-            offsets[0],
-        )
-        taken.append((px + best[0] * scale, py + best[1] * scale, *half))
-        axes.annotate(
-            *(text, (x, y)),
-            xytext=best,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            color=tint,
-            fontsize=9,
-            fontweight="bold",
-        )
-
-
 # ---- curves ----------------------------------------------------------------------------
 
 
@@ -246,8 +167,8 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
     """Smoothed training loss, and held-out loss at the ends of stages, against hours and tokens."""
     if not curves:
         return []
-    figure, panels = _panels(2, sharey=True)
-    looks = styles([curve.path for curve in curves])
+    figure, panels = figures.panels([4.1] * 2, sharey=True)
+    looks = figures.path_styles([curve.path for curve in curves])
     short = max(hours for curve in curves for _, hours, _ in curve.ends) < 1
     scale, unit = (60, "device-minutes") if short else (1, "device-hours")
     for axes, name in zip(panels, ("hours", "tokens"), strict=True):
@@ -260,7 +181,8 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
             for at, estimate in ends:
                 last = at == ends[-1][0]
                 axes.errorbar(
-                    *(at, estimate.mean),
+                    at,
+                    estimate.mean,
                     yerr=_error(estimate),
                     fmt="o",
                     ms=5.5 if last else 3.5,
@@ -280,10 +202,12 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
     for axes, label in zip(panels, (f"{unit} of training", "trained tokens"), strict=True):
         axes.set_ylim(low - 0.06 * (shown - low), shown)
         axes.set_xlabel(label)
-    panels[1].xaxis.set_major_formatter(lambda value, _: _tokens(value))
+    panels[1].xaxis.set_major_formatter(lambda value, _: figures.count(value))
     panels[0].set_ylabel("loss (nats per token)")
-    _subtitle(panels[0], "lines: training loss, smoothed, mean over seeds")
-    _subtitle(panels[1], "points: held-out loss at each stage's end (filled: the last), 95 % bars")
+    figures.subtitle(panels[0], "lines: training loss, smoothed, mean over seeds")
+    figures.subtitle(
+        panels[1], "points: held-out loss at each stage's end (filled: the last), 95 % bars"
+    )
     ends = [(curve.ends[-1][2].mean, curve.path, looks[curve.path]["color"]) for curve in curves]
     return _finish(figure, panels, ends, path, f"loss against cost, {_named(curves[0].matching)}")
 
@@ -293,8 +217,8 @@ def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
     if not curves:
         return []
     differ = [curve for curve in curves if curve.difference is not None]
-    figure, panels = _panels(2 if differ else 1, sharey=False)
-    looks = styles([curve.path for curve in curves])
+    figure, panels = figures.panels([4.1] * (2 if differ else 1))
+    looks = figures.path_styles([curve.path for curve in curves])
     for curve in curves:
         start, stop = np.maximum(curve.edges[:-1], 8.0), curve.edges[1:]
         middle = np.sqrt(start * stop)
@@ -310,14 +234,14 @@ def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
         figures.log_tokens(axes, [16 * 4**i for i in range(10) if 16 * 4**i <= context])
         axes.set_xlabel("token position")
     panels[0].set_ylabel("held-out loss (nats per token)")
-    _subtitle(panels[0], "mean over seeds, learning while reading where the model learns")
+    figures.subtitle(panels[0], "mean over seeds, learning while reading where the model learns")
     ends = []
     if differ:
         panels[1].axhline(0, color="0.4", lw=1)
         panels[1].set_ylabel(f"minus {REFERENCE}'s (nats per token)")
         bands = " with 95 % bands over seeds" if min(c.seeds for c in differ) > 1 else ""
-        _subtitle(panels[1], f"difference{bands}")
-        ends = [(0.0, REFERENCE, COLOURS[REFERENCE])]
+        figures.subtitle(panels[1], f"difference{bands}")
+        ends = [(0.0, REFERENCE, figures.PATH_COLOURS[REFERENCE])]
     ends += [
         (float((curve.difference or curve.loss).value[-1]), curve.path, looks[curve.path]["color"])
         for curve in (differ or curves)
@@ -326,52 +250,12 @@ def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
     return _finish(figure, panels, ends, path, title)
 
 
-def _subtitle(axes: Any, text: str) -> None:
-    axes.set_title(text, fontsize=8, loc="left", color="0.35")
-
-
-def _panels(count: int, *, sharey: bool) -> tuple[Any, Any]:
-    figure, panels = figures.pyplot().subplots(
-        *(1, count),
-        figsize=(1.2 + 4.1 * count, 4.2),
-        sharey=sharey,
-        squeeze=False,
-        layout="constrained",
-    )
-    return figure, panels[0]
-
-
 def _finish(
     figure: Any, panels: Any, ends: list[tuple[float, str, str]], path: Path, title: str
 ) -> list[Path]:
     """Name the curves at their ends in the last panel, and save."""
-    room = (0.6 * 8 * max(len(text) for _, text, _ in ends) + 6) / 72  # inches
-    figure.get_layout_engine().set(rect=(0, 0, 1 - room / figure.get_figwidth(), 1))
-    figure.canvas.draw()
+    figures.leave_room(figure, [text for _, text, _ in ends])
     figures.label_ends(panels[-1], ends)
     for text in panels[-1].texts:
         text.set_in_layout(False)
     return figures.finish(figure, path, title, SUFFIXES)
-
-
-def colour(path: str) -> str:
-    """Of a path; its variants share it."""
-    return COLOURS.get(path.split("-")[0], "#56B4E9")
-
-
-def styles(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour by path, dashes by variant."""
-    seen: dict[str, int] = {}
-    looks = {}
-    for path in dict.fromkeys(paths):
-        number = seen.setdefault(colour(path), 0)
-        seen[colour(path)] += 1
-        looks[path] = {"color": colour(path), "ls": _LINES[number % len(_LINES)]}
-    return looks
-
-
-def _tokens(value: float) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"

@@ -1,14 +1,16 @@
 """Everything that the records of an experiment folder tell, read and judged. No JAX."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from ttt.errors import UserError
-from ttt.report import comparisons, curves, records, verdict
-from ttt.report import manifest as manifests
-from ttt.report.comparisons import Comparison, Reach, Stage
+from ttt.infra.plan_manifest import NAME, ManifestError, PlanManifest
+from ttt.infra.record import is_run
+from ttt.report import compare, curves, frame, verdict
 from ttt.report.curves import CostCurve, PositionCurve
-from ttt.report.records import Run
 from ttt.report.verdict import Verdict
 
 
@@ -17,10 +19,11 @@ class Report:
     """Everything that the records of an experiment folder tell."""
 
     folder: Path
-    runs: tuple[Run, ...]
-    comparisons: tuple[Comparison, ...]
-    reaches: tuple[Reach, ...]
-    stages: tuple[Stage, ...]
+    runs: pd.DataFrame
+    """See `frame.COLUMNS`."""
+    comparisons: pd.DataFrame
+    reaches: pd.DataFrame
+    stages: pd.DataFrame
     positions: tuple[PositionCurve, ...]
     costs: tuple[CostCurve, ...]
     verdict: Verdict
@@ -34,7 +37,37 @@ class Report:
     @property
     def faults(self) -> tuple[str, ...]:
         """Files of records that are broken, or missing though the run says it is finished."""
-        return tuple(fault for run in self.runs for fault in run.faults)
+        return tuple(self.runs["faults"].explode().dropna())
+
+
+def read_all(
+    experiments_root: str | Path, exp_folder: str = "", checkpoint_root: str | Path | None = None
+) -> list[Report]:
+    """A report on `exp_folder`, or without one on every experiment folder below the root.
+
+    Raises UserError where there is no run.
+    """
+    root = Path(experiments_root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--exp-dir {root}: no such folder; name the one that holds experiments")
+    if exp_folder:
+        return [read(root, exp_folder, checkpoint_root)]
+    folders = [str(path.relative_to(root)) for path in experiment_folders(root)]
+    if not folders:
+        raise UserError(f"--exp-dir {root}: {_NO_RUN}, or name another --exp-dir")
+    return [read(root, folder, checkpoint_root) for folder in folders]
+
+
+def experiment_folders(root: Path) -> list[Path]:
+    """Every folder below `root` that holds runs, or a plan of them."""
+    folders = set()
+    for path, below, files in os.walk(root):
+        if is_run(Path(path)):
+            folders.add(Path(path).parent)
+            below.clear()
+        elif NAME in files:
+            folders.add(Path(path))
+    return sorted(folders - {root.parent})
 
 
 def read(
@@ -44,38 +77,39 @@ def read(
 
     checkpoint_root: where checkpoints lie, if not where the runs' settings say.
     """
-    folder = folder_of(experiments_root, exp_folder)
-    plan, why_none = manifests.read(folder)
-    root = Path(checkpoint_root) if checkpoint_root else None
-    runs = records.read_all(folder, plan, root)
-    if not runs:
-        raise UserError(
-            f"{folder} holds no run: a run is a folder with run.json, config.yaml and "
-            "metrics.jsonl, as `train` writes it. Train into it (training.exp_folder), or name "
-            "another --exp-folder"
-        )
-    missing = (
-        [f"{why_none}; without it there are no comparisons and no verdict"] if why_none else []
-    )
-    branches = comparisons.branches(plan, runs) if plan else []
-    compared = comparisons.compare(plan, branches) if plan else []
+    folder = _folder(Path(experiments_root).expanduser(), exp_folder)
+    manifest, why_none = None, ""
+    try:
+        manifest = PlanManifest.read(folder)
+    except ManifestError as error:
+        why_none = str(error)
+    runs = frame.read(folder, manifest, Path(checkpoint_root) if checkpoint_root else None)
+    if runs.empty:
+        raise UserError(f"{folder} {_NO_RUN}, or name another --exp-folder")
+    runs["exp_folder"] = exp_folder
+    missing = [f"{why_none}; without it there are no comparisons and no verdict"] * bool(why_none)
+    missing += [f"{name} is pending" for name in runs.loc[runs["status"] == "pending", "name"]]
+    branches = steps = compared = pd.DataFrame()
+    if manifest and manifest.paths:
+        steps = compare.steps_of(manifest, runs)
+        branches = compare.branches(manifest, steps)
+        compared = compare.comparisons(branches)
     verdicts = verdict.judge(compared)
     by_position, no_positions = curves.positions(branches)
     by_cost, no_costs = curves.costs(branches)
-    missing += [f"{run.name} is {run.status}" for run in runs if run.status == "pending"]
     for picture, what, names in (
         ("loss by position", "loss by position at the end of a finished run", no_positions),
         ("loss against cost", "losses and times of steps, and a held-out loss", no_costs),
     ):
         if names:
-            told = ", ".join(dict.fromkeys(names))
-            missing.append(f"{what}, for the picture of {picture}, in {told}")
+            listed = ", ".join(dict.fromkeys(names))
+            missing.append(f"{what}, for the picture of {picture}, in {listed}")
     return Report(
         folder=folder,
-        runs=tuple(runs),
-        comparisons=tuple(compared),
-        reaches=tuple(comparisons.reaches(compared)),
-        stages=tuple(comparisons.stages(branches)),
+        runs=runs,
+        comparisons=compared,
+        reaches=compare.reaches(compared) if len(compared) else compared,
+        stages=compare.stages(steps) if len(steps) else steps,
         positions=tuple(by_position),
         costs=tuple(by_cost),
         verdict=verdict.overall(verdicts, why_none),
@@ -85,14 +119,16 @@ def read(
     )
 
 
-def folder_of(experiments_root: str | Path, exp_folder: str) -> Path:
-    """`<experiments_root>/<exp_folder>`, which must be there."""
-    root = Path(experiments_root).expanduser()
-    folder = root / exp_folder
-    if folder.is_dir() and exp_folder:
-        return folder
-    if not root.is_dir():
-        raise UserError(f"--exp-dir {root}: no such folder; name the one that holds experiments")
-    there = sorted(path.name for path in root.iterdir() if path.is_dir())
-    told = f"there are {', '.join(there)}" if there else "it holds no folder at all"
-    raise UserError(f"--exp-folder {exp_folder!r}: not in {root}; {told}")
+_NO_RUN = (
+    "holds no run: a run is a folder with run.json, config.yaml and metrics.jsonl, as `train` "
+    "writes it. Train into it (training.exp_folder)"
+)
+
+
+def _folder(root: Path, exp_folder: str) -> Path:
+    """`<root>/<exp_folder>`, which must be there."""
+    if (root / exp_folder).is_dir():
+        return root / exp_folder
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    present = f"there are {', '.join(names)}" if names else "it holds no folder at all"
+    raise UserError(f"--exp-folder {exp_folder!r}: not in {root}; {present}")

@@ -4,12 +4,15 @@ The gate: at least 30 % less training wall-clock at no more than 0.01 nats above
 for the same number of trained tokens, with intervals paired over seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ttt.report.comparisons import REFERENCE, Comparison, Estimate
-from ttt.report.manifest import MATCHED
-from ttt.report.records import Run
+import pandas as pd
+
+from ttt.infra.plan_manifest import MATCHINGS
+from ttt.report.compare import REFERENCE, Estimate, no_merit
+from ttt.report.frame import rows_of
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
 MOST_ABOVE = 0.01
@@ -31,12 +34,13 @@ class Verdict:
     """Whether it counts towards the whole: a path that ends in TTT-E2E and did not begin so."""
 
 
-def judge(comparisons: Sequence[Comparison]) -> list[Verdict]:
+def judge(comparisons: pd.DataFrame) -> list[Verdict]:
     """One of each path but B1, of the token-matched comparison."""
+    rows = rows_of(comparisons)
     return [
-        _of_path(found, [c for c in comparisons if c.path == found.path])
-        for found in comparisons
-        if found.matching == "tokens" and found.path != REFERENCE
+        _of_path(row, [other for other in rows if other.path == row.path])
+        for row in rows
+        if row.matching == "tokens" and row.path != REFERENCE
     ]
 
 
@@ -49,34 +53,29 @@ def overall(verdicts: Sequence[Verdict], why_none: str = "") -> Verdict:
     if not candidates:
         why = why_none or "no token-matched path of the plan leads to TTT-E2E from another method"
         return Verdict(UNKNOWN, (why,))
-    by_answer = {
-        answer: [v.path for v in candidates if v.answer == answer]
-        for answer in (HOLDS, FAILS, UNKNOWN)
-    }
+    by_answer: dict[str, list[str]] = {HOLDS: [], FAILS: [], UNKNOWN: []}
+    for verdict in candidates:
+        by_answer[verdict.answer].append(verdict.path)
     said = [f"{answer}: {', '.join(paths)}" for answer, paths in by_answer.items() if paths]
-    if by_answer[HOLDS]:
-        answer = HOLDS
-        if len(candidates) > 1:
-            said.append(
-                f"{len(candidates)} paths were tried, each against its own 95 % interval: nothing "
-                "was corrected for the number of trials"
-            )
-    else:
-        answer = UNKNOWN if by_answer[UNKNOWN] else FAILS
+    if by_answer[HOLDS] and len(candidates) > 1:
+        said.append(
+            f"{len(candidates)} paths were tried, each against its own 95 % interval: nothing was "
+            "corrected for the number of trials"
+        )
+    answer = next(answer for answer in (HOLDS, UNKNOWN, FAILS) if by_answer[answer])
     return Verdict(answer, tuple(said))
 
 
-def without_merit(runs: Sequence[Run]) -> list[str]:
+def without_merit(runs: pd.DataFrame) -> list[str]:
     """Trained models whose held-out loss is not below the count model's, in words."""
     return [
-        f"{run.name}: {run.validation_loss:.4f} against {run.count_model_loss:.4f} of the count "
-        "model"
-        for run in runs
-        if run.runtime_mode == "jax" and run.beats_count_model is False
+        f"{run.name}: {text} of the count model"
+        for run in rows_of(runs)
+        if run.runtime_mode == "jax" and (text := no_merit(run))
     ]
 
 
-def _of_path(found: Comparison, all_matchings: Sequence[Comparison]) -> Verdict:
+def _of_path(found: Any, all_matchings: Sequence[Any]) -> Verdict:
     loss, said_loss = _loss(found.delta)
     time, said_time = _time(found)
     evidence = [said_loss, said_time]
@@ -90,36 +89,37 @@ def _of_path(found: Comparison, all_matchings: Sequence[Comparison]) -> Verdict:
         answer = HOLDS if sure else UNKNOWN
     evidence += [f"nothing is won with it: {text}" for text in found.without_merit]
     evidence += [
-        f"beside it, {MATCHED.get(c.matching, c.matching)}: loss {told(c.delta, '+.4f')} nats"
+        f"beside it, {MATCHINGS.get(c.matching, c.matching)}: loss {told(c.delta, '+.4f')} nats"
         for c in all_matchings
-        if c.matching != found.matching and c.delta is not None
+        if c.matching != found.matching and c.delta
     ]
     return Verdict(answer, tuple(evidence), found.path, found.method == "e2e")
 
 
 def _loss(delta: Estimate | None) -> tuple[str, str]:
     said = f"loss: {told(delta, '+.4f')} nats against B1, at most +{MOST_ABOVE} asked"
-    if delta is None or delta.low is None or delta.high is None:
-        return UNKNOWN, f"{said}: cannot be told"
-    if delta.high <= MOST_ABOVE:
-        return HOLDS, f"{said}: holds"
-    if delta.low > MOST_ABOVE:
-        return FAILS, f"{said}: does not hold"
-    return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+    return _answer(delta, said, lambda bound: bound <= MOST_ABOVE)
 
 
-def _time(found: Comparison) -> tuple[str, str]:
+def _time(found: Any) -> tuple[str, str]:
     saving = found.saving
     said = f"training time: {told(saving, '.1%')} saved, at least {LEAST_SAVED:.0%} asked"
     if found.mixed:
         return UNKNOWN, f"{said}: MIXED DEVICES ({'; '.join(found.devices)}), so it cannot be told"
-    if saving is None or saving.low is None or saving.high is None:
-        return UNKNOWN, f"{said}: cannot be told"
-    if saving.low >= LEAST_SAVED:
-        return HOLDS, f"{said}: holds"
-    if saving.high < LEAST_SAVED:
-        return FAILS, f"{said}: does not hold"
-    return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+    return _answer(saving, said, lambda bound: bound >= LEAST_SAVED)
+
+
+def _answer(
+    estimate: Estimate | None, said: str, is_good: Callable[[float], bool]
+) -> tuple[str, str]:
+    """Where both bounds of an interval lie on one side, in a word and a sentence."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return UNKNOWN, f"{said}: {UNKNOWN}"
+    sides = {is_good(estimate.low), is_good(estimate.high)}
+    if len(sides) == 2:
+        return UNKNOWN, f"{said}: the interval has both sides of it, so it cannot be told"
+    answer = HOLDS if True in sides else FAILS
+    return answer, f"{said}: {answer}"
 
 
 def told(estimate: Estimate | None, form: str) -> str:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ttt.config import compose, resolve
 from ttt.knobs import Config
-from ttt.runs.plan import Facts, Run
+from ttt.runs.plan import Facts, PlannedRun
 
 _PLAIN = re.compile(r"[\w./:-]+", re.ASCII)
 _OTHERWISE_TYPED = re.compile(r"[-+.\d_e]*|true|false|null|yes|no|on|off|inf|nan", re.IGNORECASE)
@@ -41,11 +41,10 @@ def facts(experiment: str, overrides: tuple[str, ...]) -> Facts:
 
 
 @cache
-def config_of(run: Run) -> Config:
+def config_of(run: PlannedRun) -> Config:
     """All settings of a planned run."""
-    own = [found for text in run.arguments if (found := _OWN.fullmatch(text))]
+    own = [match.groups() for text in run.arguments if (match := _OWN.fullmatch(text))]
     cfg = deepcopy(_composed(tuple(t for t in run.arguments if not _OWN.fullmatch(t))))
-    for found in own:
-        value = int(found[2]) if found[1].endswith("seed") else found[2]
-        OmegaConf.update(cfg, found[1], value)
+    for key, text in own:
+        OmegaConf.update(cfg, key, int(text) if key.endswith("seed") else text)
     return resolve(cfg)

@@ -12,7 +12,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -20,10 +22,11 @@ from rich.console import Console
 from ttt.entry import ASKED_TO_STOP
 from ttt.errors import RunError, Stopped, UserError
 from ttt.infra.lock import RunLock
+from ttt.infra.plan_manifest import PlanManifest
 from ttt.infra.progress import Progress
+from ttt.infra.record import RunRecord
 from ttt.runs import compose, gates, records
-from ttt.runs.manifest import Manifest
-from ttt.runs.plan import Order, Plan, Run, build
+from ttt.runs.plan import Plan, PlannedRun, PlanRequest, build
 
 TRAIN = (sys.executable, "-m", "ttt.train")
 """The command of a run, before its arguments."""
@@ -37,7 +40,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 class Execution:
     """A plan under way in one folder."""
 
-    order: Order
+    request: PlanRequest
     matchings: tuple[str, ...]
     folder: Path
     """`<experiments>/<exp_folder>`."""
@@ -50,8 +53,8 @@ class Execution:
 
     def __post_init__(self):
         self._began = self.clock()
-        self._paces: list[tuple[str, float]] = []  # (kind, wall seconds per token) of runs done now
-        self._asked: int | None = None
+        self._paces: dict[str, list[float]] = {}  # kind -> wall seconds per token of runs done now
+        self._signal: int | None = None
         self._child: subprocess.Popen | None = None
 
     def run(self) -> None:
@@ -62,44 +65,44 @@ class Execution:
         Stopped or KeyboardInterrupt where a signal asked for an end.
         """
         with RunLock(self.folder, named_by="--exp-folder") as lock:
-            manifest = Manifest(self.folder, self.flags, self.head)
+            manifest = PlanManifest.open(self.folder, self.flags, self.head)
             plan = self._plan(manifest)
-            manifest.adopt(plan)
+            manifest.adopt(*records.entries(plan))
             self._check_disk(plan, manifest)
             lock.make()
             with self._listening():
                 self._work(plan, manifest)
                 if "wall_clock" in self.matchings and manifest.seconds_per_token is None:
-                    timed = build(self.order, ["tokens"], compose.facts)
+                    timed = build(self.request, ["tokens"], compose.facts)
                     manifest.freeze(records.measure(timed.runs, self.folder))
                     self._say("seconds per token are measured; now the wall-clock-matched runs")
                     plan = self._plan(manifest)
-                    manifest.adopt(plan)
+                    manifest.adopt(*records.entries(plan))
                     self._check_disk(plan, manifest)
                     self._work(plan, manifest)
 
-    def _plan(self, manifest: Manifest) -> Plan:
+    def _plan(self, manifest: PlanManifest) -> Plan:
         """All that can be planned by now."""
         per_token = manifest.seconds_per_token
         known = [how for how in self.matchings if how != "wall_clock" or per_token is not None]
-        return build(self.order, known, compose.facts, per_token)
+        return build(self.request, known, compose.facts, per_token)
 
-    def _check_disk(self, plan: Plan, manifest: Manifest) -> None:
+    def _check_disk(self, plan: Plan, manifest: PlanManifest) -> None:
         """Refuse records that are none of this plan's, or no longer what the manifest says."""
         faults = []
         for run in plan.runs:
-            found = records.find(self.folder, run)
+            record = records.find(self.folder, run)
             status = manifest.status(run.name)
-            if found.status == "absent":
+            if record.status == "absent":
                 if status == "finished":
                     faults.append(f"{run.name}: finished says the manifest, but its record is gone")
             elif status == "pending" and not self.skip_existing:
                 faults.append(
-                    f"{run.name}: is there ({found.status}), but not by this plan; --skip-existing "
-                    "takes it as it is if its settings are the plan's"
+                    f"{run.name}: is there ({record.status}), but not by this plan; "
+                    "--skip-existing takes it as it is if its settings are the plan's"
                 )
-            elif found.changed:
-                changes = (f"{key} {was} -> {now}" for key, (was, now) in found.changed.items())
+            elif record.changed:
+                changes = (f"{key} {was} -> {now}" for key, (was, now) in record.changed.items())
                 faults.append(f"{run.name}: is there with other settings: {', '.join(changes)}")
         if faults:
             listed = "\n".join(f"  {fault}" for fault in faults)
@@ -108,7 +111,7 @@ class Execution:
                 "--exp-folder, or move them away."
             )
 
-    def _work(self, plan: Plan, manifest: Manifest) -> None:
+    def _work(self, plan: Plan, manifest: PlanManifest) -> None:
         """Every run that is not done, in order."""
         left = [run for run in plan.runs if not self._done(run, manifest)]
         total = len(plan.runs)
@@ -120,19 +123,20 @@ class Execution:
             manifest.note(run.name, "running")
             began = self.clock()
             self._train(run, manifest)
-            self._paces.append((run.kind, (self.clock() - began) / run.tokens))
+            pace = (self.clock() - began) / run.tokens
+            self._paces.setdefault(run.kind, []).append(pace)
             self._judge(run, manifest)
-            if self._asked is not None:  # as the run ended
+            if self._signal is not None:  # as the run ended
                 self._stop(run)
 
-    def _done(self, run: Run, manifest: Manifest) -> bool:
+    def _done(self, run: PlannedRun, manifest: PlanManifest) -> bool:
         """Whether a run's record is finished; then its gates are looked at, if they were not."""
         if records.find(self.folder, run).status != "finished":
             return False
         self._judge(run, manifest)
         return True
 
-    def _judge(self, run: Run, manifest: Manifest) -> None:
+    def _judge(self, run: PlannedRun, manifest: PlanManifest) -> None:
         """Write the gates of a finished run down; raise RunError if one does not hold."""
         verdicts = gates.check(run, records.evidence(self.folder / run.name))
         manifest.note(run.name, "finished", verdicts)
@@ -144,7 +148,7 @@ class Execution:
                     f"verdicts are in {manifest.path}."
                 )
 
-    def _train(self, run: Run, manifest: Manifest) -> None:
+    def _train(self, run: PlannedRun, manifest: PlanManifest) -> None:
         """The run's command, to its end."""
         log = self._log(run)
         log.parent.mkdir(exist_ok=True)
@@ -152,21 +156,21 @@ class Execution:
             file.write(f"$ {run.command}\n".encode())
             file.flush()
             code = self._watch(run, [*self.train, *run.arguments], file)
-        found = records.find(self.folder, run).status
-        if code == 0 and found == "finished":
+        recorded = records.find(self.folder, run).status
+        if code == 0 and recorded == "finished":
             return
-        if self._asked is not None or code == ASKED_TO_STOP:
+        if self._signal is not None or code == ASKED_TO_STOP:
             manifest.note(run.name, "interrupted")
             self._stop(run)
         manifest.note(run.name, "failed")
         end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
         raise RunError(
-            f"{run.name} ended with exit code {code}, its record says {found}. The plan stops "
+            f"{run.name} ended with exit code {code}, its record says {recorded}. The plan stops "
             f"here. The whole output is in {log}; its end:\n{end}\nMend the cause and give the "
             "same command again: it goes on from here."
         )
 
-    def _watch(self, run: Run, command: Sequence[str], log: Any) -> int:
+    def _watch(self, run: PlannedRun, command: Sequence[str], log: Any) -> int:
         """Start the command, show how far it is, return its exit code."""
         # Its own process group: a terminal's Ctrl-C would reach it twice, and the second ends it
         # at once.
@@ -174,8 +178,8 @@ class Execution:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
         )
         try:
-            if self._asked is not None:
-                self._child.send_signal(self._asked)
+            if self._signal is not None:
+                self._child.send_signal(self._signal)
             step = 0
             with Progress(run.steps, "  step", console=self.console) as progress:
                 while True:
@@ -183,7 +187,7 @@ class Execution:
                         code = self._child.wait(_POLL_SECONDS)
                     except subprocess.TimeoutExpired:
                         code = None
-                    now, loss = records.progress(self.folder / run.name)
+                    now, loss = RunRecord(self.folder / run.name).last_step()
                     if now > step:
                         tokens = (now - step) * run.tokens_per_step
                         progress.update(now, loss=loss, tokens=tokens)
@@ -201,9 +205,9 @@ class Execution:
         """Hand requests to stop on to the run that is under way."""
 
         def hear(number: int, frame: Any) -> None:
-            if self._asked is None:
+            if self._signal is None:
                 self._say(f"{signal.Signals(number).name}: the run is asked to save and stop …")
-            self._asked = self._asked or number
+            self._signal = self._signal or number
             if self._child is not None and self._child.poll() is None:
                 self._child.send_signal(number)
 
@@ -214,35 +218,29 @@ class Execution:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _stop(self, run: Run) -> None:
+    def _stop(self, run: PlannedRun) -> None:
         """Leave as a signal asked, with a word on how to go on."""
-        told = (
+        message = (
             f"the plan stopped in {run.name}; its output is in {self._log(run)}. The same command "
             "goes on from there."
         )
-        if self._asked == signal.SIGINT:
-            self._say(told)
+        if self._signal == signal.SIGINT:
+            self._say(message)
             raise KeyboardInterrupt
-        raise Stopped(told, self._asked or 0)
+        raise Stopped(message, self._signal or 0)
 
-    def _log(self, run: Run) -> Path:
+    def _log(self, run: PlannedRun) -> Path:
         return self.folder / "logs" / f"{run.name}.log"
 
-    def _clock_line(self, run: Run, left: Sequence[Run]) -> str:
+    def _clock_line(self, run: PlannedRun, left: Sequence[PlannedRun]) -> str:
         """Time that has passed, and what may be left from this run on, at the pace so far."""
         passed = timedelta(seconds=round(self.clock() - self._began))
         if not self._paces:
             return f"{run.steps} steps, {run.tokens:,} tokens"
-        paces: dict[str, list[float]] = {}
-        for kind, pace in self._paces:
-            paces.setdefault(kind, []).append(pace)
-        all_paces = [pace for _, pace in self._paces]
-
-        def expected(other: Run) -> float:
-            known = paces.get(other.kind, all_paces)
-            return other.tokens * sum(known) / len(known)
-
-        seconds = sum(map(expected, left[left.index(run) :]))
+        paces = {kind: fmean(values) for kind, values in self._paces.items()}
+        usual = fmean(chain(*self._paces.values()))
+        ahead = left[left.index(run) :]
+        seconds = sum(other.tokens * paces.get(other.kind, usual) for other in ahead)
         about = timedelta(seconds=round(seconds))
         return f"{run.steps} steps, {run.tokens:,} tokens; {passed} gone, about {about} left"
 

@@ -1,12 +1,11 @@
 """What must hold of a run before others are built upon it, read from its record. No JAX."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from ttt.globs import matches
-from ttt.runs.plan import Run
+from ttt.infra.plan_manifest import Gate
+from ttt.infra.record import StoredRun
+from ttt.runs.plan import PlannedRun
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 """Nats between a parent's loss and its child's before the first step, by the compute dtype."""
@@ -15,72 +14,41 @@ _NEW_ON_PURPOSE = "**.prime_storage.**"
 """Published names of the prime MLPs and their norms, which a parent without them cannot give."""
 
 
-@dataclass(frozen=True)
-class Gate:
-    """One verdict."""
-
-    name: str
-    holds: bool | None
-    """None: it does not apply, and `said` tells why."""
-    said: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a run's record holds."""
-
-    settings: Mapping[str, Any]
-    """`config.yaml`."""
-    attempts: Sequence[Mapping[str, Any]]
-    metrics: Sequence[Mapping[str, Any]]
-
-    @property
-    def mode(self) -> str:
-        """`jax`, `token_stats` or `simulate`."""
-        return self.settings["training"]["runtime_mode"]
-
-    def first(self, key: str) -> Mapping[str, Any] | None:
-        """What the attempt that began the run has under `key`; later ones went on from itself."""
-        found = [attempt[key] for attempt in self.attempts if attempt.get(key)]
-        return found[0] if found else None
-
-
-def check(run: Run, evidence: Evidence) -> list[Gate]:
+def check(run: PlannedRun, record: StoredRun) -> list[Gate]:
     """All gates of a finished run."""
-    return [
-        finite_loss(evidence),
-        restore_account(run, evidence),
-        warm_start(run, evidence),
-    ]
+    return [finite_loss(record), restore_account(run, record), warm_start(run, record)]
 
 
-def finite_loss(evidence: Evidence) -> Gate:
+def finite_loss(record: StoredRun) -> Gate:
     """Whether every training and evaluation loss is a finite number."""
     name = "finite loss"
-    if evidence.mode == "simulate":
+    if record.mode == "simulate":
         return Gate(name, None, "not applicable: runtime_mode=simulate has no losses")
     keys = ("loss", "eval_loss", "final_eval_loss")
-    losses = [
-        (row["step"], key, row[key]) for row in evidence.metrics for key in keys if key in row
-    ]
+    losses = [(row["step"], key, row[key]) for row in record.metrics for key in keys if key in row]
     if not losses:
         return Gate(name, False, "there is no loss in metrics.jsonl")
-    bad = [f"{key} {value} at step {step}" for step, key, value in losses if not _finite(value)]
+    bad = [
+        f"{key} {value} at step {step}"
+        for step, key, value in losses
+        if not (isinstance(value, int | float) and math.isfinite(value))
+    ]
     if bad:
         return Gate(name, False, f"{len(bad)} of {len(losses)} are not: {', '.join(bad[:3])}")
     return Gate(name, True, f"all {len(losses)} losses")
 
 
-def restore_account(run: Run, evidence: Evidence) -> Gate:
+def restore_account(run: PlannedRun, record: StoredRun) -> Gate:
     """Whether every parameter came from the planned parent, or is new or narrowed on purpose."""
     name = "restore account"
     if run.parent is None:
         return Gate(name, None, "not applicable: the run starts from no other")
-    if evidence.mode != "jax":
-        return Gate(name, None, f"not applicable: runtime_mode={evidence.mode} has no parameters")
-    account = evidence.first("restored")
-    if account is None:
+    if record.mode != "jax":
+        return Gate(name, None, f"not applicable: runtime_mode={record.mode} has no parameters")
+    accounts = record.noted("restored")
+    if not accounts:
         return Gate(name, False, f"the record has no account of what was taken from {run.parent}")
+    account = accounts[0]  # of the attempt that began the run; later ones went on from itself
     kinds = ("restored", "initialised", "moved", "narrowed", "unused")
     restored, initialised, moved, narrowed, unused = (account.get(kind, ()) for kind in kinds)
     vacated = {entry.split(" -> ")[0] for entry in moved}  # its old weights serve elsewhere
@@ -107,7 +75,7 @@ def restore_account(run: Run, evidence: Evidence) -> Gate:
     return Gate(name, True, f"{counts}, from {run.parent}")
 
 
-def warm_start(run: Run, evidence: Evidence) -> Gate:
+def warm_start(run: PlannedRun, record: StoredRun) -> Gate:
     """Whether the model before its first step predicts as its parent does.
 
     Where the start keeps the parent's function, to a tolerance. Where the parent was narrowed: the
@@ -116,13 +84,14 @@ def warm_start(run: Run, evidence: Evidence) -> Gate:
     name = "warm start"
     if run.parent is None:
         return Gate(name, None, "not applicable: the run starts from no other")
-    if evidence.mode != "jax":
-        return Gate(name, None, f"not applicable: runtime_mode={evidence.mode} has no such loss")
-    start = evidence.first("start")
-    if start is None:
+    if record.mode != "jax":
+        return Gate(name, None, f"not applicable: runtime_mode={record.mode} has no such loss")
+    starts = record.noted("start")
+    if not starts:
         return Gate(name, False, "the record has no loss from before the first step")
+    start = starts[0]
     warm, parent, why = start.get("warm_loss"), start.get("parent_loss"), start.get("why", "")
-    narrowed = (evidence.first("restored") or {}).get("narrowed", ())
+    narrowed = any(account.get("narrowed") for account in record.noted("restored")[:1])
     if warm is None or parent is None:
         if start.get("preserving"):
             return Gate(name, False, f"the start is to keep the function, but no loss tells: {why}")
@@ -130,14 +99,10 @@ def warm_start(run: Run, evidence: Evidence) -> Gate:
     distance = abs(warm - parent)
     told = f"loss {warm:.5f}, of the parent {parent:.5f}"
     if start.get("preserving"):
-        bound = TOLERANCE[evidence.settings["model"]["compute_dtype"]]
+        bound = TOLERANCE[record.settings["model"]["compute_dtype"]]
         return Gate(name, distance <= bound, f"{told}: {distance:.1e} apart, at most {bound:.0e}")
     if narrowed:
-        ignorant = math.log(evidence.settings["model"]["vocab_size"])
+        ignorant = math.log(record.settings["model"]["vocab_size"])
         told = f"{told}, ln V {ignorant:.5f}: it must be nearer to the parent's"
         return Gate(name, distance < abs(warm - ignorant), told)
     return Gate(name, None, f"not applicable: the function changes on purpose ({why}); {told}")
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""The ladder in a short budget: what script 06 asks for, checked, shown and executed."""
+"""The ladder in a short budget: what script 06 is given, checked, shown and executed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt.dataloader import text, token_store
-from ttt.knobs import Config
+from ttt.entry import UNUSED_GPU, cuda_extra, gpu_is_visible
 from ttt.runs import compose, matching, registry, request
 from ttt.runs.execute import TRAIN, Execution
-from ttt.runs.plan import Order, Plan, Run, build
+from ttt.runs.plan import Plan, PlannedRun, PlanRequest, build
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What the user asked for; None: as the registry's pilot of the size has it."""
+    """The flags of script 06; None: as the registry's pilot of the size has it."""
 
     size: str = "tiny"
     exp_folder: str = "phase1_pilot"
@@ -44,19 +44,21 @@ class Flags:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedPilot:
     """A pilot that is ready to run."""
 
-    order: Order
+    flags: Flags
+    request: PlanRequest
     matchings: tuple[str, ...]
-    flags: dict[str, Any]
+    recorded: dict[str, Any]
+    """The flags with the pilot's own where none is given, as the manifest keeps them."""
     plan: Plan
     """All but the wall-clock-matched runs."""
-    config: Config
-    """Of the first run: where things lie."""
+    experiments: str
+    """The root of the run records."""
 
 
-def prepare(flags: Flags) -> Prepared:
+def prepare(flags: Flags) -> PreparedPilot:
     """Check everything that can be checked before the first run; raises UserError."""
     book = registry.load()
     size = book.size(flags.size)
@@ -72,9 +74,6 @@ def prepare(flags: Flags) -> Prepared:
         "global_batch_size": flags.global_batch_size,
     }
     pilot = size.pilot(given)
-    matchings = pilot.matchings
-    if flags.runtime_mode != "jax":  # nothing is timed there
-        matchings = tuple(how for how in matchings if how != "wall_clock")
     for path in pilot.paths:
         book.path(path)
     common = request.settings(
@@ -86,51 +85,49 @@ def prepare(flags: Flags) -> Prepared:
         overrides=[*pilot.overrides, *flags.override],
     )
     data = request.data_settings(
-        book, size, data_root=flags.data_root, dclm=flags.dclm_root, books=flags.books_root
+        size, data_root=flags.data_root, dclm=flags.dclm_root, books=flags.books_root
     )
-    order = Order(book, size, pilot.paths, pilot.seeds, pilot.budget, (*common, *data))
-    known = [how for how in matchings if how != "wall_clock"]
-    plan = build(order, known, compose.facts)
+    wanted = PlanRequest(book, size, pilot.paths, pilot.seeds, pilot.budget, (*common, *data))
+    known = tuple(how for how in pilot.matchings if how != "wall_clock")
+    plan = build(wanted, known, compose.facts)
+    matchings = known if flags.runtime_mode != "jax" else pilot.matchings  # else nothing is timed
     if "wall_clock" in matchings:
         matching.check_measurable({run.name: run.steps for run in plan.runs})
-    asked = {
+    recorded = {
         **{key: list(value) for key, value in asdict(pilot).items() if key != "budget"},
         **asdict(pilot.budget),
         "matchings": list(matchings),
-        "settings": list(order.settings),
+        "settings": list(wanted.settings),
     }
-    return Prepared(order, matchings, asked, plan, compose.config_of(plan.runs[0]))
+    places = compose.config_of(plan.runs[0]).deploy_paths
+    return PreparedPilot(flags, wanted, matchings, recorded, plan, places.experiments)
 
 
-def run(flags: Flags, console: Console, train: Sequence[str] = TRAIN) -> tuple[str, str]:
-    """Run, or show with `dry_run`; returns the root of the records and the folder in it."""
-    prepared = prepare(flags)
-    root = prepared.config.deploy_paths.experiments
-    if flags.dry_run:
-        show(prepared, console)
-        return root, flags.exp_folder
+def run(prepared: PreparedPilot, console: Console, train: Sequence[str] = TRAIN) -> None:
+    """Run all that is left to do; raises RunError at the first failure (see `Execution.run`)."""
+    flags = prepared.flags
+    if flags.runtime_mode == "jax" and gpu_is_visible() and cuda_extra() is None:
+        console.print(f"warning: {UNUSED_GPU}", soft_wrap=True, style="bold", markup=False)
     if flags.bootstrap_token_data:
         bootstrap(prepared.plan, console)
     check_data(prepared.plan)
-    head = {
-        "registry": "warmstart_registry",
-        "size": flags.size,
-        "runtime_mode": flags.runtime_mode,
-    }
     Execution(
-        order=prepared.order,
+        request=prepared.request,
         matchings=prepared.matchings,
-        folder=Path(root).expanduser().absolute() / flags.exp_folder,
-        flags=prepared.flags,
-        head=head,
+        folder=Path(prepared.experiments).expanduser().absolute() / flags.exp_folder,
+        flags=prepared.recorded,
+        head={
+            "registry": "warmstart_registry",
+            "size": flags.size,
+            "runtime_mode": flags.runtime_mode,
+        },
         skip_existing=flags.skip_existing,
         console=console,
         train=train,
     ).run()
-    return root, flags.exp_folder
 
 
-def show(prepared: Prepared, console: Console) -> None:
+def show(prepared: PreparedPilot, console: Console) -> None:
     """The plan: runs in order, their cost, and their commands."""
     plan = prepared.plan
     table = Table(title="nothing is run")
@@ -152,7 +149,7 @@ def show(prepared: Prepared, console: Console) -> None:
             soft_wrap=True,
         )
     for run in plan.runs:
-        console.print(run.command, soft_wrap=True, highlight=False, markup=False)
+        console.print(run.command_here, soft_wrap=True, highlight=False, markup=False)
 
 
 # ---- data --------------------------------------------------------------------------------
@@ -189,7 +186,7 @@ def bootstrap(plan: Plan, console: Console) -> None:
         )
 
 
-def _stores(plan: Plan) -> Mapping[str, tuple[str, Run]]:
+def _stores(plan: Plan) -> Mapping[str, tuple[str, PlannedRun]]:
     """Dataset -> its root, and a run that reads it."""
     stores = {}
     for run in {run.experiment: run for run in plan.runs}.values():  # seeds read the same

@@ -5,16 +5,17 @@ time here; budgets reach it through the keys of `size`, from which the experimen
 everything else.
 """
 
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from ttt.entry import cuda_extra
 from ttt.errors import UserError
+from ttt.experiment_rules import context_name
 from ttt.runs import matching
 from ttt.runs.matching import Cost
-from ttt.runs.registry import Budget, Registry, Route, Size, Stage
+from ttt.runs.registry import Budget, LadderPath, Registry, Size, Stage
 
 
 class Facts(NamedTuple):
@@ -34,12 +35,12 @@ _OTHER_ORDER = 1000
 """Between the data seeds of pretraining and adaptation, which read one corpus at one length: with
 the same seed the adaptation would read pretraining's first batches once more."""
 
-Ask = Callable[[str, tuple[str, ...]], Facts]
+FactsOf = Callable[[str, tuple[str, ...]], Facts]
 """(experiment, overrides) -> facts."""
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One call of `train`."""
 
     name: str
@@ -72,8 +73,15 @@ class Run:
 
     @property
     def command(self) -> str:
-        """For a shell, in the repository."""
+        """For a shell, in the repository, on whatever machine."""
         return shlex.join(["uv", "run", "train", *self.arguments])
+
+    @property
+    def command_here(self) -> str:
+        """The same with the extra that JAX needs for the GPU of this machine."""
+        extra = cuda_extra()
+        options = ["--exact", "--extra", extra] if extra else []
+        return shlex.join(["uv", "run", *options, "train", *self.arguments])
 
 
 @dataclass(frozen=True)
@@ -90,13 +98,13 @@ class PathRuns:
 class Plan:
     """Runs, each after its parent, and the paths that they make."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
     paths: tuple[PathRuns, ...]
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is asked for."""
+class PlanRequest:
+    """What a plan is to hold."""
 
     registry: Registry
     size: Size
@@ -109,21 +117,25 @@ class Order:
 
 
 def build(
-    order: Order,
+    request: PlanRequest,
     matchings: Sequence[str],
-    ask: Ask,
+    facts_of: FactsOf,
     per_token: Mapping[str, float] | None = None,
 ) -> Plan:
     """The plan of these matchings; `wall_clock` needs `per_token`, in seconds by kind.
 
     Runs with equal settings are one run. Raises UserError for a budget that cannot be met.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[str, PlannedRun] = {}
     paths = []
     for how in matchings:
-        for seed in order.seeds:
-            for name in _with_reference(order, how):
-                chain = _chain(order, order.registry.path(name), how, seed, ask, per_token)
+        reference = request.registry.reference
+        first = () if how == "own" or reference in request.paths else (reference,)
+        for seed in request.seeds:
+            for name in (*first, *request.paths):
+                path = request.registry.path(name)
+                steps = _matched_steps(request, path, how, facts_of, per_token)
+                chain = _chain(request, path, steps, seed, facts_of)
                 for run in chain:
                     if runs.setdefault(run.name, run) != run:
                         raise UserError(
@@ -134,101 +146,86 @@ def build(
     return Plan(tuple(runs.values()), tuple(paths))
 
 
-def _with_reference(order: Order, how: str) -> tuple[str, ...]:
-    """The paths, and before them the one that they are matched to."""
-    reference = order.registry.reference
-    if how == "own" or reference in order.paths:
-        return order.paths
-    return (reference, *order.paths)
-
-
-def _chain(
-    order: Order,
-    path: Route,
+def _matched_steps(
+    request: PlanRequest,
+    path: LadderPath,
     how: str,
-    seed: int | None,
-    ask: Ask,
+    facts_of: FactsOf,
     per_token: Mapping[str, float] | None,
-) -> list[Run]:
-    """The runs of one path."""
-    steps = None
-    if how != "own" and path.name != order.registry.reference:
-        costs, reference = (
-            [_cost(order, stage, ask) for stage in route.stages]
-            for route in (path, order.registry.path(order.registry.reference))
-        )
-        steps = matching.pretrain_steps(
-            path.name, costs, reference, per_token if how == "wall_clock" else None
-        )
-        if steps == costs[0].steps:
-            steps = None
-    chain: list[Run] = []
-    for stage in path.stages:
-        chain.append(_run(order, stage, steps, seed, ask, chain[-1] if chain else None))
-    return chain
+) -> int | None:
+    """Steps of the path's pretraining that match it to the reference; None: the budget's."""
+    reference = request.registry.path(request.registry.reference)
+    if how == "own" or path.name == reference.name:
+        return None
+    costs, costs_of_reference = (
+        [_cost(request, stage, facts_of) for stage in one.stages] for one in (path, reference)
+    )
+    steps = matching.pretrain_steps(
+        path.name, costs, costs_of_reference, per_token if how == "wall_clock" else None
+    )
+    return None if steps == costs[0].steps else steps
 
 
-def _cost(order: Order, stage: Stage, ask: Ask) -> Cost:
-    facts = ask(_experiment(order.size, stage), _budgeted(order, stage, None))
+def _cost(request: PlanRequest, stage: Stage, facts_of: FactsOf) -> Cost:
+    facts = facts_of(stage.experiment(request.size), _budgeted(request, stage, None))
     return Cost(stage.kind, facts.steps, facts.tokens_per_step)
 
 
-def _run(
-    order: Order,
-    stage: Stage,
+def _chain(
+    request: PlanRequest,
+    path: LadderPath,
     pretrain_steps: int | None,
     seed: int | None,
-    ask: Ask,
-    parent: Run | None,
-) -> Run:
-    """pretrain_steps: of the path's first stage, where they are not the budget's."""
-    experiment = _experiment(order.size, stage)
-    overrides = _budgeted(order, stage, pretrain_steps if parent is None else None)
-    facts = ask(experiment, overrides)
-    if parent is None and pretrain_steps not in (None, facts.steps):
-        raise UserError(
-            f"{experiment}: has {facts.steps} steps where the plan needs {pretrain_steps}; leave "
-            "training.total_steps to the plan, and change the budget instead"
+    facts_of: FactsOf,
+) -> list[PlannedRun]:
+    """The runs of one path. pretrain_steps: of the first, where they are not the budget's."""
+    chain: list[PlannedRun] = []
+    for stage, stage_before in zip(path.stages, (None, *path.stages), strict=False):
+        parent = chain[-1] if chain else None
+        experiment = stage.experiment(request.size)
+        overrides = _budgeted(request, stage, None if parent else pretrain_steps)
+        facts = facts_of(experiment, overrides)
+        if parent is None and pretrain_steps not in (None, facts.steps):
+            raise UserError(
+                f"{experiment}: has {facts.steps} steps where the plan needs {pretrain_steps}; "
+                "leave training.total_steps to the plan, and change the budget instead"
+            )
+        name = stage.run_name(request.size.name, context_name(facts.seq_length))
+        if pretrain_steps is not None:
+            name += f"-{'after' if parent else 'steps'}{pretrain_steps}"
+        if seed is not None:
+            name += f"-seed{seed}"
+            data_seed = seed + _OTHER_ORDER if stage.stage == "adapt" else seed
+            overrides += (f"training.model_seed={seed}", f"training.data_seed={data_seed}")
+        if name != _leaf(experiment):
+            overrides += (f"training.exp_name={name}",)
+        if parent and stage_before and parent.name != _leaf(stage_before.experiment(request.size)):
+            overrides += (f"training.resume_exp_name={parent.name}",)
+        chain.append(
+            PlannedRun(
+                name=name,
+                experiment=experiment,
+                stage=stage.stage,
+                method=stage.method,
+                kind=stage.kind,
+                parent=parent.name if parent else None,
+                parent_method=parent.method if parent else None,
+                seed=seed,
+                overrides=overrides,
+                **facts._asdict(),
+            )
         )
-    name = stage.experiment.format(size=order.size.name, context=label(facts.seq_length))
-    name = name.rpartition("/")[2]
-    if pretrain_steps is not None:
-        name += f"-{'steps' if parent is None else 'after'}{pretrain_steps}"
-    if seed is not None:
-        name += f"-seed{seed}"
-        data_seed = seed + _OTHER_ORDER if stage.stage == "adapt" else seed
-        overrides += (f"training.model_seed={seed}", f"training.data_seed={data_seed}")
-    if name != experiment.rpartition("/")[2]:
-        overrides += (f"training.exp_name={name}",)
-    if parent is not None and parent.name != _parent_name(order, stage):
-        overrides += (f"training.resume_exp_name={parent.name}",)
-    return Run(
-        name=name,
-        experiment=experiment,
-        stage=stage.stage,
-        method=stage.method,
-        kind=stage.kind,
-        parent=None if parent is None else parent.name,
-        parent_method=None if parent is None else parent.method,
-        seed=seed,
-        overrides=overrides,
-        **facts._asdict(),
-    )
+    return chain
 
 
-def _experiment(size: Size, stage: Stage) -> str:
-    context = size.contexts.get(stage.stage, "")
-    return f"{size.name}/{stage.experiment.format(size=size.name, context=context)}"
+def _leaf(experiment: str) -> str:
+    """The name that an experiment's run has unless the plan gives it another."""
+    return experiment.rpartition("/")[2]
 
 
-def _parent_name(order: Order, stage: Stage) -> str:
-    """The run that the stage's experiment starts from unless told otherwise."""
-    return _experiment(order.size, order.registry.stages[stage.parent or ""]).rpartition("/")[2]
-
-
-def _budgeted(order: Order, stage: Stage, pretrain_steps: int | None) -> tuple[str, ...]:
+def _budgeted(request: PlanRequest, stage: Stage, pretrain_steps: int | None) -> tuple[str, ...]:
     """The overrides of a stage but for seed and names."""
-    budget = order.budget
+    budget = request.budget
     settings = {
         "size.pretrain_steps": pretrain_steps or budget.pretrain_steps,
         "size.pretrain_seq_length": budget.seq_length,
@@ -242,41 +239,4 @@ def _budgeted(order: Order, stage: Stage, pretrain_steps: int | None) -> tuple[s
         settings["size.extension_steps"] = budget.extension_steps
         settings["training.seq_length"] = budget.extension_length
     own = tuple(f"{key}={value}" for key, value in settings.items() if value is not None)
-    return (*order.settings, *own)
-
-
-def label(tokens: int) -> str:
-    """A context as it is written in names: 8192 -> 8K, 512 -> 512."""
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
-
-
-_OWNED = re.compile(
-    r"training\.(exp_\w+|resume_\w+|load_part|total_steps|seq_length|global_batch_size|\w+_seed"
-    r"|runtime_mode|train_mode)"
-    r"|size\.(pretrain_(steps|seq_length|batch_size)|window|chunk|adapt_(steps|share)"
-    r"|extension_steps)"
-    r"|deploy_paths\.(checkpoint|experiments)|experiment|model|method|training|context|deploy"
-)
-
-
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise UserError for a user's override that the plan itself decides, or is none."""
-    for text in overrides:
-        key = text.lstrip("+~").split("=")[0].split("@")[0]
-        if "=" not in text and not text.startswith("~"):
-            raise UserError(f"--override {text}: must be KEY=VALUE, as for train; write it so")
-        if key == "training.wandb_key":  # a plan is printed, and kept in a manifest
-            raise UserError(
-                "--override training.wandb_key: would stand in every command; set the variable "
-                "WANDB_API_KEY in its place"
-            )
-        if _OWNED.fullmatch(key):
-            raise UserError(
-                f"--override {text}: the plan sets {key} for each run, from paths, seeds, budget "
-                "and folders; use this script's own flags for it"
-            )
-
-
-def with_settings(order: Order, *more: str) -> Order:
-    """The same with more overrides for every run."""
-    return replace(order, settings=(*order.settings, *more))
+    return (*request.settings, *own)

@@ -1,22 +1,14 @@
 """What planned runs have left on disk: whether they are done, and what they say of themselves."""
 
-import json
-import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
 from ttt.config import differences, to_dict
-from ttt.errors import UserError
-from ttt.infra.record import RunRecord
+from ttt.infra.record import RunRecord, StoredRun
 from ttt.runs import compose, matching
-from ttt.runs.gates import Evidence
-from ttt.runs.plan import Run
-
-_TAIL_BYTES = 1 << 16
+from ttt.runs.plan import Plan, PlannedRun
 
 
 class Found(NamedTuple):
@@ -28,58 +20,29 @@ class Found(NamedTuple):
     """Settings that differ, as (on disk, planned)."""
 
 
-def find(root: Path, run: Run) -> Found:
+def find(root: Path, run: PlannedRun) -> Found:
     """What is in the folder of a planned run, below `root`.
 
     Its number of steps counts as a setting here: a finished run of another length is another run.
     """
-    folder = root / run.name
-    if not (folder / "run.json").exists():
+    record = RunRecord(root / run.name)
+    if not (record.folder / "run.json").exists():
         return Found("absent", {})
-    stored, planned = settings(folder), to_dict(compose.config_of(run))
+    stored, planned = record.settings(), to_dict(compose.config_of(run))
     changed = differences(stored, planned)
     steps = (stored["training"]["total_steps"], planned["training"]["total_steps"])
     if steps[0] != steps[1]:
         changed["training.total_steps"] = steps
-    return Found(RunRecord(folder).run()["status"], changed)
+    return Found(record.run()["status"], changed)
 
 
-def settings(folder: Path) -> dict[str, Any]:
-    """The content of a record's `config.yaml`."""
-    path = folder / "config.yaml"
-    try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
-        return {**content, "training": {**content["training"]}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); move the run's folder away") from error
-
-
-def evidence(folder: Path) -> Evidence:
-    """All that the gates look at."""
+def evidence(folder: Path) -> StoredRun:
+    """What the gates look at; raises RecordError if it cannot be read."""
     record = RunRecord(folder)
-    return Evidence(settings(folder), record.run()["attempts"], record.metrics())
+    return StoredRun(folder, record.run(), record.settings(), record.metrics())
 
 
-def progress(folder: Path) -> tuple[int, float | None]:
-    """(last logged step, its loss if it has one) of a run that may not have begun.
-
-    Asked for twice a second, so it reads the end of `metrics.jsonl` alone.
-    """
-    try:
-        with (folder / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0, None
-    for line in reversed(lines):
-        with suppress(ValueError):  # cut off, at either end
-            row = json.loads(line)
-            if "loss" in row or "tokens" in row:
-                return row["step"], float(row["loss"]) if "loss" in row else None
-    return 0, None
-
-
-def measure(runs: Iterable[Run], root: Path) -> dict[str, dict[str, Any]]:
+def measure(runs: Iterable[PlannedRun], root: Path) -> dict[str, dict[str, Any]]:
     """Seconds per token of each kind of stage, from the records of finished runs."""
     measured: dict[str, dict[str, list[float]]] = {}
     for run in runs:
@@ -87,3 +50,9 @@ def measure(runs: Iterable[Run], root: Path) -> dict[str, dict[str, Any]]:
         seconds = matching.step_seconds_per_token(rows, run.tokens_per_step)
         measured.setdefault(run.kind, {})[run.name] = seconds
     return matching.pooled(measured)
+
+
+def entries(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The plan's runs and paths as its manifest has them."""
+    runs = [{**asdict(run), "tokens": run.tokens, "command": run.command} for run in plan.runs]
+    return runs, [asdict(path) for path in plan.paths]

@@ -1,10 +1,12 @@
-"""The registry of the ladder: which stages there are, which paths they make, what a pilot takes.
+"""The registry of the ladder: its paths, and what a pilot of each size takes.
 
-`configs/research/warmstart_registry.yaml`, read without Hydra and checked all at once.
+`configs/research/warmstart_registry.yaml`, read without Hydra and checked all at once. A path's
+stages follow from its entry, and their experiments from the stages (ttt/experiment_rules.py).
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,52 +14,21 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ttt.config import config_dir
+from ttt import experiment_rules as rules
+from ttt.config import choices, config_dir, experiments
 from ttt.errors import UserError
 
-STAGES = ("pretrain", "adapt", "extend")
 MATCHINGS = ("own", "tokens", "wall_clock")
 """What makes two paths comparable: nothing (every experiment's own steps), equally many trained
 tokens, or equally many seconds of training steps."""
 
+_SHARE = r"-([1-9]\d?)pct$"  # the end of a path's name: the percent of its adaptation
+_FOLDERS = {"pretrain": "pretrain", "adapt": "adapt", "extend": "extension"}
+_PREFIXES = {"pretrain": "pretrain", "adapt": "adapt", "extend": "ext"}
+
 
 class RegistryError(UserError):
     """A registry that cannot be used; all its faults."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One run's place in a path."""
-
-    name: str
-    experiment: str
-    """Below the size's folder, with `{size}` and `{context}` to fill in."""
-    kind: str
-    """Stages of one kind cost the same per token."""
-    corpus: str
-    parent: str | None = None
-    """The stage whose parameters it starts from."""
-    share: float = 1.0
-    """Of an adaptation's steps to those of the default adaptation."""
-
-    @property
-    def stage(self) -> str:
-        """`pretrain`, `adapt` or `extend`."""
-        return self.kind.split("-")[0]
-
-    @property
-    def method(self) -> str:
-        """`fa`, `swa` or `e2e`."""
-        return self.kind.split("-")[1]
-
-
-@dataclass(frozen=True)
-class Route:
-    """A chain of stages, each the parent of the next."""
-
-    name: str
-    says: str
-    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
@@ -90,12 +61,11 @@ class Pilot:
 
 @dataclass(frozen=True)
 class Size:
-    """What a size adds: how its experiments are called, what it reads, its pilot."""
+    """A size of the ladder: the lengths in its experiments' names, and its pilot."""
 
     name: str
     contexts: Mapping[str, str]
-    corpora: Mapping[str, str]
-    """Corpus -> dataset."""
+    """Stage -> context as in names."""
     pilot_rules: Mapping[str, Any]
     """As written, interpolations and all: what is given later changes what follows from it."""
 
@@ -104,15 +74,48 @@ class Size:
         stated = {key: value for key, value in given.items() if value is not None}
         try:
             node = OmegaConf.create({**self.pilot_rules, **stated})
-            rules: Any = OmegaConf.to_container(node, resolve=True)
+            values: Any = OmegaConf.to_container(node, resolve=True)
         except OmegaConfBaseException as error:
             raise RegistryError(f"sizes.{self.name}.pilot: {error}; correct it") from error
-        numbers = {field.name: rules[field.name] for field in fields(Budget)}
+        numbers = {name: values[name] for name in _BUDGET}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}={value}: must be a whole number from 1; change it")
-        lists = (tuple(rules.get(name, ())) for name in _PILOT_LISTS)
-        return Pilot(*lists, Budget(**numbers))
+        return Pilot(*(tuple(values[name]) for name in _LISTS), Budget(**numbers))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run's place in a path."""
+
+    stage: str
+    """`pretrain`, `adapt` or `extend`."""
+    method: str
+    kind: str
+    """Stages of one kind cost the same per token."""
+    origin: str = ""
+    """What the run's name says of where it starts, such as `-from-fa-bridge`."""
+    share: float = 1.0
+    """Of an adaptation's steps to those of the default adaptation."""
+
+    def run_name(self, size: str, context: str) -> str:
+        """The name of its run at a context."""
+        middle = "" if self.stage == "pretrain" else f"-{context}"
+        return f"{_PREFIXES[self.stage]}-{size}-{self.method}{middle}{self.origin}"
+
+    def experiment(self, size: Size) -> str:
+        """The experiment that its run starts from."""
+        own = self.run_name(size.name, size.contexts.get(self.stage, ""))
+        return f"{size.name}/{_FOLDERS[self.stage]}/{own}"
+
+
+@dataclass(frozen=True)
+class LadderPath:
+    """A chain of stages, each the parent of the next."""
+
+    name: str
+    title: str
+    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
@@ -120,21 +123,23 @@ class Registry:
     """All of it."""
 
     reference: str
-    corpora: Mapping[str, str]
-    stages: Mapping[str, Stage]
-    paths: Mapping[str, Route]
+    paths: Mapping[str, Mapping[str, Any]]
+    """As they are written, each with the default adaptation; see `path`."""
     sizes: Mapping[str, Size]
 
     def size(self, name: str) -> Size:
         """By name, or a UserError that lists them."""
         return self.sizes[one_of(name, self.sizes, "size")]
 
-    def path(self, name: str) -> Route:
-        """By name, or a UserError that lists them."""
-        return self.paths[one_of(name, self.paths, "path")]
+    def path(self, name: str) -> LadderPath:
+        """By name, shares such as `P1-5pct` included, or a UserError that lists them."""
+        match = re.fullmatch(rf"(.+){_SHARE}", name)
+        if match and self.paths.get(match[1], {}).get("adapt"):
+            return _path(name, self.paths[match[1]], int(match[2]))
+        return _path(name, self.paths[one_of(name, self.paths, "path")], rules.DEFAULT_SHARE)
 
 
-def one_of(name: str, names: Mapping[str, Any] | tuple[str, ...], what: str) -> str:
+def one_of(name: str, names: Iterable[str], what: str) -> str:
     """The name, if it is one of them; else a UserError."""
     if name not in names:
         raise UserError(f"{what} {name!r}: must be one of {', '.join(names)}; choose one")
@@ -144,7 +149,7 @@ def one_of(name: str, names: Mapping[str, Any] | tuple[str, ...], what: str) -> 
 def load(path: Path | None = None) -> Registry:
     """Read and check the registry at `path`, that of the configs by default.
 
-    Raises RegistryError with every unknown key, missing key, dangling name and broken chain.
+    Raises RegistryError with every unknown key, missing key and path without experiments.
     """
     path = path or config_dir() / "research" / "warmstart_registry.yaml"
     try:
@@ -152,120 +157,107 @@ def load(path: Path | None = None) -> Registry:
     except (OSError, OmegaConfBaseException, ValueError) as error:
         raise RegistryError(f"{path}: cannot be read ({error}); repair it") from error
     faults = list(_faults(content))
-    if faults:
-        listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, 1))
-        raise RegistryError(f"{path}:\n{listed}")
-    stages = {name: Stage(name, **entry) for name, entry in content["stages"].items()}
-    paths = {
-        name: Route(name, entry["says"], tuple(stages[stage] for stage in entry["stages"]))
-        for name, entry in content["paths"].items()
-    }
-    corpora = content["corpora"]
-    sizes = {
-        name: Size(name, entry["contexts"], corpora | entry.get("corpora", {}), entry["pilot"])
-        for name, entry in content["sizes"].items()
-    }
-    return Registry(content["reference"], corpora, stages, paths, sizes)
+    if not faults:
+        sizes = {name: _size(name, each, content) for name, each in content["sizes"].items()}
+        registry = Registry(content["reference"], content["paths"], sizes)
+        faults = list(_missing_experiments(registry))
+        if not faults:
+            return registry
+    listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, 1))
+    raise RegistryError(f"{path}:\n{listed}")
+
+
+def _path(name: str, entry: Mapping[str, Any], percent: int) -> LadderPath:
+    """The path of an entry, with an adaptation of so many percent of the pretraining's steps."""
+    method, title = entry["method"], entry["title"]
+    parent = entry.get("parent", method)
+    suffix = rules.share_suffix(percent)
+    stages = [Stage("pretrain", parent, f"pretrain-{parent}")]
+    if entry.get("adapt"):
+        share = percent / rules.DEFAULT_SHARE
+        origin = f"-from-{parent}{suffix}"
+        stages.append(Stage("adapt", method, f"adapt-{method}", origin, share))
+    kind, origin = f"extend-{method}", ""
+    if parent != method:
+        origin = f"-from-{parent}"
+        if method == rules.LEARNER:  # with MLPs of full width, as the parent's
+            kind += "-full"
+            origin += f"-bridge{suffix}" if entry.get("adapt") else "-direct"
+    stages.append(Stage("extend", method, kind, origin))
+    if suffix:
+        title += (
+            f", with {percent} % of the pretraining's steps in place of {rules.DEFAULT_SHARE} %"
+        )
+    return LadderPath(name, title, tuple(stages))
+
+
+def _size(name: str, entry: Mapping[str, Any], content: Mapping[str, Any]) -> Size:
+    own = rules.pretraining_context(config_dir(), name)
+    contexts = {"adapt": own, "extend": entry["extension"]}
+    return Size(name, contexts, content["pilot"] | entry.get("pilot", {}))
 
 
 # ---- what must hold ----------------------------------------------------------------------
 
-_STAGE_KEYS = ("experiment", "kind", "corpus")
-_PILOT_LISTS = ("paths", "seeds", "matchings", "overrides")
-_PILOT_KEYS = (*_PILOT_LISTS[:-1], *(field.name for field in fields(Budget)))
+_LISTS = ("paths", "seeds", "matchings", "overrides")
+_BUDGET = tuple(field.name for field in fields(Budget))
 
 
 def _faults(content: Any) -> Iterator[str]:
     """Everything wrong with the registry's content, as value, rule and remedy."""
-    sections = ("reference", "corpora", "stages", "paths", "sizes")
-    yield from (structural := list(_keys("the registry", content, sections)))
+    structural = list(_keys("the registry", content, ("reference", "paths", "pilot", "sizes")))
+    yield from structural
     if structural:
         return
-    for name, entry in content["stages"].items():
-        yield from (found := list(_keys(f"stages.{name}", entry, _STAGE_KEYS, "parent", "share")))
-        if not found:
-            yield from _stage_faults(name, entry, content)
-    yield from _circles(content["stages"])
-    for name, entry in content["paths"].items():
-        yield from (found := list(_keys(f"paths.{name}", entry, ("says", "stages"))))
-        if not found:
-            yield from _path_faults(name, entry["stages"], content["stages"])
-    if content["reference"] not in content["paths"]:
-        yield _dangling("reference", content["reference"], content["paths"])
+    paths = content["paths"]
+    for name, entry in paths.items():
+        yield from _keys(f"paths.{name}", entry, ("title", "method"), "parent", "adapt")
+    if content["reference"] not in paths:
+        yield _dangling("reference", content["reference"], paths)
+    pilots = {"pilot": content["pilot"]}
+    yield from _keys("pilot", content["pilot"], (*_LISTS, *_BUDGET))
+    sizes = choices("model")
     for name, entry in content["sizes"].items():
-        where = f"sizes.{name}"
-        yield from (found := list(_keys(where, entry, ("contexts", "pilot"), "corpora")))
-        if not found:
-            yield from _keys(f"{where}.contexts", entry["contexts"], ("adapt", "extend"))
-            yield from _keys(f"{where}.pilot", entry["pilot"], _PILOT_KEYS, "overrides")
-            for corpus in entry.get("corpora", {}):
-                if corpus not in content["corpora"]:
-                    yield _dangling(f"{where}.corpora", corpus, content["corpora"])
-            for path in entry["pilot"].get("paths", ()):
-                if path not in content["paths"]:
-                    yield _dangling(f"{where}.pilot.paths", path, content["paths"])
-            for matching in entry["pilot"].get("matchings", ()):
-                if matching not in MATCHINGS:
-                    yield _dangling(f"{where}.pilot.matchings", matching, MATCHINGS)
+        if name not in sizes:
+            yield _dangling("sizes", name, sizes)
+        yield from _keys(f"sizes.{name}", entry, ("extension",), "pilot")
+        if isinstance(entry, dict) and "pilot" in entry:
+            pilots[f"sizes.{name}.pilot"] = entry["pilot"]
+            yield from _keys(f"sizes.{name}.pilot", entry["pilot"], (), *_LISTS, *_BUDGET)
+    for where, pilot in pilots.items():
+        for key, names in {"paths": paths, "matchings": MATCHINGS}.items():
+            for name in pilot.get(key, ()) if isinstance(pilot, dict) else ():
+                if re.sub(_SHARE, "", str(name)) not in names:
+                    yield _dangling(f"{where}.{key}", name, names)
 
 
-def _stage_faults(name: str, entry: Mapping[str, Any], content: Mapping[str, Any]) -> Iterator[str]:
-    where = f"stages.{name}"
-    parts = str(entry["kind"]).split("-")
-    if len(parts) < 2 or parts[0] not in STAGES or parts[1] not in ("fa", "swa", "e2e"):
-        yield (
-            f"{where}.kind={entry['kind']}: must be STAGE-METHOD, of {', '.join(STAGES)} and fa, "
-            "swa, e2e; correct it"
-        )
-    if entry["corpus"] not in content["corpora"]:
-        yield _dangling(f"{where}.corpus", entry["corpus"], content["corpora"])
-    parent = entry.get("parent")
-    if parent is not None and parent not in content["stages"]:
-        yield _dangling(f"{where}.parent", parent, content["stages"])
-    if (parent is None) != (parts[0] == "pretrain"):
-        yield (
-            f"{where}.parent={parent}: a pretraining has no parent and every other stage has one; "
-            "correct it, or the kind"
-        )
-    share = entry.get("share", 1.0)
-    if not isinstance(share, int | float) or share <= 0:
-        yield f"{where}.share={share}: must be a number above 0; correct it"
-
-
-def _path_faults(name: str, names: Any, stages: Mapping[str, Any]) -> Iterator[str]:
-    where = f"paths.{name}.stages"
-    unknown = [stage for stage in names if stage not in stages]
-    yield from (_dangling(where, stage, stages) for stage in unknown)
-    if unknown:
-        return
-    for before, stage in zip([None, *names], names, strict=False):
-        parent = stages[stage].get("parent")
-        if parent != before:
-            yield f"{where}: {stage} starts from {parent}, not from {before}; put that before it"
-
-
-def _circles(stages: Mapping[str, Any]) -> Iterator[str]:
-    for name in stages:
-        seen, now = {name}, name
-        while (now := (stages.get(now) or {}).get("parent")) is not None and now not in seen:
-            seen.add(now)
-        if now == name:
-            yield f"stages.{name}.parent: its line of parents leads back to it; break the circle"
+def _missing_experiments(registry: Registry) -> Iterator[str]:
+    """Paths that no experiments make up, each with the first that is missing."""
+    known = experiments()
+    for path in map(registry.path, registry.paths):
+        needed = (s.experiment(size) for size in registry.sizes.values() for s in path.stages)
+        if missing := next((name for name in needed if name not in known), None):
+            close = difflib.get_close_matches(missing, known, n=1)
+            yield (
+                f"paths.{path.name}: needs the experiment {missing}, which no file or rule makes; "
+                f"correct its method, parent or adapt (there is {', '.join(close)})"
+            )
 
 
 def _keys(where: str, entry: Any, needed: tuple[str, ...], *others: str) -> Iterator[str]:
+    known = (*needed, *others)
     if not isinstance(entry, dict):
-        yield f"{where}={entry}: must be keys with values; write {{{needed[0]}: …}}"
+        yield f"{where}={entry}: must be keys with values; write {{{known[0]}: …}}"
         return
     for key in needed:
         if key not in entry:
             yield f"{where}: lacks {key}; add it"
     for key in entry:
-        if key not in (*needed, *others):
-            close = difflib.get_close_matches(str(key), (*needed, *others), n=1)
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             yield f"{where}.{key}: no such key; remove it{hint}"
 
 
-def _dangling(where: str, name: Any, names: Any) -> str:
-    return f"{where}={name}: must be one of {', '.join(map(str, names))}; choose one, or add it"
+def _dangling(where: str, name: Any, names: Iterable[str]) -> str:
+    return f"{where}={name}: must be one of {', '.join(names)}; choose one, or add it"

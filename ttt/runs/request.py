@@ -1,40 +1,54 @@
-"""From a script's flags to an `Order`: sizes and paths by name, folders, data, overrides."""
+"""From a script's flags to the settings of a plan: names, folders, data, overrides."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from ttt.config import config_dir
 from ttt.errors import UserError
+from ttt.experiment_rules import size_setting
 from ttt.runs.compose import override
-from ttt.runs.plan import check_overrides
-from ttt.runs.registry import MATCHINGS, Registry, Size, one_of
+from ttt.runs.registry import MATCHINGS, Size, one_of
+
+_CORPORA = {"dclm": "size.pretrain_dataset", "books": "size.extension_dataset"}
+"""What the ladder reads -> the setting that names the dataset."""
+_DATASETS = {"dclm": "dclm_filter_8k", "books": "books3"}
+"""The datasets of the paper, by corpus."""
+# Settings that the plan decides itself.
+_OWNED = re.compile(
+    r"training\.(exp_\w+|resume_\w+|load_part|total_steps|seq_length|global_batch_size|\w+_seed"
+    r"|runtime_mode|train_mode)"
+    r"|size\.(pretrain_(steps|seq_length|batch_size)|window|chunk|adapt_(steps|share)"
+    r"|extension_steps)"
+    r"|deploy_paths\.(checkpoint|experiments)|experiment|model|method|training|context|deploy"
+)
 
 
 def names(text: str | None, flag: str) -> tuple[str, ...] | None:
     """`a,b` -> (a, b), each once; None stays None. Raises UserError."""
     if text is None:
         return None
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found) or len(set(found)) != len(found):
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts) or len(set(parts)) != len(parts):
         raise UserError(f"{flag} {text!r}: must be names with commas between, each once; mend it")
-    return found
+    return parts
 
 
 def seeds(text: str | None) -> tuple[int, ...] | None:
     """`0,1` -> (0, 1). Raises UserError."""
-    found = names(text, "--seeds")
-    if found is not None and not all(part.isdecimal() for part in found):
+    parts = names(text, "--seeds")
+    if parts is not None and not all(part.isdecimal() for part in parts):
         raise UserError(f"--seeds {text!r}: must be whole numbers from 0, such as 0,1,2; mend it")
-    return None if found is None else tuple(int(part) for part in found)
+    return None if parts is None else tuple(map(int, parts))
 
 
 def matchings(text: str | None, runtime_mode: str) -> tuple[str, ...] | None:
     """Names of matchings. Raises UserError where there would be nothing to measure."""
-    found = names(text, "--matching")
-    for name in found or ():
+    parts = names(text, "--matching")
+    for name in parts or ():
         one_of(name, MATCHINGS, "--matching")
-    if found and "wall_clock" in found:
-        if "tokens" not in found:
+    if parts and "wall_clock" in parts:
+        if "tokens" not in parts:
             raise UserError(
                 "--matching wall_clock: takes its seconds per token from the token-matched runs; "
                 "write --matching tokens,wall_clock"
@@ -44,11 +58,10 @@ def matchings(text: str | None, runtime_mode: str) -> tuple[str, ...] | None:
                 f"--matching wall_clock: --runtime-mode {runtime_mode} trains no network whose "
                 "steps could be timed; leave wall_clock out"
             )
-    return found
+    return parts
 
 
 def data_settings(
-    registry: Registry,
     size: Size,
     *,
     data_root: str | None = None,
@@ -65,19 +78,18 @@ def data_settings(
             f"--data-root {data_root}: is in place of the two stores' own flags; give one or the "
             "other"
         )
-    settings = []
+    own = {c: size_setting(config_dir(), size.name, key) for c, key in _CORPORA.items()}
     if data_root is not None:
-        datasets = dict.fromkeys(size.corpora.values())
-        settings = [
+        datasets = dict.fromkeys(own.values())
+        return tuple(
             override(f"deploy_paths.data.{name}", str(Path(data_root) / name)) for name in datasets
-        ]
-    roots = {"dclm": ("size.pretrain_dataset", dclm), "books": ("size.extension_dataset", books)}
-    for corpus, (key, root) in roots.items():
+        )
+    settings = []
+    for corpus, root in {"dclm": dclm, "books": books}.items():
+        name = _DATASETS[corpus]
         if root is not None:
-            name = registry.corpora[corpus]
             settings.append(override(f"deploy_paths.data.{name}", root))
-            if size.corpora[corpus] != name:
-                settings.append(f"{key}={name}")
+            settings += [f"{_CORPORA[corpus]}={name}"] * (own[corpus] != name)
     return tuple(settings)
 
 
@@ -89,20 +101,41 @@ def settings(
     exp_dir: str | None = None,
     runtime_mode: str = "jax",
     dummy_dataset: bool = False,
-    wandb: Mapping[str, Any] | None = None,
+    wandb: Mapping[str, str | None] | None = None,
+    log_wandb: bool = False,
     overrides: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Overrides of every run but for data and budgets; the user's own come first."""
+    """Overrides of every run but for data and budgets; the user's own come first.
+
+    wandb: `entity` and `project`.
+    """
     check_overrides(overrides)
     places = {
         "training.exp_folder": exp_folder,
         "deploy_paths.checkpoint": checkpoint_root,
         "deploy_paths.experiments": exp_dir,
-        "training.wandb_entity": (wandb or {}).get("entity"),
-        "training.wandb_project": (wandb or {}).get("project"),
+        **{f"training.wandb_{key}": value for key, value in (wandb or {}).items()},
     }
     own = [override(key, text) for key, text in places.items() if text is not None]
     own += [f"training.runtime_mode={runtime_mode}"] * (runtime_mode != "jax")
     own += ["training.dummy_dataset=true"] * dummy_dataset
-    own += ["training.log_wandb=true"] * bool((wandb or {}).get("log"))
+    own += ["training.log_wandb=true"] * log_wandb
     return (*([f"+deploy={deploy}"] if deploy else []), *overrides, *own)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError for a user's override that the plan itself decides, or is none."""
+    for text in overrides:
+        key = text.lstrip("+~").split("=")[0].split("@")[0]
+        if "=" not in text and not text.startswith("~"):
+            raise UserError(f"--override {text}: must be KEY=VALUE, as for train; write it so")
+        if key == "training.wandb_key":  # a plan is printed, and kept in a manifest
+            raise UserError(
+                "--override training.wandb_key: would stand in every command; set the variable "
+                "WANDB_API_KEY in its place"
+            )
+        if _OWNED.fullmatch(key):
+            raise UserError(
+                f"--override {text}: the plan sets {key} for each run, from paths, seeds, budget "
+                "and folders; use this script's own flags for it"
+            )

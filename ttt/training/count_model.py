@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 ORDER = 2
-"""Tokens of the longest n-gram, unless asked otherwise: a pair."""
+"""Tokens of the longest n-gram, unless another is given: a pair."""
 
 
 class Table(NamedTuple):
@@ -30,7 +30,7 @@ class Table(NamedTuple):
     def find(
         self, keys: Int[np.ndarray, " N"]
     ) -> tuple[Int[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
-        """Place of each key, and whether it is there: if not, its place means nothing."""
+        """Place of each key, and whether the table has it: if not, its place means nothing."""
         if not len(self.keys):
             return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
         place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
@@ -39,13 +39,13 @@ class Table(NamedTuple):
     def plus(self, keys: Int[np.ndarray, " N"]) -> "Table":
         """With these occurrences too, in any order."""
         new = Table(*np.unique(keys, return_counts=True))
-        place, there = self.find(new.keys)
+        place, known = self.find(new.keys)
         counts = self.counts.copy()
-        counts[place[there]] += new.counts[there]
-        late = new.keys[~there]
+        counts[place[known]] += new.counts[known]
+        late = new.keys[~known]
         where = np.searchsorted(self.keys, late)
         return Table(
-            np.insert(self.keys, where, late), np.insert(counts, where, new.counts[~there])
+            np.insert(self.keys, where, late), np.insert(counts, where, new.counts[~known])
         )
 
 
@@ -101,8 +101,8 @@ class CountModel:
             first = max(0, n - 2)
             keys = self._keys(inputs, targets, n)
             lower = p[:, first:]
-            place, there = table.find(keys.ravel())
-            count = np.where(there, table.counts[place], 0).reshape(keys.shape)
+            place, known = table.find(keys.ravel())
+            count = np.where(known, table.counts[place], 0).reshape(keys.shape)
             place, known = contexts.table.find(keys.ravel() // self.vocab_size)
             kinds, total = (
                 np.where(known, x[place], 0).reshape(keys.shape)
@@ -133,10 +133,10 @@ class CountModel:
     def from_arrays(cls, arrays: Mapping[str, Any]) -> "CountModel":
         """The inverse of `arrays`."""
         empty = cls.empty(int(arrays["vocab_size"]), int(arrays["order"]))
-        found = (arrays.get(f"order_{n}") for n in range(1, len(empty.tables) + 1))
+        orders = (arrays.get(f"order_{n}") for n in range(1, len(empty.tables) + 1))
         tables = (
             Table(order["keys"], order["counts"]) if order else none
-            for order, none in zip(found, empty.tables, strict=True)
+            for order, none in zip(orders, empty.tables, strict=True)
         )
         return cls(empty.vocab_size, tuple(tables))
 
@@ -153,11 +153,11 @@ class CountModel:
 
     @cached_property
     def _contexts(self) -> tuple[Contexts, ...]:
-        found = []
+        contexts = []
         for table in self.tables:
             keys, starts, kinds = np.unique(
                 table.keys // self.vocab_size, return_index=True, return_counts=True
             )
             counts = np.add.reduceat(table.counts, starts) if len(starts) else table.counts
-            found.append(Contexts(Table(keys, counts), kinds))
-        return tuple(found)
+            contexts.append(Contexts(Table(keys, counts), kinds))
+        return tuple(contexts)

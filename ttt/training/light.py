@@ -1,12 +1,12 @@
 """The light runtime modes: a count model in the network's place, and beside it as a yardstick.
 
 `token_stats` counts what the network would have been trained on; `simulate` carries a count model
-that never counts from one checkpoint to the next. Either is a learner in the loop of `ttt.train`.
+that never counts from one checkpoint to the next. `ttt.train.train_light` is what runs them.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,14 @@ from ttt.infra.progress import Progress
 from ttt.knobs import Config
 from ttt.model.loop import Scores
 from ttt.training.count_model import CountModel
-from ttt.training.start import Parent, Start, parents_checkpoints, start_batches, token_loss
+from ttt.training.run import TrainingRun
+from ttt.training.start import (
+    Parent,
+    StartPoint,
+    parents_checkpoints,
+    start_batches,
+    token_loss,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +42,6 @@ class CountState(NamedTuple):
     """Batches counted (or, simulated, passed over)."""
 
 
-class CountMetrics(NamedTuple):
-    """Of one batch."""
-
-    loss: float
-    """As the network's: of the batch before it is counted, in nats per token."""
-
-
-def is_asked_for(config: Config) -> bool:
-    """Whether a light mode is to take the network's place."""
-    return config.training.runtime_mode != "jax"
-
-
 def on_the_cpu(config: Config) -> Config:
     """`config` without a wish for an accelerator, which counting would hold and not use."""
     if config.backend.platform != "auto":
@@ -54,104 +49,97 @@ def on_the_cpu(config: Config) -> Config:
     return replace(config, backend=replace(config.backend, platform="cpu"))
 
 
-@dataclass(frozen=True)
-class CountLearner:
-    """The learner of `runtime_mode=token_stats`, and of `simulate`, where no step is taken."""
+def find_start(
+    config: Config, evaluation: Source, checkpoints: Checkpoints, own: int | None
+) -> StartPoint:
+    """The run's own step `own`, else what `load_part` says, else nothing counted."""
+    training = config.training
+    if own is not None:
+        logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
+        return restore(config, checkpoints, own, "all")._replace(continues=True)
+    if training.load_part == "none":
+        return StartPoint(CountState(CountModel.empty(config.model.vocab_size), 0), None, None)
+    parent = parents_checkpoints(config)
+    step = parent.find_good(training.resume_step)
+    logger.info("starting from %s (%s)", parent.find(step), training.load_part)
+    start = restore(config, parent, step, training.load_part)
+    if training.runtime_mode == "simulate":
+        return start
+    loss = _start_loss(config, start.state.model, evaluation)
+    return start._replace(parent=Parent(loss, training.seq_length, False, True, ""))
 
-    config: Config
 
-    @property
-    def learns(self) -> bool:
-        """Not while it is evaluated."""
-        return False
+def warm_loss(config: Config, start: StartPoint, evaluation: Source) -> float | None:
+    """The loss before the first step: the parent's counts are the child's, so it is the parent's.
 
-    @property
-    def window(self) -> int:
-        """All of the sequence: there is no attention to end."""
-        return self.config.training.seq_length
+    None: there is no parent.
+    """
+    return _start_loss(config, start.state.model, evaluation) if start.parent else None
 
-    def find_start(
-        self, train: Source, evaluation: Source, checkpoints: Checkpoints, own: int | None
-    ) -> Start:
-        """The run's own step `own`, else what `load_part` says, else nothing counted."""
-        training = self.config.training
-        if own is not None:
-            logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
-            return self._restore(checkpoints, own, "all")._replace(continues=True)
-        if training.load_part == "none":
-            nothing = CountModel.empty(self.config.model.vocab_size)
-            return Start(CountState(nothing, 0), None, None)
-        parent = parents_checkpoints(self.config)
-        step = parent.find_good(training.resume_step)
-        logger.info("starting from %s (%s)", parent.find(step), training.load_part)
-        start = self._restore(parent, step, training.load_part)
-        if training.runtime_mode == "simulate":
-            return start
-        loss = self._start_loss(start.state.model, evaluation)
-        return start._replace(parent=Parent(loss, training.seq_length, False, True, ""))
 
-    def warm_loss(self, start: Start, evaluation: Source) -> float | None:
-        """The parent's counts are the child's, so it must be the parent's loss."""
-        return self._start_loss(start.state.model, evaluation) if start.parent else None
+def _start_loss(config: Config, model: CountModel, evaluation: Source) -> float:
+    batches = start_batches(config, evaluation, config.training.seq_length)
+    return token_loss(scorer(config), model, batches, learn=False)
 
-    def _start_loss(self, model: CountModel, evaluation: Source) -> float:
-        batches = start_batches(self.config, evaluation, self.config.training.seq_length)
-        return token_loss(self.score, model, batches, learn=False)
 
-    def _restore(self, source: Checkpoints, step: int, part: str) -> Start:
-        folder, vocab_size = source.find(step), self.config.model.vocab_size
-        arrays = checkpoint.read_flat(folder, "model_weights")
-        model = CountModel.from_arrays(nested(arrays)["count_model"])
-        if model.vocab_size != vocab_size:
-            raise UserError(
-                f"{folder} has counted tokens of a vocabulary of {model.vocab_size}, and "
-                f"model.vocab_size={vocab_size}: counts of other tokens are of no use; set it to "
-                f"{model.vocab_size}, or start from another run"
-            )
-        account = RestoreAccount(tuple(arrays), initialised=(), cast=(), unused=())
-        told = {"from": str(folder), "part": part, **asdict(account)}
-        if part == "all":
-            return Start(CountState(model, step), source.loader_state(step), told)
-        return Start(CountState(model, 0), None, told)
-
-    def place(self, batch: Batch) -> Batch:
-        """As it is."""
-        return batch
-
-    def compile(
-        self, state: CountState, batch: Batch
-    ) -> Callable[[CountState, Batch], tuple[CountState, CountMetrics]]:
-        """Nothing to compile: the step itself."""
-        logger.info(
-            "%s: a count model in the network's place, %s tokens per step",
-            *(self.config.training.exp_name, f"{batch.inputs.size:,}"),
+def restore(config: Config, source: Checkpoints, step: int, part: str) -> StartPoint:
+    """Counts from a checkpoint; with `part` "all", its step and the loader's position too."""
+    folder, vocab_size = source.find(step), config.model.vocab_size
+    arrays = checkpoint.read_flat(folder, "model_weights")
+    model = CountModel.from_arrays(nested(arrays)["count_model"])
+    if model.vocab_size != vocab_size:
+        raise UserError(
+            f"{folder} has counted tokens of a vocabulary of {model.vocab_size}, and "
+            f"model.vocab_size={vocab_size}: counts of other tokens are of no use; set it to "
+            f"{model.vocab_size}, or start from another run"
         )
-        return self._step
+    account = RestoreAccount(tuple(arrays), initialised=(), cast=(), unused=())
+    message = {"from": str(folder), "part": part, **asdict(account)}
+    if part == "all":
+        return StartPoint(CountState(model, step), source.loader_state(step), message)
+    return StartPoint(CountState(model, 0), None, message)
 
-    def _step(self, state: CountState, batch: Batch) -> tuple[CountState, CountMetrics]:
-        loss = float(np.mean(self.score(state.model, batch).loss))
-        return CountState(state.model.plus(*_arrays(batch)), state.step + 1), CountMetrics(loss)
 
-    def items(self, state: CountState) -> dict[str, Any]:
-        """The counts, and in the optimizer's place the steps."""
-        counts = {"count_model": state.model.arrays()}
-        return {"model_weights": counts, "opt_state": {"count": np.asarray(state.step)}}
+def make_step(
+    run: TrainingRun,
+) -> Callable[[CountState, Batch], tuple[CountState, dict[str, float]]]:
+    """(state, batch) -> the counts with the batch, and its loss (nats per token) before that."""
+    config, score = run.config, scorer(run.config)
+    logger.info(
+        "%s: a count model in the network's place, %s tokens per step",
+        config.training.exp_name,
+        f"{config.training.global_batch_size * config.training.seq_length:,}",
+    )
 
-    def score(self, model: CountModel, batch: Batch, *, learn: bool = True) -> Scores:
-        """Losses as the network's are: over chunks of `mini_batch_size`, which it has no use for.
+    def step(state: CountState, batch: Batch) -> tuple[CountState, dict[str, float]]:
+        with run.spent("step"):
+            loss = float(np.mean(score(state.model, batch).loss))
+            return CountState(state.model.plus(*_arrays(batch)), state.step + 1), {"loss": loss}
 
-        learn: of no consequence; it does not learn while it reads.
-        """
+    return step
+
+
+def as_items(state: CountState) -> dict[str, Any]:
+    """The array items of a checkpoint: the counts, and in the optimizer's place the steps."""
+    counts = {"count_model": state.model.arrays()}
+    return {"model_weights": counts, "opt_state": {"count": np.asarray(state.step)}}
+
+
+def scorer(config: Config) -> Callable[..., Scores]:
+    """(count model, batch, learn=…) -> losses as the network's: over chunks of `mini_batch_size`.
+
+    learn: of no consequence; a count model does not learn while it reads.
+    """
+
+    def score(model: CountModel, batch: Batch, *, learn: bool = True) -> Scores:
         del learn
         inputs, targets, mask = _arrays(batch)
         nll, count = model.nll(inputs, targets), mask.astype(np.float64)
-        chunks = (len(nll), -1, self.config.model.mini_batch_size)
+        chunks = (len(nll), -1, config.model.mini_batch_size)
         sums, counts = ((x.reshape(chunks)).sum(axis=2) for x in (nll * count, count))
         return Scores(np.mean(sums / np.maximum(counts, 1), axis=1), nll, count)
 
-    def speed(self, seconds: float) -> dict[str, float]:
-        """None: counting is not arithmetic."""
-        return {}
+    return score
 
 
 def count(config: Config, source: Source) -> CountModel:
@@ -181,18 +169,22 @@ def count(config: Config, source: Source) -> CountModel:
     return CountModel.empty(config.model.vocab_size).plus(inputs, targets, mask)
 
 
-def tell(loss: float, count_loss: float, tokens: int) -> None:
-    """Say how a trained model with the token loss `loss` stands against the count model's."""
+def log_comparison(loss: float, count_loss: float, tokens: int) -> None:
+    """Log how a trained model with the token loss `loss` stands against the count model's."""
     if loss < count_loss:
         logger.info(
             "count model of %s tokens: %.3f nats per token; this model is %.3f below",
-            *(f"{tokens:,}", count_loss, count_loss - loss),
+            f"{tokens:,}",
+            count_loss,
+            count_loss - loss,
         )
         return
     logger.warning(
         "THIS MODEL DOES NOT BEAT A COUNT OF TOKEN PAIRS: %.3f nats per token, and a count model "
         "of %s tokens of the same data has %.3f. It was trained too little, or something is wrong",
-        *(loss, f"{tokens:,}", count_loss),
+        loss,
+        f"{tokens:,}",
+        count_loss,
     )
 
 

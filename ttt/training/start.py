@@ -37,9 +37,17 @@ logger = logging.getLogger(__name__)
 
 # What a model computes beside its weights; a change here changes the function, not the shapes.
 _FUNCTION = (
-    *("rope_theta", "rms_norm_eps", "qk_norm", "pre_norm", "post_norm", "tie_word_embeddings"),
-    *("compute_dtype", "bos_token_id"),
+    "rope_theta",
+    "rms_norm_eps",
+    "qk_norm",
+    "attention_bias",
+    "pre_norm",
+    "post_norm",
+    "tie_word_embeddings",
+    "compute_dtype",
+    "bos_token_id",
 )
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 CALIBRATION_SEQUENCES = 8
 """Training sequences on which the units of an MLP are weighed before some are taken away."""
 
@@ -59,7 +67,7 @@ class Parent:
     """Why there is no loss, or why the function is another one; else empty."""
 
 
-class Start(NamedTuple):
+class StartPoint(NamedTuple):
     """Where training starts."""
 
     state: Any
@@ -81,7 +89,7 @@ def find_start(
     checkpoints: Checkpoints,
     own: int | None,
     layout: Layout,
-) -> Start:
+) -> StartPoint:
     """The run's own checkpoint `own`, else what `load_part` says, else fresh weights."""
     training = config.training
     if own is not None:
@@ -91,7 +99,7 @@ def find_start(
         # Each device makes its own part. Random numbers do not depend on where they are drawn.
         shardings = layout.shardings(jax.eval_shape(lambda: loop.init_state(config)))
         fresh = jax.jit(lambda: loop.init_state(config), out_shardings=shardings)()
-        return Start(fresh, None, None)
+        return StartPoint(fresh, None, None)
     parent = parents_checkpoints(config)
     step_folder = parent.find(parent.find_good(training.resume_step))
     logger.info("starting from %s (%s)", step_folder, training.load_part)
@@ -130,7 +138,7 @@ def as_items(state: TrainState) -> dict[str, Any]:
     }
 
 
-def restore_all(config: Config, source: Checkpoints, step: int, layout: Layout) -> Start:
+def restore_all(config: Config, source: Checkpoints, step: int, layout: Layout) -> StartPoint:
     """Parameters, optimizer state, step and position exactly as they were saved.
 
     Where they lay then does not matter: every device reads what it is to hold now.
@@ -148,13 +156,16 @@ def restore_all(config: Config, source: Checkpoints, step: int, layout: Layout) 
     state = layout.place(TrainState(model, opt_state, jnp.asarray(step, jnp.int32)))
     names = list(tree.named_leaves(items["model_weights"]))
     account = {"from": str(source.find(step)), "part": "all", "restored": names, "initialised": []}
-    return Start(state, source.loader_state(step), account)
+    return StartPoint(state, source.loader_state(step), account)
 
 
 def restore_parameters(
     config: Config, train: Source, evaluation: Source, step_folder: Path, layout: Layout
-) -> Start:
-    """Parameters by published name, the rest begun anew; every parameter is accounted for."""
+) -> StartPoint:
+    """Parameters by published name, the rest begun anew; every parameter is accounted for.
+
+    The parent stays in host memory; every leaf goes straight to the devices that are to hold it.
+    """
     stored = checkpoint.read_flat(step_folder, "model_weights")
     parent = stored_run(config, step_folder, stored)
     narrowed: dict[str, np.ndarray] = {}
@@ -162,24 +173,40 @@ def restore_parameters(
         check_heads(parent.config, config.model, step_folder)
         if is_to_narrow(parent.config, config.model):
             narrowed = narrow(config, parent, train)
-    fresh = loop.init_state(config).model
+    like = jax.eval_shape(lambda: loop.init_state(config).model)
     try:
         model, account = published.take(
-            fresh, stored | narrowed, step_folder, may_initialise=published.NEW_IN_META
+            like, stored | narrowed, step_folder, may_initialise=published.NEW_IN_META
         )
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_width_remedy(parent, config.model)}") from error
     account = replace(account, narrowed=tuple(narrowed))
-    if account.initialised:
-        model, new, moved = warm_start.begin(model, config.training.prime_init)
-        account = replace(account, initialised=new, moved=moved)
-    logger.info("%s", account)
     measured = measure_parent(config, parent, account, evaluation, layout)
-    told = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
+    new = [
+        name
+        for name in tree.named_leaves(like)
+        if published.published_name(name) in account.initialised
+    ]
+    taken = {name: x for name, x in tree.named_leaves(model).items() if name not in new}
+    model = tree.with_leaves(like, layout.place(taken) | fresh_leaves(config, new, layout))
+    if account.initialised:
+        model, initialised, moved = warm_start.begin(model, config.training.prime_init)
+        account = replace(account, initialised=initialised, moved=moved)
+    logger.info("%s", account)
+    message = {"from": str(step_folder), "part": "params", **dataclasses.asdict(account)}
     if parent is not None:
-        told["changed"] = changes(parent, config)
-    state = layout.place(loop.start_from(model, config.training))
-    return Start(state, None, told, measured)
+        message["changed"] = changes(parent, config)
+    return StartPoint(loop.start_from(model, config.training, layout), None, message, measured)
+
+
+def fresh_leaves(config: Config, names: list[str], layout: Layout) -> dict[str, jax.Array]:
+    """These leaves of a fresh model, each device making its own part; no other leaf is made."""
+
+    def make() -> dict[str, jax.Array]:
+        leaves = tree.named_leaves(loop.init_state(config).model)
+        return {name: leaves[name] for name in names}
+
+    return jax.jit(make, out_shardings=layout.shardings(jax.eval_shape(make)))() if names else {}
 
 
 # ---- the parent ------------------------------------------------------------------------
@@ -203,36 +230,47 @@ def stored_run(
 
 
 def check_heads(parent: ModelConfig, own: ModelConfig, step_folder: Path) -> None:
-    """Refuse a cut into other heads: the shapes would fit, and the function be destroyed."""
-    if parent.num_attention_heads != own.num_attention_heads:
-        raise UserError(
-            f"model.num_attention_heads={own.num_attention_heads}: {step_folder} was trained with "
-            f"{parent.num_attention_heads}, and its weights mean nothing in other heads; set "
-            f"model.num_attention_heads={parent.num_attention_heads}"
-        )
+    """Refuse a cut into other heads: the shapes may fit, and the function be destroyed."""
+    for key in _HEADS:
+        was, now = getattr(parent, key), getattr(own, key)
+        if was != now:
+            raise UserError(
+                f"model.{key}={now}: {step_folder} was trained with {was}, and its weights mean "
+                f"nothing in other heads; set model.{key}={was}"
+            )
 
 
 def changes(parent: TrainedModel, config: Config) -> dict[str, list[Any]]:
-    """Settings of the function that differ, as [parent's, own]."""
+    """Settings of the function that differ, as [parent's, own].
+
+    Mixers of one family are one function of as many tokens as each of them sees.
+    """
     model, training = config.model, config.training
     both_learn = parent.learns and training.train_mode == "meta"
     keys = (*_FUNCTION, "mini_batch_size") if both_learn else _FUNCTION
-    found = {f"model.{key}": [getattr(parent.config, key), getattr(model, key)] for key in keys}
+    pairs = {f"model.{key}": [getattr(parent.config, key), getattr(model, key)] for key in keys}
+    if families(parent.config) != families(model):
+        both = (parent.config, model)
+        pairs["model.layer_types"] = [list(mixers.layer_types(part)) for part in both]
     if both_learn:
         inner = (parent.training, training)
-        found["training.optimizer_inner"] = [dataclasses.asdict(t.optimizer_inner) for t in inner]
-    return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+        pairs["training.optimizer_inner"] = [dataclasses.asdict(t.optimizer_inner) for t in inner]
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def families(model: ModelConfig) -> list[str]:
+    """Of every layer's mixer."""
+    return [mixer.family for mixer in mixers.layers(model)]
 
 
 def common_context(parent: TrainedModel, config: Config) -> int:
     """Tokens of a sequence that both models see in the same way, in whole chunks of both."""
-    model = config.model
-    windows = {parent.window, mixers.window(model)}
+    models = (parent.config, config.model)
+    windows = [[mixer.window for mixer in mixers.layers(model)] for model in models]
     length = min(parent.training.seq_length, config.training.seq_length)
-    if len(windows) > 1:
-        length = min([length, *(window for window in windows if window is not None)])
-    sliding = [part for part in (parent.config, model) if mixers.window(part) is not None]
-    chunk = math.lcm(*(part.mini_batch_size for part in sliding))
+    if windows[0] != windows[1]:
+        length = min([length, *(w for layers in windows for w in layers if w is not None)])
+    chunk = math.lcm(*(m.mini_batch_size for m in models if not mixers.windows_apart(m)))
     return length // chunk * chunk
 
 
@@ -286,8 +324,10 @@ def token_loss(
     return nll / count if count else math.nan
 
 
-def warm_loss(config: Config, start: Start, evaluation: Source, layout: Layout) -> float | None:
-    """The child's loss at step 0 on the tokens of `Start.parent`, learning only if that learned."""
+def warm_loss(
+    config: Config, start: StartPoint, evaluation: Source, layout: Layout
+) -> float | None:
+    """The child's loss at step 0 on the tokens of `start.parent`, learning only if that learned."""
     parent = start.parent
     if parent is None or parent.loss is None:
         return None
@@ -314,7 +354,9 @@ def narrow(config: Config, parent: TrainedModel, train: Source) -> dict[str, np.
     ids = np.stack([train[index][:length] for index in range(count)])
     logger.info(
         "narrowing the parent's MLPs from %d to %d units by what they do on %d tokens",
-        *(parent.config.intermediate_size, config.model.intermediate_size, ids.size),
+        parent.config.intermediate_size,
+        config.model.intermediate_size,
+        ids.size,
     )
     return warm_start.narrow(parent.at(length), ids, config.model.intermediate_size)
 

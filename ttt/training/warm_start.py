@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ttt.core.precision import Precision
 from ttt.model.transformer import Block, MetaModel
 
 SMALL_GAIN = 0.1
@@ -50,11 +51,12 @@ class Begun(NamedTuple):
 def begin(model: MetaModel, how: str) -> Begun:
     """`model` with its prime MLPs begun as `how` says (`ttt.knobs.PRIME_INITS`).
 
-    model: fresh prime MLPs, all else from the parent.
+    model: fresh prime MLPs, all else from the parent. Its suffix blocks are given away, so that no
+        device holds them twice; the new ones lie where they lay.
     """
-    blocks = model.language_model.model.h.suffix_blocks
-    # Copied, or a copy would share its buffers with what it is a copy of, and could not be donated.
-    begun = jax.tree.map(jnp.copy, jax.vmap(INITS[how])(blocks))
+    blocks = jax.tree.map(jnp.asarray, model.language_model.model.h.suffix_blocks)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blocks)
+    begun = jax.jit(INITS[how], donate_argnums=0, out_shardings=shardings)(blocks)
     last = f"[-{jax.tree.leaves(blocks)[0].shape[0]}:]"
     present = [part for part in _PARTS if _part(blocks, part) is not None]
     taken = {
@@ -150,12 +152,12 @@ def narrow(parent: MetaModel, ids: Int[np.ndarray, "N T"], width: int) -> dict[s
 
     The output that an MLP has on the tokens `ids` shall change least in the mean square, where the
     units that stay take over what the others did as far as they can (optimal brain surgeon,
-    Hassibi and Stork 1993, for whole units).
+    Hassibi and Stork 1993, for whole units). One layer at a time is on a device.
     """
-    parent = jax.tree.map(jnp.asarray, parent)
     stacks = parent.language_model.model.h
     layers = [_layers(blocks) for blocks in (stacks.prefix_blocks, stacks.suffix_blocks)]
-    x = jax.vmap(parent.embed)(ids)
+    table = np.asarray(parent.language_model.model.wte.weight)
+    x = jnp.asarray(table[ids]).astype(Precision.of(parent.config).compute)
     parts: dict[str, list[np.ndarray]] = {"w1": [], "w2": [], "w3": []}
     for block in [block for stack in layers for block in stack]:
         x, gram = _through(block, x)

@@ -39,13 +39,8 @@ class Flops:
 
     def scaled(self, weights: float, attention: float, head: float) -> "Flops":
         """Each kind of work so many times over."""
-        return Flops(
-            self.prefix_weights * weights,
-            self.prefix_attention * attention,
-            self.suffix_weights * weights,
-            self.suffix_attention * attention,
-            self.head * head,
-        )
+        times = {"weights": weights, "attention": attention, "head": head}
+        return Flops(**{k: n * times[k.rpartition("_")[2]] for k, n in asdict(self).items()})
 
     def __mul__(self, times: float) -> "Flops":
         return self.scaled(times, times, times)
@@ -153,22 +148,16 @@ def learned(training: TrainingConfig) -> tuple[str, ...]:
 # ---- hardware FLOPs ----------------------------------------------------------------------
 
 # What a remat policy runs again of a block: (products with weights, work between tokens).
-_RECOMPUTED = {
-    "none": (0, 0),
-    "dots": (0, 0),
-    "attention": (1, 0),
-    "block": (1, 1),
-    "chunk": (1, 1),
-}
+_RECOMPUTED = {"none": (0, 0), "dots": (0, 0), "attention": (1, 0)}
+_RECOMPUTED |= {"block": (1, 1), "chunk": (1, 1)}
 
 
 def hardware_flops(model: ModelConfig, training: TrainingConfig) -> Flops:
     """A training step as the program runs it, all that is computed twice included."""
     weights, mixing = _RECOMPUTED[model.remat_prefix]
     # The plain loss runs its head again, lest it keep what lies between hidden states and loss.
-    plain = _program(model, training.seq_length, mixing).scaled(
-        3 + weights, 1, 4 + logits_twice(model)
-    )
+    head = 4 + logits_twice(model)
+    plain = _program(model, training.seq_length, mixing).scaled(3 + weights, 1, head)
     if training.train_mode == "pretrain":
         return plain
     prefix = {"prefix_weights": plain.prefix_weights, "prefix_attention": plain.prefix_attention}

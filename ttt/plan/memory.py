@@ -15,7 +15,7 @@ from ttt.plan.parameters import (
     parameters,
     selected,
 )
-from ttt.plan.sharding import DeviceSharding
+from ttt.plan.sharding import ONE_DEVICE, DeviceSharding
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
@@ -77,9 +77,9 @@ class LearningMemory:
 
 
 def memory(
-    model: ModelConfig, training: TrainingConfig, devices: DeviceSharding | None = None
+    model: ModelConfig, training: TrainingConfig, devices: DeviceSharding = ONE_DEVICE
 ) -> Memory:
-    """The predicted peak of a training step on each of `devices` (None: one).
+    """The predicted peak of a training step on each of `devices`.
 
     Parameters, moments and gradients are divided as the sharding says. Of the rest,
     `state_parallel` divides fast weights and caches here, and no more: the prediction is high.
@@ -90,7 +90,6 @@ def memory(
 
     Raises UserError if the devices do not divide a microbatch.
     """
-    devices = devices or DeviceSharding()
     sequences = devices.sequences(training)
     tokens = sequences * training.seq_length
     meta = training.train_mode == "meta"
@@ -157,10 +156,9 @@ def state_memory(model: ModelConfig, spec_inner: Iterable[str], context: int) ->
 
 
 def learning_memory(
-    model: ModelConfig, training: TrainingConfig, devices: DeviceSharding | None = None
+    model: ModelConfig, training: TrainingConfig, devices: DeviceSharding = ONE_DEVICE
 ) -> LearningMemory:
-    """What `meta` adds on each of `devices` (None: one)."""
-    devices = devices or DeviceSharding()
+    """What `meta` adds on each of `devices`."""
     sequences = devices.sequences(training)
     length, policy, group = training.seq_length, model.remat_suffix, training.inner_remat_freq
     chunks, tokens = length // model.mini_batch_size, sequences * model.mini_batch_size
@@ -182,12 +180,6 @@ def learning_memory(
 
 # ---- blocks and loss -----------------------------------------------------------------------
 
-# Numbers per token that lie within a block beside its mixer's own, as the slopes by depth of what
-# XLA's CPU compiler reserves show: around the mixer, as wide as the model, in the compute dtype and
-# in float32 (norms); in an MLP, as wide as the MLP in the compute dtype, as the model in float32.
-_AROUND_MIXER = (3, 4)
-_IN_AN_MLP = (6, 5)
-
 
 def _kept(model: ModelConfig, policy: str, kind: BlockKind) -> int:
     """Bytes per token that a block keeps for its backward pass."""
@@ -205,16 +197,16 @@ def _kept(model: ModelConfig, policy: str, kind: BlockKind) -> int:
 
 
 def _intermediates(model: ModelConfig, kind: BlockKind) -> tuple[int, int]:
-    """Bytes per token of all that lies within (mixer, MLPs), scores aside."""
+    """Bytes per token of all that lies within (mixer and its norms, MLPs and theirs), scores aside.
+
+    How many there are is what the slopes by depth of the memory show that XLA's CPU compiler
+    reserves; the norms compute in float32.
+    """
     width, inner = model.hidden_size, model.intermediate_size
-
-    def size(narrow: int, wide: int) -> int:
-        return narrow * _BYTES[model.compute_dtype] + wide * _BYTES["fp32"]
-
-    own = kind.mixer.intermediates()
-    mixer = (around * width + n for around, n in zip(_AROUND_MIXER, own, strict=True))
-    mlp = size(_IN_AN_MLP[0] * inner, _IN_AN_MLP[1] * width)
-    return size(*mixer), (1 + kind.prime) * mlp
+    compute, wide = _BYTES[model.compute_dtype], _BYTES["fp32"]
+    own, own_wide = kind.mixer.intermediates()
+    mixer = (3 * width + own) * compute + (4 * width + own_wide) * wide
+    return mixer, (1 + kind.prime) * (6 * inner * compute + 5 * width * wide)
 
 
 def _block_work(

@@ -8,7 +8,7 @@ of its sums. No JAX: what the machine has is asked elsewhere (ttt/plan/hardware.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from ttt.errors import UserError
@@ -66,9 +66,7 @@ class MemoryPlan:
     def describe(self) -> str:
         """One line: predicted peak, its largest parts, the budget, what was chosen."""
         count, budget = self.hardware.devices, gigabytes(self.hardware.budget)
-        chosen = " ".join(
-            f"{key}={value}" for key, value in self.chosen.items() if _matters(self.config, key)
-        )
+        chosen = _overrides({k: v for k, v in self.chosen.items() if _matters(self.config, k)})
         return (
             f"memory: {gigabytes(self.memory.total)} predicted on each of {count} device"
             f"{'s' if count > 1 else ''} ({_parts(self.memory)}), {budget} to use "
@@ -191,55 +189,42 @@ def advice(config: Config, plan: MemoryPlan) -> str:
 def remedies(config: Config, plan: MemoryPlan) -> list[tuple[str, MemoryPlan]]:
     """(overrides or devices, the plan with them) of changes that fit by the same prediction."""
     settings, devices = _changes(config, plan.hardware)
-    series = [[(change, plan.hardware) for change in changes] for changes in settings]
-    series.append([({}, replace(plan.hardware, devices=count)) for count in devices])
     together = {key: value for changes in settings for key, value in changes[-1].items()}
-    alone = [found for changes in series if (found := _first_that_fits(config, plan, changes))]
-    both = None if alone else _first_that_fits(config, plan, [(together, plan.hardware)])
-    return [both] if both else alone
+
+    def first_that_fits(changes: list[dict[str, Any]]) -> list[tuple[str, MemoryPlan]]:
+        plans = ((each, choose(_with(config, each), plan.hardware)) for each in changes)
+        fitting = ((_overrides(each), other) for each, other in plans if other.fits)
+        return list(islice(fitting, 1))
+
+    more = (choose(config, replace(plan.hardware, devices=count)) for count in devices)
+    alone = [found for changes in settings for found in first_that_fits(changes)]
+    fitting = ((f"{other.hardware.devices} devices", other) for other in more if other.fits)
+    alone += islice(fitting, 1)
+    return alone or first_that_fits([together])
 
 
 def _changes(config: Config, hardware: Hardware) -> tuple[list[list[dict[str, Any]]], list[int]]:
     """(series of settings, numbers of devices) that save more and more memory."""
     model, training, backend = config.model, config.training, config.backend
     data = DeviceSharding.of(config, hardware.devices).data
-    series: list[list[dict[str, Any]]] = []
-    freed = {
-        key: auto
-        for key, auto in AUTO.items()
-        if setting(config, key) != auto and _matters(config, key)
-    }
-    if freed:
-        series.append([freed])
+    microbatch = training.global_batch_size // training.accum_steps
+    parts = [n for n in range(2, microbatch + 1) if microbatch % n == 0]
+    freed = {k: v for k, v in AUTO.items() if setting(config, k) != v and _matters(config, k)}
+    series: list[list[dict[str, Any]]] = [[freed]] if freed else []
     if model.attention_block == 0 and model.mini_batch_size % _SMALL_ATTENTION_BLOCK == 0:
         series.append([{"model.attention_block": _SMALL_ATTENTION_BLOCK}])
     if model.loss_block == 0 and model.vocab_size > _SMALL_LOSS_BLOCK:
         series.append([{"model.loss_block": _SMALL_LOSS_BLOCK}])
     if data > 1 and backend.sharding == "replicated":
         series.append([{"backend.sharding": "fsdp"}])
-    microbatch = training.global_batch_size // training.accum_steps
-    parts = [n for n in range(2, microbatch + 1) if microbatch % n == 0]
-    smaller = [
-        {"training.accum_steps": training.accum_steps * n}
-        for n in parts
-        if microbatch // n % data == 0
-    ]
+    smaller = [training.accum_steps * n for n in parts if microbatch // n % data == 0]
     if smaller:
-        series.append(smaller)
+        series.append([{"training.accum_steps": steps} for steps in smaller])
     return series, [n * backend.state_parallel for n in parts if n > data]
 
 
-def _first_that_fits(
-    config: Config, plan: MemoryPlan, changes: Iterable[tuple[dict[str, Any], Hardware]]
-) -> tuple[str, MemoryPlan] | None:
-    for settings, hardware in changes:
-        changed = choose(_with(config, settings), hardware)
-        if changed.fits:
-            shown = [f"{key}={value}" for key, value in settings.items()]
-            if hardware != plan.hardware:
-                shown.append(f"{hardware.devices} devices")
-            return " ".join(shown), changed
-    return None
+def _overrides(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 # For parts of Memory whose names say little.

@@ -119,16 +119,13 @@ def parameter_sizes(model: ModelConfig) -> dict[str, int]:
 
 def counts(model: ModelConfig) -> dict[str, int]:
     """Numbers in the parameters, by part; `head` is 0 where it is the embedding."""
-    globs = {
-        "embedding": ("**.wte.**",),
-        "head": ("**.lm_head.**",),
-        "prefix": ("**.prefix_blocks.**",),
-        "suffix": ("**.suffix_blocks.**",),
-        "prime": ("**.feed_forward_prime.**", "**.ffn_prime_*.**"),
-        "final_norm": ("**.ln_f.**",),
-    }
-    sizes = {part: count(selected(model, of)) for part, of in globs.items()}
-    return sizes | {"suffix": sizes["suffix"] - sizes["prime"], "total": count(parameters(model))}
+    parts = {"wte": "embedding", "lm_head": "head", "ln_f": "final_norm"}
+    sizes = dict.fromkeys(("embedding", "head", "prefix", "suffix", "prime", "final_norm"), 0)
+    for name, size in parameter_sizes(model).items():
+        stack, _, within = name.partition("_blocks.")
+        part = stack.rpartition(".")[2] if within else parts[name.split(".")[-2]]
+        sizes["prime" if "_prime" in within else part] += size
+    return sizes | {"total": sum(sizes.values())}
 
 
 def matrices(weights: Iterable[Weight]) -> int:

@@ -76,3 +76,6 @@ class DeviceSharding:
             parameter.size // prod(sizes[axis] for axis in _axes(parameter.weight, sharding))
             for parameter in parameters
         )
+
+
+ONE_DEVICE = DeviceSharding()

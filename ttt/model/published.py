@@ -70,7 +70,7 @@ def from_published(like: PyTree, published: Mapping[str, AnyArray]) -> PyTree:
 def _sources(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
     """Published name -> the leaves that it consists of."""
     sources: dict[str, list[str]] = {}
-    for name in leaves:
+    for name in sorted(leaves, key=lambda name: name.startswith(_STACKS)):
         sources.setdefault(published_name(name), []).append(name)
     return sources
 

@@ -3,7 +3,10 @@
 import copy
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,21 +75,21 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
+def command_line(root: Path, method: str, *overrides: str) -> list[str]:
+    return [
+        f"+experiment=tiny/pretrain/pretrain-tiny-{method}",
+        *SMALL,
+        *LEARNING[method],
+        f"deploy_paths.checkpoint={root}/checkpoints",
+        f"deploy_paths.experiments={root}/experiments",
+        f"+deploy_paths.data.text={root}/text",
+        "training.dataset_name=text",
+        *overrides,
+    ]
+
+
 def configure(root: Path, method: str, *overrides: str):
-    return resolve(
-        compose(
-            [
-                f"+experiment=tiny/pretrain/pretrain-tiny-{method}",
-                *SMALL,
-                *LEARNING[method],
-                f"deploy_paths.checkpoint={root}/checkpoints",
-                f"deploy_paths.experiments={root}/experiments",
-                f"+deploy_paths.data.text={root}/text",
-                "training.dataset_name=text",
-                *overrides,
-            ]
-        )
-    )
+    return resolve(compose(command_line(root, method, *overrides)))
 
 
 def keep_checkpoint(config, *, step: int, change=lambda weights: weights) -> None:
@@ -177,6 +180,24 @@ def test_loss_of_every_method_at_other_lengths_is_that_of_reading_token_by_token
             (found,) = values(rows, **wanted, learning=str(run.learns))
             # A chunk with a document's start in it has fewer tokens to its mean.
             assert found == pytest.approx(np.concatenate(counted).mean(), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_batches_that_do_not_divide_into_the_devices_are_filled_up(evaluated, root):
+    """Eight sequences on three devices, in a process that believes in three."""
+    own = ["evaluation.suites=[loss_by_context]", "evaluation.name=three"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "ttt.evaluate", *command_line(root, "fa", *own)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    folder = root / "experiments/default/pretrain-tiny-fa/eval/three-3"
+    losses = {"run": "pretrain-tiny-fa", "measure": "loss"}
+    expected = values(rows_of(evaluated[1], "loss_by_context"), **losses)
+    assert values(rows_of(folder, "loss_by_context"), **losses) == pytest.approx(expected, rel=1e-5)
 
 
 def test_learning_changes_nothing_before_the_first_step(evaluated):

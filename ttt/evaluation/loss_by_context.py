@@ -17,7 +17,7 @@ from ttt.evaluation.loss_by_position import PositionLoss
 from ttt.evaluation.resources import LoadedModels, held_out
 from ttt.evaluation.result import Key, Row
 from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot, printed
-from ttt.infra.mesh import Layout, check_divides
+from ttt.infra.mesh import Layout
 from ttt.knobs import Config
 from ttt.model.loop import Evaluator
 from ttt.model.trained import TrainedModel
@@ -60,8 +60,6 @@ class LossByContext(AbstractSuite):
                 f"{_KEY}.tokens={asked.tokens}: {source.name} holds {len(source)} sequences of "
                 f"{longest} tokens; lower it to at most {len(source) * longest}, or add data"
             )
-        for context in self._contexts:
-            check_divides(models.mesh, self._batch_size(context))
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each context and mode."""
@@ -125,7 +123,7 @@ class LossByContext(AbstractSuite):
         return self.config.evaluation.loss_by_context.tokens // context
 
     def _batch_size(self, context: int) -> int:
-        """The largest divisor of the number of sequences that `batch_size` and devices allow."""
+        """The largest divisor of the number of sequences that `batch_size` allows."""
         sequences = self._sequences(context)
         sizes = range(min(self.config.evaluation.batch_size, sequences), 0, -1)
         return next(n for n in sizes if sequences % n == 0)

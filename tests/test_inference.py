@@ -383,4 +383,4 @@ def test_bfloat16_caches_are_saved_and_loaded_bit_for_bit(tmp_path):
     engine.save(tmp_path / "state", state)
     loaded = engine.load(tmp_path / "state")
     assert equal(loaded, state)
-    assert loaded.prefix.keys.dtype == jax.numpy.bfloat16
+    assert loaded.prefix.rest[0].keys.dtype == jax.numpy.bfloat16

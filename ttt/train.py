@@ -24,7 +24,7 @@ from ttt.infra.progress import Progress
 from ttt.infra.record import RunRecord
 from ttt.knobs import Config
 from ttt.model import loop
-from ttt.model.loop import Evaluator, Scores
+from ttt.model.loop import Evaluator, Score
 from ttt.model.trained import learns, method_of
 from ttt.training import light
 from ttt.training.run import (
@@ -43,9 +43,6 @@ from ttt.training.step import fit_memory, make_step, speed
 from ttt.training.steps import take_steps
 
 logger = logging.getLogger(__name__)
-
-type Score = Callable[..., Scores]
-"""(model, batch, learn=…) -> the losses of a batch of the loader."""
 
 
 def run(config: Config) -> None:

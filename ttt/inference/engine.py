@@ -31,7 +31,6 @@ from ttt.inference.state import State
 from ttt.knobs import ModelConfig, TrainingConfig
 from ttt.model.layers import for_compute
 from ttt.model.published import to_published
-from ttt.model.stacks import restacked, unrolled
 from ttt.model.transformer import MetaModel
 
 # Tokens that full attention, which has no chunks of its own, reads at a time.
@@ -95,27 +94,12 @@ class Engine:
 
     def _parted(self, model: MetaModel) -> tuple[MetaModel, MetaModel]:
         """(fast, slow) weights, layer by layer, in the dtypes that they are used in."""
-        config = self.config
-        suffix = config.suffix_len
-        model = eqx.tree_at(
-            lambda m: m.language_model.model.h,
-            model,
-            replace_fn=lambda h: eqx.tree_at(
-                lambda h: (h.prefix_blocks, h.suffix_blocks),
-                h,
-                (
-                    unrolled(h.prefix_blocks, config.num_hidden_layers - suffix),
-                    unrolled(h.suffix_blocks, suffix),
-                ),
-                is_leaf=lambda x: x is None,
-            ),
-        )
-        fast, slow = (
-            model.fast_weights(self._training.spec_inner)
-            if self.learns
-            else eqx.partition(model, False)
-        )
-        return fast, for_compute(slow, Precision.of(config).compute)
+        model = model.unrolled()
+        if self.learns:
+            fast, slow = model.fast_weights(self._training.spec_inner)
+        else:
+            fast, slow = eqx.partition(model, False)
+        return fast, for_compute(slow, Precision.of(self.config).compute)
 
     # ---- states --------------------------------------------------------------------------
 
@@ -172,19 +156,9 @@ class Engine:
         """The model with the fast weights that a sequence has come to, in their own dtype."""
         if not self.learns:
             return self._model
-        like, slow = self._model.fast_weights(self._training.spec_inner)
+        own, slow = self._model.fast_weights(self._training.spec_inner)
         fast = jax.tree.map(lambda leaf: leaf[row], state.fast)
-        fast = eqx.tree_at(
-            lambda m: m.language_model.model.h.suffix_blocks,
-            fast,
-            restacked(
-                like.language_model.model.h.suffix_blocks,
-                fast.language_model.model.h.suffix_blocks.rest,
-            ),
-        )
-        return eqx.combine(
-            jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(fast)), slow
-        )
+        return eqx.combine(fast.restacked(own), slow)
 
     def compile(
         self, sequences: int, sampling: Sampling | None = None, *, score: bool = True

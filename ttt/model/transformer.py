@@ -275,10 +275,10 @@ class MetaModel(eqx.Module):
         late = ("suffix_blocks", "ln_f", "lm_head")
         early = [name for name in chosen if not set(late) & set(name.split("."))]
         if not chosen or early:
-            found = f"it matches {', '.join(early)}" if early else "it matches no parameter"
+            matched = f"it matches {', '.join(early)}" if early else "it matches no parameter"
             raise UserError(
-                f"training.spec_inner={list(spec_inner)}: {found}; fast weights are parameters of "
-                "the suffix blocks, ln_f or lm_head. The prime MLPs are "
+                f"training.spec_inner={list(spec_inner)}: {matched}; fast weights are parameters "
+                "of the suffix blocks, ln_f or lm_head. The prime MLPs are "
                 "'language_model.**.suffix_blocks.feed_forward_prime.**'."
             )
         fast, slow = eqx.partition(self, mask)

@@ -1,13 +1,10 @@
-"""A model that goes on from a parent of another kind: full attention → sliding window → TTT-E2E.
+"""Warm starts into another kind of model: full attention → sliding window → TTT-E2E.
 
-Attention has the same weights in all of them, and up to a window of tokens the same function. What
-is new are the prime MLPs. A block adds post'(prime(pre'(h))) to the stream, and post' normalises:
-whatever the prime MLP puts out, however small, comes out of it as large as post's gain. So a zero
-down-projection is no gentle start: its output is zero, but the normalisation's slope there is
-1/√eps, a thousandfold, and the first inner step ends the parent's function. A zero gain is gentle
-and deaf: no inner gradient passes it. What serves is to let the parent's own MLP be the prime one,
-at its natural strength, and a new, silent MLP stand in its place: nothing changes, and what learns
-is what has learned before (docs/warm_start.md: the candidates, and what became of them).
+Attention keeps its weights, and up to a window of tokens its function; only the prime MLPs are new.
+What a prime MLP adds is normalised first. So a zero down-projection is no gentle start: the slope
+there is 1/√eps, and the first inner step changes the function. Behind a zero gain no inner gradient
+passes. The default lets the parent's MLP become the prime one, and a new MLP with gain 0 takes its
+place: the function stays, and what learns is trained already (docs/warm_start.md compares all).
 """
 
 from typing import Any, NamedTuple

@@ -382,7 +382,11 @@ def test_ctrl_c_ends_with_130_and_a_hint(store, tmp_path):
     arguments = ["--dest-root", tmp_path / "data", "--datasets", "books3", "--threads", "1"]
     arguments += ["--billing-project", PROJECT, "--endpoint-url", store.url]
     with subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, SCRIPT, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, and all below it, ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while not store.reads and process.poll() is None:
             time.sleep(0.05)

@@ -42,10 +42,10 @@ NEEDLE_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3")
 
 
 class Rule(NamedTuple):
-    """What a value must satisfy; `says` gives the rule and the remedy."""
+    """What a value must satisfy; `message` gives the rule and the remedy."""
 
     holds: Callable[[Any], bool]
-    says: str
+    message: str
     names: Sequence[str] = ()
     """The names that hold, where they are few: a near miss is pointed out."""
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ttt.dataloader.validate import Report, validate
+from ttt.dataloader.validate import Report, plan, validate
 from ttt.entry import exit_codes
 from ttt.errors import RunError, UserError
 from ttt.infra.progress import Bar
@@ -48,11 +48,16 @@ def main() -> None:
     add("--vocab-size", type=int, help="the model's; default: the store's")
     add("--bos-token-id", type=int, help="the model's; default: the store's")
     add("--seed", type=int, default=0, help="which samples are looked at; default: %(default)s")
+    add("--dry-run", action="store_true", help="open the splits, say what would be looked at")
     add("--format", choices=["table", "json"], default="table", help="default: %(default)s")
     args = vars(parser.parse_args())
-    path, form = args.pop("dataset_path"), args.pop("format")
+    path, form, dry_run = (args.pop(name) for name in ("dataset_path", "format", "dry_run"))
     args["splits"] = [part.strip() for part in args["splits"].split(",")]
     with exit_codes():
+        if dry_run:
+            for line in plan(path, args["splits"], args["seq_length"], args["samples"]):
+                print(line)
+            return
         with Bar() as bar:
             report = validate(path, **args, progress=bar)
         if form == "json":

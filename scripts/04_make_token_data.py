@@ -4,6 +4,7 @@ For example:
   uv run --exact python scripts/04_make_token_data.py --out data/builtin --source builtin
   uv run --exact python scripts/04_make_token_data.py --out data/mine --source text \
       --text 'notes/**/*.txt' --tokenizer tokenizer.json
+  uv run --exact python scripts/04_make_token_data.py --out data/smoke
   uv run --exact python scripts/04_make_token_data.py --out data/random --source random \
       --vocab-size 128256 --train-tokens 1000000 --val-tokens 100000
 
@@ -26,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--out", required=True, help="folder of the new store; must not exist")
-    add("--source", required=True, choices=list(DEFAULTS))
+    add("--source", choices=list(DEFAULTS), default="random", help="default: %(default)s")
     add("--text", nargs="+", metavar="GLOB", help="files, one document each; ** is any folders")
     add("--tokenizer", metavar="bytes|FILE.json", help="default: bytes, 258 ids")
     add("--bos-token", help="starts each document; default: the usual names are tried")

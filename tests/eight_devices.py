@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from builders import MODEL, TRAINING, full_attention, random_tokens
+from builders import GROUPED, HYBRID, MODEL, TRAINING, full_attention, random_tokens
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ttt.core import compiling
@@ -37,12 +37,14 @@ PLAIN = replace(META, train_mode="pretrain")
 METHODS = {
     "fa": (full_attention(MODEL), PLAIN),
     "swa": (replace(MODEL, suffix_len=0, prime=False), PLAIN),
+    "hybrid": (replace(HYBRID, **GROUPED, num_hidden_layers=4), PLAIN),
     "e2e": (MODEL, META),
 }
 # (backend.sharding, backend.state_parallel); the last of a method also evaluates.
 WAYS = {
     "fa": {"replicated": ("replicated", 1), "both": ("fsdp", 2)},
     "swa": {"tensors": ("replicated", 2), "fsdp": ("fsdp", 1)},
+    "hybrid": {"both": ("fsdp", 2)},
     "e2e": {"replicated": ("replicated", 1), "fsdp": ("fsdp", 1), "both": ("fsdp", 2)},
 }
 _COLLECTIVE = re.compile(

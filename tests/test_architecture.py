@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ttt.mixers import HYBRID, MIXERS
+
 ROOT = Path(__file__).parents[1]
 
 # From the ground up. A module may be named before it is written; none may be written unnamed.
@@ -223,6 +225,45 @@ def test_package_imports_by_full_name(path):
 def test_script_is_an_address_not_a_house(path):
     assert len(path.read_text().splitlines()) <= 80
     assert any(name.startswith("ttt.") for name in imports(parsed(path)))
+
+
+MIXER_NAMES = {name for kind in MIXERS.values() for name in (kind.name, kind.short, kind.label)} | {
+    HYBRID
+}
+
+
+def mixers_compared(tree: ast.AST) -> list[str]:
+    """Comparisons, and cases of `match`, with the name of a mixer or of a network of one."""
+    tests = [node for node in ast.walk(tree) if isinstance(node, ast.Compare | ast.MatchValue)]
+    return [
+        ast.unparse(node)
+        for node in tests
+        if any(
+            isinstance(part, ast.Constant) and part.value in MIXER_NAMES for part in ast.walk(node)
+        )
+    ]
+
+
+@pytest.mark.parametrize("path", [*SOURCES.values(), *SCRIPTS], ids=str)
+def test_nobody_but_the_descriptions_compares_a_mixers_name(path):
+    if path != SOURCES["ttt.mixers"]:
+        assert mixers_compared(parsed(path)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x == 'SWA'",
+        "'full_attention' != x",
+        "x in ('fa', 'swa')",
+        "[k for k in x if k not in {'hybrid'}]",
+        "match x:\n    case 'self_attention':\n        pass",
+        "match x:\n    case 'a' | 'sliding_attention':\n        pass",
+    ],
+)
+def test_a_comparison_with_a_mixers_name_is_seen(line):
+    assert len(mixers_compared(ast.parse(line))) == 1
+    assert mixers_compared(ast.parse(re.sub("'[^']+'", "'e2e'", line))) == []
 
 
 def test_training_does_not_wait_for_pandas():

@@ -9,7 +9,8 @@ import pytest
 from builders import MODEL, full_attention
 
 from ttt.errors import UserError
-from ttt.model.pattern import make_mixer
+from ttt.mixers import layer_types
+from ttt.model.pattern import MAKERS
 from ttt.ops import dot_attention
 
 
@@ -17,7 +18,7 @@ from ttt.ops import dot_attention
 def test_blocks_and_naive_are_one_function(config):
     x = jax.random.normal(jax.random.key(1), (32, config.hidden_size))
     y = [
-        make_mixer(replace(config, attention=name), jax.random.key(0))(x)
+        MAKERS[layer_types(config)[0]](replace(config, attention=name), jax.random.key(0))(x)
         for name in ("blocks", "naive")
     ]
     np.testing.assert_allclose(*y, atol=2e-6)

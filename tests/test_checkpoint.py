@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden import read
 from jax.experimental import multihost_utils
 
 from ttt.core.tree import named_leaves
@@ -350,9 +351,9 @@ def test_a_published_checkpoint_reads_by_name(golden):
     checkpoints = Checkpoints(golden / "published_checkpoint")
     assert checkpoints.steps() == [7]
     flat = read_flat(checkpoints.find(), "model_weights")
-    with np.load(golden / "e2e_meta.npz") as case:
-        names = [key for key in case.files if key.startswith("param.")]
-        expected = {key.removeprefix("param."): case[key] for key in names}
+    arrays = read(golden, "e2e_meta")[1]
+    names = [key for key in arrays if key.startswith("param.")]
+    expected = {key.removeprefix("param."): arrays[key] for key in names}
     assert flat.keys() == expected.keys()
     for name, array in flat.items():
         np.testing.assert_array_equal(array, expected[name])

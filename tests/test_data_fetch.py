@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -378,16 +378,29 @@ def test_listing_without_crc32c_is_checked_by_md5():
 
 
 def test_ctrl_c_ends_with_130_and_a_hint(store, tmp_path):
-    store.before_read = lambda name: time.sleep(0.2)
+    reading, ended = threading.Event(), threading.Event()
+
+    def never_answer(name):
+        reading.set()
+        ended.wait(120)
+
+    store.before_read = never_answer
     arguments = ["--dest-root", tmp_path / "data", "--datasets", "books3", "--threads", "1"]
     arguments += ["--billing-project", PROJECT, "--endpoint-url", store.url]
     with subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, SCRIPT, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, and all below it, ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        while not store.reads and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        try:
+            assert reading.wait(120)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+            ended.set()
     assert process.returncode == 130
     assert "the same command goes on" in said
     assert "Traceback" not in said

@@ -285,3 +285,13 @@ def test_exit_code_of_bad_data_of_no_vocabulary_and_of_no_store(look, script, so
     assert code == 2
     assert "give --vocab-size" in said.err
     assert script("--seq-length", LENGTH, "--splits", "train", "--vocab-size", VOCABULARY)[0] == 0
+
+
+def test_dry_run_says_what_would_be_looked_at_and_reads_no_token(look, script, tmp_path):
+    look()
+    for chunk in (tmp_path / "store" / "train" / "c").iterdir():
+        chunk.write_bytes(b"damage")
+    code, said = script("--seq-length", LENGTH, "--samples", 50, "--dry-run")
+    assert code == 0
+    assert said.out.splitlines()[0] == "train: would look at 50 of 312 samples of 128 tokens"
+    assert script("--seq-length", 0, "--dry-run")[0] == 2

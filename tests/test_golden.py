@@ -10,6 +10,7 @@ import pytest
 from builders import MODEL, TRAINING, sequence_loss
 from golden import TRIMMED, cases, folder, kept, like_expected, read
 
+from ttt.config import upgraded
 from ttt.core.batch import from_tokens
 from ttt.infra import checkpoint
 from ttt.knobs import ModelConfig, OptimizerInnerConfig, OptimizerOuterConfig, TrainingConfig
@@ -27,6 +28,9 @@ def configs(case: dict) -> tuple[ModelConfig, TrainingConfig]:
     """What the case states, over the test defaults for what has no influence."""
     model = asdict(MODEL) | {"prime": False, "suffix_len": 0} | case["base_model"] | case["model"]
     stated = case["base_training"] | case["training"]
+    for name in ("num_key_value_heads", "head_dim"):  # the cases follow from the heads
+        del model[name]
+    model = upgraded({"model": model})["model"]
     training = asdict(TRAINING) | stated
     for name, kind in {
         "optimizer_inner": OptimizerInnerConfig,

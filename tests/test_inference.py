@@ -3,14 +3,16 @@
 import re
 from dataclasses import replace
 from functools import cache
+from unittest.mock import patch
 
 import jax
 import numpy as np
 import pytest
-from builders import MODEL, TRAINING, full_attention, random_tokens, sequence_loss
+from builders import HYBRID, MODEL, TRAINING, full_attention, random_tokens, sequence_loss
 
 from ttt.core.batch import from_tokens
 from ttt.errors import UserError
+from ttt.inference import engine as engine_module
 from ttt.inference.engine import Engine
 from ttt.inference.sampling import Sampling, choose
 from ttt.inference.state import join, select, size_in_bytes
@@ -22,6 +24,7 @@ KINDS = {
     "e2e": (MODEL, TRAINING),
     "swa": (replace(MODEL, suffix_len=0, prime=False), PLAIN),
     "fa": (full_attention(), PLAIN),
+    "hybrid": (replace(HYBRID, num_hidden_layers=4), PLAIN),
 }
 
 
@@ -30,9 +33,13 @@ def model_of(kind: str) -> MetaModel:
     return MetaModel(KINDS[kind][0], key=jax.random.key(0))
 
 
-@cache
-def engine_of(kind: str, learn: bool = True) -> Engine:
-    return Engine(model_of(kind), KINDS[kind][1], context=T + 1, learn=learn)
+def new_engine(kind: str, learn: bool = True) -> Engine:
+    # Full attention reads in chunks of its own, which are to be as small as the others here.
+    with patch.object(engine_module, "CHUNK_OF_FULL_ATTENTION", MODEL.mini_batch_size):
+        return Engine(model_of(kind), KINDS[kind][1], context=T + 1, learn=learn)
+
+
+engine_of = cache(new_engine)
 
 
 @cache
@@ -100,6 +107,32 @@ def test_sequences_of_unequal_lengths_do_not_notice_each_other(kind):
             assert len(found) == starts[row] + T - max(starts)
 
 
+@pytest.mark.parametrize("kind", ["fa", "hybrid"])
+def test_a_state_that_grows_is_filled_by_one_stretch(kind, monkeypatch):
+    engine, tokens = engine_of(kind), tokens_of()
+    pieces = engine_of(kind)._read  # compiled before: the stretch leaves nothing to it
+    monkeypatch.setattr(engine, "_read", lambda *arguments: pytest.fail("read chunk by chunk"))
+    state, (nll,) = engine.read(engine.start(1), [tokens])
+    monkeypatch.setattr(engine, "_read", pieces)
+    np.testing.assert_allclose(nll, training_nll(kind), atol=1e-5)
+    monkeypatch.setattr(engine, "_stretch_of", lambda *arguments: 0)
+    by_chunks, (again,) = engine.read(engine.start(1), [tokens])
+    np.testing.assert_allclose(nll, again, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, by_chunks)
+
+
+def test_the_engine_holds_one_copy_of_the_weights_beside_the_callers():
+    model = jax.tree.map(lambda leaf: leaf + 0, model_of("e2e"))
+    before = sum(leaf.nbytes for leaf in jax.live_arrays())
+    engine = Engine(model, TRAINING, context=T + 1)
+    state, _ = engine.read(engine.start(1), [tokens_of()[:20]])
+    state, _ = engine.write(state, 16)
+    held = sum(leaf.nbytes for leaf in jax.live_arrays()) - before
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    assert held < 1.25 * weights + size_in_bytes(state)
+    jax.tree.map(np.testing.assert_array_equal, engine.learned(engine.start(1)), model)
+
+
 def test_without_learning_the_weights_stand_still_and_plain_attention_is_left():
     engine, tokens = engine_of("e2e", learn=False), tokens_of()
     state, read = engine.read(engine.start(1), [tokens[:13]])
@@ -160,7 +193,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(kind, tmp_path):
     engine, tokens = engine_of(kind), tokens_of()
     state, _ = engine.read(engine.start(2), [tokens[:19], tokens[:5]])
     assert engine.save(tmp_path / "new" / "state", state) > 0
-    loaded = Engine(model_of(kind), KINDS[kind][1], context=T + 1).load(tmp_path / "new" / "state")
+    loaded = new_engine(kind).load(tmp_path / "new" / "state")
     assert equal(loaded, state)
     here, there = (engine.write(s, 12, seed=3)[1] for s in (state, loaded))
     for row in range(2):
@@ -383,4 +416,4 @@ def test_bfloat16_caches_are_saved_and_loaded_bit_for_bit(tmp_path):
     engine.save(tmp_path / "state", state)
     loaded = engine.load(tmp_path / "state")
     assert equal(loaded, state)
-    assert loaded.prefix.keys.dtype == jax.numpy.bfloat16
+    assert loaded.prefix.rest[0].keys.dtype == jax.numpy.bfloat16

@@ -234,6 +234,15 @@ def test_rate_zero_is_the_plain_loss_of_the_same_network():
     )
 
 
+@pytest.mark.parametrize("learning", [None, Learning(TRAINING.spec_inner, InnerRule(0.5, 1.0))])
+def test_the_loss_of_one_sequence_is_its_row_of_the_batch(learning):
+    model, batch = make_model(MODEL), from_tokens(random_tokens(2, 33), MODEL.bos_token_id)
+    one = eqx.filter_jit(model.loss_for_sequence)(jax.tree.map(lambda x: x[1], batch), learning)
+    both = model.loss(batch) if learning is None else model.loss_while_learning(batch, learning)
+    np.testing.assert_allclose(one.chunk_losses, both.chunk_losses[1], rtol=1e-5)
+    np.testing.assert_allclose(one.token_nll, both.token_nll[1], rtol=1e-4)
+
+
 def test_an_empty_chunk_counts_zero_and_its_gradient_is_finite():
     model, tokens = make_model(MODEL), random_tokens(33)
     tokens[9:17] = MODEL.bos_token_id

@@ -12,6 +12,7 @@ import pytest
 from builders import MODEL, TRAINING
 from jax.extend.core import jaxprs_in_params
 
+from ttt import figures
 from ttt.config import compose, resolve
 from ttt.core.batch import Batch
 from ttt.errors import UserError
@@ -147,7 +148,7 @@ def test_proposals_fit_by_the_same_prediction(e2e, full, gigabytes):
         with pytest.raises(UserError) as refused:
             fit(config, machine)
         for change, other in found:
-            size = memory_plan.gigabytes(other.memory.total)
+            size = figures.gigabytes(other.memory.total)
             assert f"  {change}: {size}" in str(refused.value)
             overrides = [part for part in change.split() if "=" in part]
             devices = 1 if overrides else int(change.split()[0])

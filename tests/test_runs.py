@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ttt.config import compose, config_dir
 from ttt.errors import RunError, Stopped, UserError
-from ttt.experiment_rules import context_name
+from ttt.figures import short
 from ttt.infra.lock import RunLock
 from ttt.infra.record import StoredRun
 from ttt.runs import compose as composing
@@ -360,7 +360,7 @@ def test_a_path_reaches_the_config_as_it_was_written(text):
 
 
 def test_contexts_are_written_as_in_names():
-    assert [context_name(n) for n in (512, 1000, 2048, 131072)] == ["512", "1000", "2K", "128K"]
+    assert [short(n) for n in (512, 1000, 2048, 131072)] == ["512", "1000", "2K", "128K"]
 
 
 def test_tiny_reads_other_corpora_only_where_it_is_told_where_they_are():

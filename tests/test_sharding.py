@@ -21,6 +21,7 @@ from ttt.plan.sharding import DeviceSharding
 WAYS = {
     "fa": ("replicated", "both"),
     "swa": ("tensors", "fsdp"),
+    "hybrid": ("both",),
     "e2e": ("replicated", "fsdp", "both"),
 }
 CASES = [(method, way) for method, ways in WAYS.items() for way in ways]

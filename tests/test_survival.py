@@ -522,9 +522,9 @@ def test_bad_steps_are_left_out_up_to_so_many_in_a_row(configure, monkeypatch): 
         poison(patch, 2, 3, 5, 6, 7)
         save = steps.save
 
-        def note(run, state, items, batches):
+        def note(run, state, batches):
             states.append((int(state.step), np.asarray(jax.tree.leaves(state.model)[0])))
-            save(run, state, items, batches)
+            save(run, state, batches)
 
         patch.setattr(steps, "save", note)
         with pytest.raises(RunError, match=r"step 7: loss nan"):

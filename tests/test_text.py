@@ -264,3 +264,10 @@ def test_script_makes_a_store_once_and_prints_its_fingerprints(tmp_path, run_scr
     code, said = run("--out", str(Path(__file__) / "s"), "--dry-run")
     assert code == 2
     assert "choose another destination" in said.err
+
+
+def test_script_makes_random_ids_where_no_source_is_named(tmp_path, run_script):
+    code, said = run_script("04_make_token_data.py", "--out", tmp_path / "s")
+    assert code == 0
+    assert "random ids below 258, 1000000 train and 100000 val" in said.out
+    assert token_store.open_split(tmp_path / "s", "val").shape == (100_000,)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import MODEL, TRAINING, full_attention, random_tokens
+from builders import HYBRID, MODEL, TRAINING, full_attention, random_tokens
 from test_train import configure, record_of, store, weights_of  # noqa: F401 (fixtures)
 
 from ttt import train
@@ -106,9 +106,13 @@ def test_every_new_and_every_moved_weight_is_told(how, warm, parent):
     assert all(".prime_storage." in name or name.endswith("[-2:]") for name in begun.initialised)
 
 
-def test_every_way_to_begin_has_a_function():
+def test_every_way_to_begin_gives_other_weights(warm):
+    def weights(how: str) -> bytes:
+        begun = warm_start.begin(warm("random"), how).model
+        return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(begun))
+
     assert set(warm_start.PRESERVING) < set(PRIME_INITS)
-    assert warm_start.INITS.keys() == set(PRIME_INITS)
+    assert len({weights(how) for how in PRIME_INITS}) == len(PRIME_INITS)
 
 
 def test_a_silent_prime_mlp_is_deaf_and_a_zero_output_explodes(warm, batch, reading):
@@ -136,6 +140,16 @@ def test_the_fit_beats_leaving_units_out():
     kept, fitted = warm_start.fewer_units(units.T @ units / len(units), down, 5)
     left_out = np.square(units[:, kept] @ down[kept] - units @ down).mean()
     assert np.square(units[:, kept] @ fitted - units @ down).mean() < 0.1 * left_out
+
+
+def test_the_layers_of_a_hybrid_are_narrowed_in_their_order():
+    model = MetaModel(HYBRID, key=jax.random.key(3))
+    stored, ids = published.to_published(model), random_tokens(2, HYBRID.mini_batch_size)
+    units = HYBRID.intermediate_size
+    narrow = warm_start.narrow(model, ids, units)  # all units stay, so the matrices do too
+    for w in ("w1", "w3"):
+        name = f"language_model.model.h.blocks.feed_forward.{w}.weight"
+        np.testing.assert_array_equal(narrow[name], stored[name])
 
 
 def test_a_narrowed_parent_comes_closer_than_its_first_units(parent, batch, parents_nll):

@@ -340,7 +340,7 @@ def _checked(kind: Any, value: Any) -> Any:
     """`value` as the type `kind` and within its rules. Raises _FaultError."""
     base, *rules = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     if not _TYPES[base].holds(value):
-        raise _FaultError(_TYPES[base].says)
+        raise _FaultError(_TYPES[base].message)
     if not isinstance(value, dict):
         value = (get_origin(base) or base)(value)
     for rule in rules:
@@ -348,7 +348,7 @@ def _checked(kind: Any, value: Any) -> Any:
             parts = value if isinstance(value, tuple) else (value,)
             wrong = [part for part in parts if part not in rule.names]
             hints = dict.fromkeys(_did_you_mean(part, rule.names) for part in wrong)
-            raise _FaultError(rule.says + "".join(hints))
+            raise _FaultError(rule.message + "".join(hints))
     return value
 
 

@@ -107,7 +107,7 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 def show(which: AbstractSuite, rows: Sequence[Row], folder: Path, title: str) -> None:
     """Its table to stdout, its pictures into the record."""
-    table = result.frame(rows, which.keys)
+    table = suite.frame(rows, which.keys)
     Console().print(which.table(table))
     for picture in which.draw(table[table.value.notna()], folder, title):
         logger.info("picture: %s", picture)

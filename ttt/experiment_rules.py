@@ -14,6 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ttt.figures import short
+
 LEARNER = "e2e"
 """The method that learns at test time, and can start from a network that does not."""
 PARENTS = ("fa", "swa")
@@ -32,11 +34,6 @@ PATTERNS = (
     "{size}/extension/ext-{size}-e2e-{context}-from-{parent}-bridge{share}",
 )
 """The names. `own` is the size's context in pretraining, `share` is empty or `-Npct`."""
-
-
-def context_name(tokens: int) -> str:
-    """A context as it is written in names: 8192 -> 8K, 512 -> 512."""
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
 def share_suffix(percent: int) -> str:
@@ -164,7 +161,7 @@ def size_setting(configs: Path, size: str, key: str) -> Any:
 
 def pretraining_context(configs: Path, size: str) -> str:
     """The size's context in pretraining and adaptation, by name."""
-    return context_name(size_setting(configs, size, "size.pretrain_seq_length"))
+    return short(size_setting(configs, size, "size.pretrain_seq_length"))
 
 
 def _thousands(context: str) -> int:

@@ -27,8 +27,12 @@ SHARDINGS = ("replicated", "fsdp")
 OUTER_OPTIMIZERS = ("adamw",)
 INNER_OPTIMIZERS = ("sgd",)
 BENCHMARK_CALLS = (
-    *("train_step", "gradient", "prefill", "evaluate"),
-    *("decode", "decode_between_steps"),
+    "train_step",
+    "gradient",
+    "prefill",
+    "evaluate",
+    "decode",
+    "decode_between_steps",
 )
 SUITES = ("loss_by_context", "needles", "long_decoding")
 NEEDLE_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3")
@@ -38,10 +42,10 @@ NEEDLE_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3")
 
 
 class Rule(NamedTuple):
-    """What a value must satisfy; `says` gives the rule and the remedy."""
+    """What a value must satisfy; `message` gives the rule and the remedy."""
 
     holds: Callable[[Any], bool]
-    says: str
+    message: str
     names: Sequence[str] = ()
     """The names that hold, where they are few: a near miss is pointed out."""
 

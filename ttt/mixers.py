@@ -110,14 +110,14 @@ class _Attention(Mixer):
 
     def weights(self) -> dict[str, Weight]:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        found = {"wq.weight": Weight((self.width, queries), 0, COLUMNS)}
-        found |= {f"{w}.weight": Weight((self.width, keys), 0, COLUMNS) for w in ("wk", "wv")}
+        weights = {"wq.weight": Weight((self.width, queries), 0, COLUMNS)}
+        weights |= {f"{w}.weight": Weight((self.width, keys), 0, COLUMNS) for w in ("wk", "wv")}
         if self.bias:
             sizes = {"wq": queries, "wk": keys, "wv": keys}
-            found |= {f"{w}.bias": Weight((size,), 0, ("state",)) for w, size in sizes.items()}
+            weights |= {f"{w}.bias": Weight((size,), 0, ("state",)) for w, size in sizes.items()}
         if self.qk_norm:
-            found |= {f"{n}.weight": Weight((self.head_dim,), 1) for n in ("q_norm", "k_norm")}
-        return found | {"wo.weight": Weight((queries, self.width), 2, ROWS)}
+            weights |= {f"{n}.weight": Weight((self.head_dim,), 1) for n in ("q_norm", "k_norm")}
+        return weights | {"wo.weight": Weight((queries, self.width), 2, ROWS)}
 
     def state_size(self, context: int) -> int:
         positions = context if self.window is None else self.window

@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grain
 from rich.console import Console
 
 from ttt import mixers
-from ttt.dataloader import lm_dataset
 from ttt.entry import hydra_entry
 from ttt.evaluation import result
 from ttt.evaluation.loss_by_position import LearningComparison, PositionLoss
@@ -24,28 +22,32 @@ from ttt.infra.progress import Progress
 from ttt.infra.record import RunRecord
 from ttt.knobs import Config
 from ttt.model import loop
-from ttt.model.loop import Evaluator, Scores
+from ttt.model.loop import Evaluator, Score
 from ttt.model.trained import learns, method_of
 from ttt.training import light
 from ttt.training.run import (
     TrainingRun,
-    asked_to_stop,
     attempt,
     is_over,
     open_batches,
     open_data,
     opened,
     save,
-    stopped,
+    stop_if_asked,
 )
-from ttt.training.start import Parent, StartPoint, as_items, find_start, token_loss, warm_loss
+from ttt.training.start import (
+    Parent,
+    StartPoint,
+    as_items,
+    eval_batches,
+    find_start,
+    token_loss,
+    warm_loss,
+)
 from ttt.training.step import fit_memory, make_step, speed
 from ttt.training.steps import take_steps
 
 logger = logging.getLogger(__name__)
-
-type Score = Callable[..., Scores]
-"""(model, batch, learn=…) -> the losses of a batch of the loader."""
 
 
 def run(config: Config) -> None:
@@ -65,7 +67,7 @@ def train_network(config: Config) -> None:
     config = fit_memory(config)
     evaluator = Evaluator(training, layout)
     window = mixers.window(config.model) or training.seq_length
-    with opened(config, data) as run:
+    with opened(config, data, as_items) as run:
         start = find_start(
             config, data.train, data.evaluation, run.checkpoints, run.own_step, layout
         )
@@ -80,7 +82,6 @@ def train_network(config: Config) -> None:
                 run,
                 start,
                 step=make_step(run, layout),
-                items=as_items,
                 held_out_loss=lambda state: score(run, state, evaluator).loss,
                 speed=partial(speed, config),
             )
@@ -92,7 +93,7 @@ def train_light(config: Config) -> None:
     distributed.start(config.backend)
     data, training = open_data(config), config.training
     simulated, scores = training.runtime_mode == "simulate", light.scorer(config)
-    with opened(config, data) as run:
+    with opened(config, data, light.as_items) as run:
         start = light.find_start(config, data.evaluation, run.checkpoints, run.own_step)
         step = start.state.step
         if is_over(run, step, simulated or summary_path(run.record, step).exists()):
@@ -108,7 +109,6 @@ def train_light(config: Config) -> None:
                 run,
                 start,
                 step=light.make_step(run),
-                items=light.as_items,
                 held_out_loss=lambda state: score(run, state, scores).loss,
             )
             evaluate(run, state, scores, training.seq_length, learning=False)
@@ -123,7 +123,7 @@ def simulate(run: TrainingRun, start: StartPoint) -> None:
     batches.set_state({"next_index": training.total_steps})
     tokens = training.total_steps * training.global_batch_size * training.seq_length
     run.tracker.log(training.total_steps, {"tokens": tokens})
-    save(run, state._replace(step=training.total_steps), light.as_items, batches)
+    save(run, state._replace(step=training.total_steps), batches)
     run.checkpoints.wait()
     logger.info("simulated: no step was computed, and no loss is recorded")
 
@@ -191,24 +191,17 @@ def score(
 
     def on_progress(batch: int, loss: float) -> None:
         progress.update(batch, loss=loss)
-        if asked_to_stop(run):
-            raise stopped(run, int(state.step))
+        stop_if_asked(run, int(state.step))
 
     what = "evaluate" if learn else "evaluate without learning"
     with Progress(total, what, quiet=not distributed.is_first()) as progress:
         return PositionLoss.measure(
-            scores, state.model, eval_batches(run, most), learn=learn, on_progress=on_progress
+            scores,
+            state.model,
+            eval_batches(run.config, run.data.evaluation, most),
+            learn=learn,
+            on_progress=on_progress,
         )
-
-
-def eval_batches(run: TrainingRun, most: int) -> grain.DatasetIterator:
-    """The first batches of the evaluation split, at most `most` (0: all)."""
-    return lm_dataset.eval_batches(
-        run.data.evaluation,
-        batch_size=run.config.training.eval_batch_size,
-        max_batches=most,
-        bos_token_id=run.config.model.bos_token_id,
-    )
 
 
 def evaluate(run: TrainingRun, state: Any, scores: Score, window: int, *, learning: bool) -> None:
@@ -227,7 +220,7 @@ def evaluate(run: TrainingRun, state: Any, scores: Score, window: int, *, learni
     if training.runtime_mode == "jax" and training.count_model_tokens:
         with run.spent("evaluation"):
             counts = light.count(config, run.data.train)
-            batches = eval_batches(run, training.eval_batches)
+            batches = eval_batches(config, run.data.evaluation, training.eval_batches)
             loss = token_loss(light.scorer(config), counts, batches, learn=False)
         light.log_comparison(read.token_loss, loss, counts.tokens)
         summary |= {"count_model_loss": loss, "count_model_tokens": counts.tokens}

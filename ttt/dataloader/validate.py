@@ -94,13 +94,7 @@ def validate(
     seed: which samples.
     Raises `UserError` for a request that makes no sense, `StoreError` if there is no store.
     """
-    if not splits or len(set(splits)) < len(splits):
-        raise UserError(f"--splits {','.join(splits)}: name one or more, each once.")
-    bounds = {"seq-length": (seq_length, 1), "samples": (samples, 0)}
-    given = {"vocab-size": (vocab_size, 1), "bos-token-id": (bos_token_id, 0)}
-    for flag, (value, least) in (bounds | given).items():
-        if value is not None and value < least:
-            raise UserError(f"--{flag} {value}: must be at least {least}.")
+    _check_request(splits, seq_length, samples, vocab_size, bos_token_id)
     stored = token_store.read_attributes(root, remedy=token_store.remedy(Path(root).name, root))
     findings = _against_attributes(stored, vocab_size, bos_token_id)
     vocab_size = vocab_size or stored.get("vocab_size")
@@ -127,6 +121,38 @@ def validate(
         findings += _overlap(looks["train"], looks["val"])
     numbers = {split: look.numbers for split, look in looks.items()}
     return Report(str(root), seq_length, vocab_size, bos_token_id, tuple(findings), numbers)
+
+
+def _check_request(
+    splits: Sequence[str],
+    seq_length: int,
+    samples: int,
+    vocab_size: int | None = None,
+    bos_token_id: int | None = None,
+) -> None:
+    """Raise `UserError` for a request that makes no sense."""
+    if not splits or len(set(splits)) < len(splits):
+        raise UserError(f"--splits {','.join(splits)}: name one or more, each once.")
+    bounds = {"seq-length": (seq_length, 1), "samples": (samples, 0)}
+    given = {"vocab-size": (vocab_size, 1), "bos-token-id": (bos_token_id, 0)}
+    for flag, (value, least) in (bounds | given).items():
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}.")
+
+
+def plan(root: Path | str, splits: Sequence[str], seq_length: int, samples: int) -> list[str]:
+    """Say what `validate` would look at, a line per split; no token is read. Raises as it does."""
+    _check_request(splits, seq_length, samples)
+    remedy = token_store.remedy(Path(root).name, root)
+    lines = []
+    for split in splits:
+        tokens = token_store.open_split(root, split, remedy=remedy).shape[0]
+        total = max(0, tokens - 1) // seq_length
+        wanted = min(samples, total) if samples else total
+        lines.append(
+            f"{split}: would look at {wanted:,} of {total:,} samples of {seq_length} tokens"
+        )
+    return lines
 
 
 def _against_attributes(

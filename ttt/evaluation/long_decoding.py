@@ -22,8 +22,8 @@ from ttt.errors import UserError
 from ttt.evaluation import repetition, resources
 from ttt.evaluation.judge import FOREIGN, ForeignJudge, Judge, Judged, OwnJudge
 from ttt.evaluation.resources import LoadedModels, in_batches
-from ttt.evaluation.result import Key, Row, estimate
-from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot, printed
+from ttt.evaluation.result import Key, Row, estimate, printed
+from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot
 from ttt.inference.sampling import Sampling
 from ttt.intervals import Interval, bootstrap
 from ttt.knobs import Config

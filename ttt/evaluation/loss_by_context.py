@@ -15,8 +15,8 @@ from ttt.dataloader import lm_dataset
 from ttt.errors import UserError
 from ttt.evaluation.loss_by_position import PositionLoss
 from ttt.evaluation.resources import LoadedModels, held_out
-from ttt.evaluation.result import Key, Row
-from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot, printed
+from ttt.evaluation.result import Key, Row, printed
+from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot
 from ttt.infra.mesh import Layout
 from ttt.knobs import Config
 from ttt.model.loop import Evaluator

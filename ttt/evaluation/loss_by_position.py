@@ -15,8 +15,7 @@ from rich.table import Table
 
 from ttt import figures
 from ttt.core.batch import Batch
-from ttt.evaluation.result import Key, Row, estimate, log_edges
-from ttt.evaluation.suite import printed
+from ttt.evaluation.result import Key, Row, estimate, log_edges, printed
 from ttt.intervals import bootstrap
 from ttt.model.loop import Scores
 

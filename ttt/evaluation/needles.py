@@ -13,9 +13,9 @@ from rich.table import Table
 from ttt import figures
 from ttt.evaluation import resources, ruler
 from ttt.evaluation.resources import LoadedModels, in_batches
-from ttt.evaluation.result import Key, Row, estimate
+from ttt.evaluation.result import Key, Row, estimate, printed
 from ttt.evaluation.ruler import Haystack, Prompt
-from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot, printed
+from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot
 from ttt.inference.sampling import Sampling
 from ttt.infra.progress import Progress
 from ttt.intervals import share

@@ -4,6 +4,8 @@ The columns of `<suite>.csv` are those of `Row`, with the suite's own keys (posi
 …) between `measure` and `value`. An empty cell is "not known" or "has no such key".
 """
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Int
+from rich.table import Table
 
 Key = str | int | float | bool
 
@@ -75,16 +77,14 @@ def log_edges(length: int) -> Int[np.ndarray, " edges"]:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """The rows as CSV with a header."""
-    # Objects, because a column of whole numbers with a gap would become one of floats.
-    table = pd.DataFrame([row.flat() for row in rows], dtype=object)
     last = ["value", "low", "high", "n", "unit", "failed"]
-    return table[[*table.columns.drop(last), *last]].to_csv(index=False, lineterminator="\n")
-
-
-def frame(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
-    """A line for each row, with a column for each of `keys` whether a row has it or not."""
-    table = pd.DataFrame([row.flat() for row in rows])
-    return table.reindex(columns=list(dict.fromkeys([*table, *keys])))
+    names = dict.fromkeys(name for row in rows for name in row.flat())
+    text = io.StringIO()
+    columns = [*(name for name in names if name not in last), *last]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.flat() for row in rows)
+    return text.getvalue()
 
 
 def save(folder: Path, suite: str, rows: Sequence[Row], notes: Mapping[str, Any]) -> None:
@@ -100,3 +100,16 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def printed(title: str, columns: Mapping[str, Sequence[str]], *, names: int = 1) -> Table:
+    """A table for a terminal; the first `names` columns hold names, the others numbers."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        if i < names:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    return table

@@ -95,7 +95,7 @@ class AbstractSuite(ABC):
 
     @abstractmethod
     def table(self, rows: pd.DataFrame) -> Table:
-        """The figures for a terminal; rows as in `result.frame`, failed ones too."""
+        """The figures for a terminal; rows as in `frame`, failed ones too."""
 
     @abstractmethod
     def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -167,14 +167,7 @@ def plot(axes: Any, x: pd.Series, rows: pd.DataFrame, *, band: float, **style: A
         axes.fill_between(x, rows.low, rows.high, color=style["color"], alpha=band, lw=0)
 
 
-def printed(title: str, columns: Mapping[str, Sequence[str]], *, names: int = 1) -> Table:
-    """A table for a terminal; the first `names` columns hold names, the others numbers."""
-    table = Table(title=title)
-    for i, column in enumerate(columns):
-        if i < names:
-            table.add_column(column, overflow="fold")
-        else:
-            table.add_column(column, justify="right")
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    return table
+def frame(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
+    """A line for each row, with a column for each of `keys` whether a row has it or not."""
+    table = pd.DataFrame([row.flat() for row in rows])
+    return table.reindex(columns=list(dict.fromkeys([*table, *keys])))

@@ -4,7 +4,7 @@ Tokens are read chunk by chunk, in constant memory. A chunk's loss needs the tok
 one, so its step is taken when that token is known, and before it is processed: the −log p of every
 token is that of training, however the tokens came in.
 
-Written tokens fill the room behind the caches one by one. Between two steps nothing is copied that
+Written tokens fill slots behind the caches one by one. Between two steps nothing is copied that
 grows with the model, the window or the context.
 """
 
@@ -31,7 +31,6 @@ from ttt.inference.state import State
 from ttt.knobs import ModelConfig, TrainingConfig
 from ttt.model.layers import for_compute
 from ttt.model.published import to_published
-from ttt.model.stacks import restacked, unrolled
 from ttt.model.transformer import MetaModel
 
 # Tokens that full attention, which has no chunks of its own, reads at a time.
@@ -95,27 +94,12 @@ class Engine:
 
     def _parted(self, model: MetaModel) -> tuple[MetaModel, MetaModel]:
         """(fast, slow) weights, layer by layer, in the dtypes that they are used in."""
-        config = self.config
-        suffix = config.suffix_len
-        model = eqx.tree_at(
-            lambda m: m.language_model.model.h,
-            model,
-            replace_fn=lambda h: eqx.tree_at(
-                lambda h: (h.prefix_blocks, h.suffix_blocks),
-                h,
-                (
-                    unrolled(h.prefix_blocks, config.num_hidden_layers - suffix),
-                    unrolled(h.suffix_blocks, suffix),
-                ),
-                is_leaf=lambda x: x is None,
-            ),
-        )
-        fast, slow = (
-            model.fast_weights(self._training.spec_inner)
-            if self.learns
-            else eqx.partition(model, False)
-        )
-        return fast, for_compute(slow, Precision.of(config).compute)
+        model = model.unrolled()
+        if self.learns:
+            fast, slow = model.fast_weights(self._training.spec_inner)
+        else:
+            fast, slow = eqx.partition(model, False)
+        return fast, for_compute(slow, Precision.of(self.config).compute)
 
     # ---- states --------------------------------------------------------------------------
 
@@ -151,8 +135,8 @@ class Engine:
         ids = jax.ShapeDtypeStruct((sequences, _CHUNKS_PER_CALL * self.chunk + 1), jnp.int32)
         counts = jax.ShapeDtypeStruct((sequences,), jnp.int32)
         compiled = self._read.lower(self._slow, state, ids, counts, score).compile()
-        found = compiled.memory_analysis()
-        return found.temp_size_in_bytes + states.size_in_bytes(state) if found else None
+        memory = compiled.memory_analysis()
+        return memory.temp_size_in_bytes + states.size_in_bytes(state) if memory else None
 
     def steps(self, state: State) -> Int[np.ndarray, " B"]:
         """Test-time steps that each sequence has taken."""
@@ -172,24 +156,14 @@ class Engine:
         """The model with the fast weights that a sequence has come to, in their own dtype."""
         if not self.learns:
             return self._model
-        like, slow = self._model.fast_weights(self._training.spec_inner)
+        own, slow = self._model.fast_weights(self._training.spec_inner)
         fast = jax.tree.map(lambda leaf: leaf[row], state.fast)
-        fast = eqx.tree_at(
-            lambda m: m.language_model.model.h.suffix_blocks,
-            fast,
-            restacked(
-                like.language_model.model.h.suffix_blocks,
-                fast.language_model.model.h.suffix_blocks.rest,
-            ),
-        )
-        return eqx.combine(
-            jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(fast)), slow
-        )
+        return eqx.combine(fast.restacked(own), slow)
 
     def compile(
         self, sequences: int, sampling: Sampling | None = None, *, score: bool = True
     ) -> None:
-        """Make the programs for so many sequences ready: of reading, and of writing if asked for.
+        """Compile the programs for so many sequences: reading, and, with `sampling`, writing.
 
         Calls do it by themselves; this is for who wants to know the time of the work alone.
         """
@@ -268,12 +242,12 @@ class Engine:
         logits, nll = self._rest(self._slow, state, ids, sizes, score)
         scores_host = [np.asarray(part) for part in scores]
         last = np.asarray(nll)
-        found = []
+        nlls = []
         for row, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
             whole = [part[row] for part in scores_host]
             read = np.concatenate([*whole, last[:0, 0]])[: count * self.chunk]
             read = np.concatenate([read, last[row, : max(sizes[row] - 1, 0)]])
-            found.append(read[max(int(before[row]) - 1, 0) :][: len(piece)])
+            nlls.append(read[max(int(before[row]) - 1, 0) :][: len(piece)])
         new = np.array([len(prompt) for prompt in prompts], np.int32)
         state = state._replace(
             ids=jnp.asarray(ids),
@@ -284,7 +258,7 @@ class Engine:
         )
         if on_progress is not None:
             on_progress(max(len(piece) for piece in pieces))
-        return state, found
+        return state, nlls
 
     def _stretch_of(self, before: np.ndarray, counts: np.ndarray) -> int:
         """Chunks to read at once before all others.
@@ -389,7 +363,7 @@ class Engine:
         )
 
     def begin(self, state: State) -> Writing:
-        """The state opened for writing: the open chunk is read once more into its room."""
+        """The state opened for writing: the open chunk is read once more into its slots."""
         if not np.all(np.asarray(state.open)):
             raise UserError("a sequence without a token cannot be continued: read a prompt first")
         return self._open(self._slow, state)

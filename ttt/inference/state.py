@@ -92,7 +92,7 @@ def save_state(
 
 
 def read_about(path: str | Path, fingerprint: str) -> dict[str, Any]:
-    """What `save_state` was told; raises as `load_state` does."""
+    """The `about` of `save_state`; raises as `load_state` does."""
     return _opened(path, fingerprint)[1]["about"]
 
 
@@ -104,7 +104,7 @@ def load_state(path: str | Path, like: State, fingerprint: str) -> State:
     """
     file, head = _opened(path, fingerprint)
     wanted = named_leaves(like)
-    found = {}
+    leaves = {}
     for name, leaf in wanted.items():
         if name not in file:
             raise UserError(f"{path} has no {name}: it is of another version; save it again")
@@ -115,8 +115,8 @@ def load_state(path: str | Path, like: State, fingerprint: str) -> State:
                 f"{leaf.dtype}{list(leaf.shape[1:])} is wanted: under full attention a state goes "
                 "on with the context that it was saved with"
             )
-        found[name] = jnp.asarray(array)
-    return with_leaves(like, found)
+        leaves[name] = jnp.asarray(array)
+    return with_leaves(like, leaves)
 
 
 def _opened(path: str | Path, fingerprint: str) -> tuple[Any, dict[str, Any]]:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +49,8 @@ class CheckpointError(UserError):
     """No such run, step or item, or one that does not fit what was asked for."""
 
 
-class ShapeDtype(Protocol):
-    """What a target needs to tell: an array, or `jax.ShapeDtypeStruct`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-
-    @property
-    def dtype(self) -> np.dtype: ...  # noqa: D102
+type ShapeDtype = AnyArray | jax.ShapeDtypeStruct
+"""What a target needs to tell."""
 
 
 def run_folder(root: str | Path, exp_folder: str, exp_name: str) -> Path:
@@ -167,12 +161,8 @@ class Checkpoints:
                 f"{self.folder} has a step {step} already, and saves do not overwrite: delete it, "
                 "or continue from the latest step"
             )
-        items = {
-            "model_weights": _savable(model_weights),
-            "opt_state": _savable(opt_state),
-            "train_ds_iter": _JsonItem(_JSON_FILES["train_ds_iter"], loader_state),
-            "manifest": _JsonItem(_JSON_FILES["manifest"], manifest),
-        }
+        items = {"model_weights": _savable(model_weights), "opt_state": _savable(opt_state)}
+        texts = {"train_ds_iter": json.dumps(loader_state), "manifest": json.dumps(manifest)}
         partial = self.folder / f"{step}.saving"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -186,12 +176,16 @@ class Checkpoints:
         def commit() -> None:
             response.result()
             if jax.process_index() == 0:
+                for item, text in texts.items():
+                    (partial / item).mkdir()
+                    (partial / item / _JSON_FILES[item]).write_text(text, encoding="utf-8")
                 _write_hashes(partial)
                 partial.rename(self.folder / str(step))
                 _sync(self.folder)
                 self._delete_old()
             else:
-                _await(self.folder / str(step))
+                while not (self.folder / str(step)).exists():  # a first process that fails ends all
+                    time.sleep(_POLL_SECONDS)
             _logger.info("checkpoint %d is on disk after %.1f s", step, time.monotonic() - began)
 
         self._saving = step, self._background.submit(commit)
@@ -212,9 +206,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> RunError:
         latest = self.latest()
-        safe = (
-            f"the checkpoint of step {latest} is intact" if latest is not None else "there is none"
-        )
+        safe = "there is none" if latest is None else f"the checkpoint of step {latest} is intact"
         return RunError(
             f"the checkpoint of step {step} could not be written to {self.folder}: "
             f"{type(error).__name__}: {error}\n"
@@ -253,12 +245,6 @@ class Checkpoints:
             if not self.milestone_freq or step % self.milestone_freq:
                 doomed = (self.folder / str(step)).rename(self.folder / f"{step}.deleting")
                 shutil.rmtree(doomed)
-
-
-def _await(path: Path) -> None:
-    """Return when another process has made `path`; if that fails, it ends this process too."""
-    while not path.exists():
-        time.sleep(_POLL_SECONDS)
 
 
 def _folders_first() -> ocp.Context:
@@ -379,14 +365,10 @@ class RestoreAccount:
     def __str__(self) -> str:
         """One line, and one more for each kind of exception that occurred."""
         total = len(self.restored) + len(self.initialised)
-        lists = {
-            "initialised anew": self.initialised,
-            "narrowed": self.narrowed,
-            "moved": self.moved,
-            "cast": self.cast,
-            "unused in the checkpoint": self.unused,
-        }
-        lines = [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
+        kinds = ("initialised anew", "narrowed", "moved", "cast", "unused in the checkpoint")
+        lists = (self.initialised, self.narrowed, self.moved, self.cast, self.unused)
+        pairs = zip(kinds, lists, strict=True)
+        lines = [f"{kind}: {', '.join(names)}" for kind, names in pairs if names]
         return "\n".join([f"restored {len(self.restored)} of {total} parameters", *lines])
 
 
@@ -407,9 +389,13 @@ def account(
     restored: dict[str, AnyArray] = {}
     initialised = []
     for name, wanted in target.items():
-        if name in source:
-            faults += _misfit(name, wanted, source[name])
-            restored[name] = source[name]
+        if (saved := source.get(name)) is not None:
+            restored[name] = saved
+            both_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (wanted, saved))
+            if wanted.shape != saved.shape or (wanted.dtype != saved.dtype and not both_float):
+                faults.append(
+                    f"{name}: {_describe(wanted)} wanted, {_describe(saved)} in the checkpoint"
+                )
         elif any(matches(glob, name) for glob in may_initialise):
             initialised.append(name)
         else:
@@ -419,38 +405,15 @@ def account(
             _listed(f"{len(faults)} of {len(target)} parameters cannot be restored", faults)
             + "\nSet the model's sizes as the checkpoint has them, or choose another checkpoint."
         )
-    summary = RestoreAccount(
-        restored=tuple(restored),
-        initialised=tuple(initialised),
-        cast=tuple(
-            f"{name} ({array.dtype} to {target[name].dtype})"
-            for name, array in restored.items()
-            if array.dtype != target[name].dtype
-        ),
-        unused=tuple(name for name in source if name not in target),
-    )
+    cast = [
+        f"{name} ({array.dtype} to {target[name].dtype})"
+        for name, array in restored.items()
+        if array.dtype != target[name].dtype
+    ]
+    unused = [name for name in source if name not in target]
     taken = {name: array.astype(target[name].dtype, copy=False) for name, array in restored.items()}
-    return taken, summary
-
-
-class _JsonItem:
-    """A JSON file as an Orbax checkpointable, so that it commits together with the arrays."""
-
-    def __init__(self, file: str, content: dict[str, Any]):
-        self._file = file
-        self._text = json.dumps(content)
-
-    async def save(self, directory: ocp.path.PathAwaitingCreation):
-        async def write() -> None:
-            folder = await directory.await_creation()
-            if jax.process_index() == 0:
-                (folder / self._file).write_text(self._text)
-
-        return write()
-
-    async def load(self, directory: ocp.path.Path):
-        # Orbax recognises the kind by having both methods; `read_json` does the reading.
-        raise NotImplementedError
+    lists = (tuple(restored), tuple(initialised), tuple(cast), tuple(unused))
+    return taken, RestoreAccount(*lists)
 
 
 @dataclass
@@ -509,13 +472,6 @@ def _abstract(leaf: ShapeDtype) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding = getattr(leaf, "sharding", None) or here
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _misfit(name: str, wanted: ShapeDtype, saved: ShapeDtype) -> list[str]:
-    both_float = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (wanted, saved))
-    if wanted.shape == saved.shape and (wanted.dtype == saved.dtype or both_float):
-        return []
-    return [f"{name}: {_describe(wanted)} wanted, {_describe(saved)} in the checkpoint"]
 
 
 def _describe(array: ShapeDtype) -> str:

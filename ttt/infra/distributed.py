@@ -62,8 +62,6 @@ def is_first() -> bool:
 
 def from_first(number: int) -> int:
     """The number that the first process passes. Every process calls it, at the same point."""
-    if jax.process_count() == 1:
-        return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
@@ -93,16 +91,12 @@ def first_does[R](action: Callable[[], R]) -> R | None:
 
 def any_process(*flags: bool) -> tuple[bool, ...]:
     """Each flag as true if it is in any process. Every process calls it, at the same steps."""
-    if jax.process_count() == 1:
-        return flags
     gathered = multihost_utils.process_allgather(np.asarray(flags))
-    return tuple(bool(flag) for flag in gathered.any(axis=0))
+    return tuple(gathered.any(axis=0).tolist())
 
 
 def largest(number: int) -> int:
     """The largest number that a process has. Every process calls it, at the same steps."""
-    if jax.process_count() == 1:
-        return number
     return int(multihost_utils.process_allgather(np.asarray(number)).max())
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from ttt.errors import RunError, UserError
@@ -41,16 +40,11 @@ class RunLock:
                 if folder.is_dir():
                     self._take(folder)
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Let others in."""
         for descriptor in self._held.values():
             os.close(descriptor)

@@ -191,28 +191,22 @@ class Layout:
 
     def data_specs(self, tree: PyTree) -> PyTree[PartitionSpec]:
         """How `tree` is divided along `data` alone, as `jax.shard_map` asks for it."""
-        return self._map(tree, _only_data)
+        return self._map(tree, lambda spec: _along(spec, DATA_AXIS))
 
     def place(self, tree: PyTree) -> PyTree:
         """Arrays that every process has whole, as global ones; other leaves as they are."""
 
-        def put(leaf: PyTree, sharding: NamedSharding) -> PyTree:
+        def put(name: str, leaf: PyTree) -> PyTree:
             if not isinstance(leaf, jax.Array | np.ndarray):
                 return leaf
+            sharding = NamedSharding(self.mesh, self.spec(name, leaf.ndim))
             own = sharding.is_fully_addressable
             if isinstance(leaf, jax.Array) and (own or not leaf.is_fully_addressable):
                 return jax.device_put(leaf, sharding)
             whole = np.asarray(leaf)
             return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 
-        leaves = named_leaves(tree)
-        return with_leaves(
-            tree,
-            {
-                name: put(leaf, NamedSharding(self.mesh, self.spec(name, np.ndim(leaf))))
-                for name, leaf in leaves.items()
-            },
-        )
+        return with_leaves(tree, {name: put(name, x) for name, x in named_leaves(tree).items()})
 
     def whole(self, tree: PyTree) -> PyTree:
         """Inside `jax.shard_map` over `data`: arrays gathered from their parts along it.
@@ -224,7 +218,7 @@ class Layout:
             if DATA_AXIS not in spec:
                 return part
             axis = spec.index(DATA_AXIS)
-            along_state = PartitionSpec(*(a if a == STATE_AXIS else None for a in spec))
+            along_state = _along(spec, STATE_AXIS)
 
             # With `state` left to the compiler, it would gather along that axis too.
             @partial(
@@ -257,10 +251,11 @@ class Layout:
         return next((axes for glob, axes in self.rules if matches(glob, name)), None)
 
     def _map(self, tree: PyTree, function: Callable[[PartitionSpec], Any]) -> PyTree:
-        leaves = named_leaves(tree)
-        specs = {name: self.spec(name, len(leaf.shape)) for name, leaf in leaves.items()}
-        return with_leaves(tree, {name: function(spec) for name, spec in specs.items()})
+        leaves = named_leaves(tree).items()
+        return with_leaves(
+            tree, {name: function(self.spec(name, len(leaf.shape))) for name, leaf in leaves}
+        )
 
 
-def _only_data(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(*(axis if axis == DATA_AXIS else None for axis in spec))
+def _along(spec: PartitionSpec, wanted: str) -> PartitionSpec:
+    return PartitionSpec(*(axis if axis == wanted else None for axis in spec))

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import threading
-from types import TracebackType
 from typing import Any, Self
 
 _logger = logging.getLogger(__name__)
@@ -47,12 +46,7 @@ class StopRequest:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Give the signals back to whoever handled them before."""
         if not self._before:
             return
@@ -73,11 +67,10 @@ class StopRequest:
         return "Ctrl-C" if number == signal.SIGINT else number.name
 
     def _listen(self) -> None:
-        taken = (*SIGNALS, *_submitit_signal())
         warned = False
         while got := os.read(self._read_end, 1):
             number = got[0]
-            if number not in taken:
+            if number not in self._before:
                 continue
             if warned and number == signal.SIGINT:
                 os._exit(INTERRUPTED)

@@ -6,7 +6,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -21,9 +20,18 @@ _WINDOW = 50
 class _Line:
     """A line that is shown anew: live in a terminal, else printed, as a context manager."""
 
-    def __init__(self, console: Console, live: Live | None, clock: Callable[[], float]):
-        self._console, self._live, self._clock = console, live, clock
-        self._interval = _LIVE_SECONDS if live else _LOG_SECONDS
+    def __init__(self, console: Console, clock: Callable[[], float], *, transient: bool = False):
+        self._console, self._clock = console, clock
+        self._live = None
+        if console.is_terminal and not console.quiet:
+            self._live = Live(
+                console=console,
+                auto_refresh=False,
+                transient=transient,
+                redirect_stdout=not transient,  # which would go to standard error
+                redirect_stderr=not transient,
+            )
+        self._interval = _LIVE_SECONDS if self._live else _LOG_SECONDS
 
     def __enter__(self) -> Self:
         """Take over the terminal's last line."""
@@ -31,12 +39,7 @@ class _Line:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Give it back, the last state left to read."""
         if self._live:
             self._live.stop()
@@ -67,12 +70,8 @@ class Progress(_Line):
         start: steps done before this loop (a resumed run).
         clock: seconds.
         """
-        self._total = total
-        self._what = what
-        self._start = start
-        console = console or Console(quiet=quiet)
-        live = Live(console=console, auto_refresh=False)
-        super().__init__(console, live if console.is_terminal and not quiet else None, clock)
+        self._total, self._what, self._start = total, what, start
+        super().__init__(console or Console(quiet=quiet), clock)
         self._shown = -float("inf")
         # (time, step, tokens so far) at the end of the last steps. Speeds are taken between two of
         # them, so the first step, which waits for the compiler, never counts.
@@ -114,15 +113,7 @@ class Bar(_Line):
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         """On standard error, unless a console is given; clock: seconds."""
-        console = console or Console(stderr=True)
-        live = Live(
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,  # which would go to standard error
-            redirect_stderr=False,
-        )
-        super().__init__(console, live if console.is_terminal else None, clock)
+        super().__init__(console or Console(stderr=True), clock, transient=True)
         self._what = ""
         self._shown = clock()
         self._marks: deque[tuple[float, int]] = deque()

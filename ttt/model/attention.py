@@ -103,8 +103,11 @@ class Attention(AbstractMixer):
             Linear(*shape, bias=bias and name != "wo", scale=scale, dtype=dtype, key=k)
             for (name, shape), k in zip(shapes.items(), jax.random.split(key, 4), strict=True)
         )
-        norm = None if norm_eps is None else RMSNorm(head_dim, eps=norm_eps, dtype=dtype)
-        self.q_norm = self.k_norm = norm
+        # One each: two leaves that share a buffer could not be donated.
+        self.q_norm, self.k_norm = (
+            None if norm_eps is None else RMSNorm(head_dim, eps=norm_eps, dtype=dtype)
+            for _ in range(2)
+        )
         self.heads, self.kv_heads, self.theta = heads, kv_heads, theta
         self.window, self.block, self.backend = window, block, backend
 

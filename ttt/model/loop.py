@@ -244,6 +244,10 @@ def make_scores(
     return scores
 
 
+Score = Callable[..., Scores]
+"""(model, batch, learn=…) -> the scores of the batch, as `Evaluator` gives them."""
+
+
 class Evaluator:
     """Scores batches, learning or not. Every process passes the same batch."""
 

@@ -77,7 +77,7 @@ def _sources(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _layers(leaves: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " N"]]:
     """Leaf of a stack -> the numbers of its layers, which ascend from prefix to suffix."""
-    found: dict[str, np.ndarray] = {}
+    layers: dict[str, np.ndarray] = {}
     first = 0
     for stack in (f"{_STACKS}prefix_blocks.", f"{_STACKS}suffix_blocks."):
         # `period.I.` or `rest.I.` in a stack of several kinds (`ttt.model.stacks.Cycle`).
@@ -96,9 +96,9 @@ def _layers(leaves: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " N"]]:
                 numbers = np.array([period * turns + int(i)])
             else:
                 numbers = np.arange(leaves[name].shape[0])
-            found[name] = first + numbers
-        first = 1 + max((int(found[name][-1]) for name in places), default=-1)
-    return found
+            layers[name] = first + numbers
+        first = 1 + max((int(layers[name][-1]) for name in places), default=-1)
+    return layers
 
 
 def _is_single(name: str) -> bool:

@@ -7,7 +7,7 @@ of layers are kept in the same form as the layers.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +128,3 @@ def restacked(like: Stack, layers: Sequence[PyTree]) -> Stack:
     return Cycle(
         tuple(stacked(layers[i:whole:period]) for i in range(period)), tuple(layers[whole:])
     )
-
-
-def first_layer(stack: Stack) -> Any:
-    """Any layer of a stack, to see how a layer is made; None where there is none."""
-    return next(iter((*stack.period, *stack.rest)), None) if isinstance(stack, Cycle) else stack

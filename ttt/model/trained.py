@@ -64,7 +64,7 @@ class TrainedModel:
         return mixers.windows_apart(self.config)
 
     def check_context(self, context: int, key: str) -> None:
-        """Raise a UserError unless a sequence of `context` tokens is whole chunks; `key` asked."""
+        """Raise a UserError that names `key` unless `context` tokens are whole chunks."""
         chunk = self.config.mini_batch_size
         if self.whole_chunks(context) != context:
             raise UserError(

@@ -1,6 +1,6 @@
 """The network: blocks, two stacks, the language model, and its loss, plain or while learning."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -275,10 +275,10 @@ class MetaModel(eqx.Module):
         late = ("suffix_blocks", "ln_f", "lm_head")
         early = [name for name in chosen if not set(late) & set(name.split("."))]
         if not chosen or early:
-            found = f"it matches {', '.join(early)}" if early else "it matches no parameter"
+            matched = f"it matches {', '.join(early)}" if early else "it matches no parameter"
             raise UserError(
-                f"training.spec_inner={list(spec_inner)}: {found}; fast weights are parameters of "
-                "the suffix blocks, ln_f or lm_head. The prime MLPs are "
+                f"training.spec_inner={list(spec_inner)}: {matched}; fast weights are parameters "
+                "of the suffix blocks, ln_f or lm_head. The prime MLPs are "
                 "'language_model.**.suffix_blocks.feed_forward_prime.**'."
             )
         fast, slow = eqx.partition(self, mask)
@@ -357,6 +357,21 @@ class MetaModel(eqx.Module):
         like = jax.eval_shape(lambda: MetaModel(config, key=jax.random.key(0)))
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(self))
 
+    def unrolled(self) -> "MetaModel":
+        """The same parameters with every layer on its own, to read and write token by token."""
+        suffix = self.config.suffix_len
+        counts = (self.config.num_hidden_layers - suffix, suffix)
+        return self._with_stacks(map(stacks.unrolled, _stacks_of(self), counts))
+
+    def restacked(self, like: "MetaModel") -> "MetaModel":
+        """The inverse of `unrolled`, in the form of `like`; of parts of a model too."""
+        layers = [() if stack is None else stack.rest for stack in _stacks_of(self)]
+        whole = self._with_stacks(map(stacks.restacked, _stacks_of(like), layers))
+        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(whole))
+
+    def _with_stacks(self, parts: Iterable[Stack]) -> "MetaModel":
+        return eqx.tree_at(_stacks_of, self, list(parts), is_leaf=lambda x: x is None)
+
     def init_state(self, context: int) -> PyTree:
         """The suffix's mixer states before a sequence of at most `context` tokens."""
         blocks = self.language_model.model.h.suffix_blocks
@@ -369,12 +384,17 @@ class MetaModel(eqx.Module):
         return states, self.language_model.model.ln_f(x)
 
 
+def _stacks_of(model: MetaModel) -> list[Stack]:
+    """Prefix and suffix."""
+    blocks = model.language_model.model.h
+    return [blocks.prefix_blocks, blocks.suffix_blocks]
+
+
 def _gathered(model: MetaModel, gather: Gather, *, suffix: bool) -> MetaModel:
     """The model whole, except for the stacks that are gathered block by block."""
 
     def by_block(model: MetaModel) -> PyTree:
-        h = model.language_model.model.h
-        return [h.prefix_blocks] if suffix else [h.prefix_blocks, h.suffix_blocks]
+        return _stacks_of(model)[: 1 if suffix else 2]
 
     def is_none(leaf: PyTree) -> bool:
         return leaf is None

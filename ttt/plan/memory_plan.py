@@ -12,6 +12,7 @@ from itertools import islice, product
 from typing import Any
 
 from ttt.errors import UserError
+from ttt.figures import gigabytes
 from ttt.knobs import REMAT_POLICIES, Config
 from ttt.plan.flops import hardware_flops
 from ttt.plan.memory import Memory, memory
@@ -114,11 +115,6 @@ def predict(config: Config, hardware: Hardware) -> Memory:
     if model.attention == "auto":
         model = replace(model, attention=hardware.attention)
     return memory(model, config.training, DeviceSharding.of(config, hardware.devices))
-
-
-def gigabytes(size: float) -> str:
-    """Bytes for a reader, three digits."""
-    return f"{size / 1e9:.3g} GB" if size < 999.5e9 else f"{size / 1e9:,.0f} GB"
 
 
 # ---- the choices -------------------------------------------------------------------------

@@ -6,10 +6,11 @@ from typing import Any
 
 from ttt import mixers
 from ttt.errors import UserError
+from ttt.figures import gigabytes
 from ttt.knobs import Config
 from ttt.plan import flops
 from ttt.plan.memory import learning_memory
-from ttt.plan.memory_plan import AUTO, Hardware, MemoryPlan, choose, gigabytes, remedies, setting
+from ttt.plan.memory_plan import AUTO, Hardware, MemoryPlan, choose, remedies, setting
 from ttt.plan.parameters import count, counts, selected
 from ttt.plan.sharding import DeviceSharding
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ttt.entry import cuda_extra
 from ttt.errors import UserError
-from ttt.experiment_rules import context_name
+from ttt.figures import short
 from ttt.runs import matching
 from ttt.runs.matching import Cost
 from ttt.runs.registry import Budget, LadderPath, Registry, Size, Stage
@@ -190,7 +190,7 @@ def _chain(
                 f"{experiment}: has {facts.steps} steps where the plan needs {pretrain_steps}; "
                 "leave training.total_steps to the plan, and change the budget instead"
             )
-        name = stage.run_name(request.size.name, context_name(facts.seq_length))
+        name = stage.run_name(request.size.name, short(facts.seq_length))
         if pretrain_steps is not None:
             name += f"-{'after' if parent else 'steps'}{pretrain_steps}"
         if seed is not None:

@@ -49,15 +49,6 @@ class Table(NamedTuple):
         )
 
 
-class Contexts(NamedTuple):
-    """What is known of each context, in ascending order of the keys."""
-
-    table: Table
-    """Counts are those of all tokens after it."""
-    kinds: Int[np.ndarray, " entries"]
-    """Different tokens after it."""
-
-
 @dataclass(frozen=True)
 class CountModel:
     """Counts of n-grams of 1 to `order` tokens; `plus` gives a model that has counted more.
@@ -94,7 +85,9 @@ class CountModel:
     ) -> Float[np.ndarray, "B T"]:
         """−log p of every target, in nats."""
         p = np.full(targets.shape, 1 / self.vocab_size)
-        for n, (table, contexts) in enumerate(zip(self.tables, self._contexts, strict=True), 1):
+        for n, (table, (contexts, kinds)) in enumerate(
+            zip(self.tables, self._contexts, strict=True), 1
+        ):
             if not len(table.keys):
                 break
             # The first targets of a sequence have shorter contexts: theirs stay as they are.
@@ -103,10 +96,9 @@ class CountModel:
             lower = p[:, first:]
             place, known = table.find(keys.ravel())
             count = np.where(known, table.counts[place], 0).reshape(keys.shape)
-            place, known = contexts.table.find(keys.ravel() // self.vocab_size)
+            place, known = contexts.find(keys.ravel() // self.vocab_size)
             kinds, total = (
-                np.where(known, x[place], 0).reshape(keys.shape)
-                for x in (contexts.kinds, contexts.table.counts)
+                np.where(known, x[place], 0).reshape(keys.shape) for x in (kinds, contexts.counts)
             )
             seen = np.maximum(total + kinds, 1)
             p[:, first:] = np.where(total > 0, (count + kinds * lower) / seen, lower)
@@ -152,12 +144,13 @@ class CountModel:
         return keys
 
     @cached_property
-    def _contexts(self) -> tuple[Contexts, ...]:
+    def _contexts(self) -> tuple[tuple[Table, Int[np.ndarray, " entries"]], ...]:
+        """For each order the contexts, counted by all tokens after them, and by different ones."""
         contexts = []
         for table in self.tables:
             keys, starts, kinds = np.unique(
                 table.keys // self.vocab_size, return_index=True, return_counts=True
             )
             counts = np.add.reduceat(table.counts, starts) if len(starts) else table.counts
-            contexts.append(Contexts(Table(keys, counts), kinds))
+            contexts.append((Table(keys, counts), kinds))
         return tuple(contexts)

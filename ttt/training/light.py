@@ -20,16 +20,10 @@ from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints, RestoreAccount
 from ttt.infra.progress import Progress
 from ttt.knobs import Config
-from ttt.model.loop import Scores
+from ttt.model.loop import Score, Scores
 from ttt.training.count_model import CountModel
 from ttt.training.run import TrainingRun
-from ttt.training.start import (
-    Parent,
-    StartPoint,
-    parents_checkpoints,
-    start_batches,
-    token_loss,
-)
+from ttt.training.start import Parent, StartPoint, find_checkpoint, start_loss
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +47,12 @@ def find_start(
     config: Config, evaluation: Source, checkpoints: Checkpoints, own: int | None
 ) -> StartPoint:
     """The run's own step `own`, else what `load_part` says, else nothing counted."""
-    training = config.training
-    if own is not None:
-        logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
-        return restore(config, checkpoints, own, "all")._replace(continues=True)
-    if training.load_part == "none":
+    training, source = config.training, find_checkpoint(config, checkpoints, own)
+    if source is None:
         return StartPoint(CountState(CountModel.empty(config.model.vocab_size), 0), None, None)
-    parent = parents_checkpoints(config)
-    step = parent.find_good(training.resume_step)
-    logger.info("starting from %s (%s)", parent.find(step), training.load_part)
-    start = restore(config, parent, step, training.load_part)
+    if own is not None:
+        return restore(config, *source, "all")._replace(continues=True)
+    start = restore(config, *source, training.load_part)
     if training.runtime_mode == "simulate":
         return start
     loss = _start_loss(config, start.state.model, evaluation)
@@ -78,8 +68,8 @@ def warm_loss(config: Config, start: StartPoint, evaluation: Source) -> float | 
 
 
 def _start_loss(config: Config, model: CountModel, evaluation: Source) -> float:
-    batches = start_batches(config, evaluation, config.training.seq_length)
-    return token_loss(scorer(config), model, batches, learn=False)
+    context = config.training.seq_length
+    return start_loss(config, evaluation, scorer(config), model, context, learn=False)
 
 
 def restore(config: Config, source: Checkpoints, step: int, part: str) -> StartPoint:
@@ -125,7 +115,7 @@ def as_items(state: CountState) -> dict[str, Any]:
     return {"model_weights": counts, "opt_state": {"count": np.asarray(state.step)}}
 
 
-def scorer(config: Config) -> Callable[..., Scores]:
+def scorer(config: Config) -> Score:
     """(count model, batch, learn=…) -> losses as the network's: over chunks of `mini_batch_size`.
 
     learn: of no consequence; a count model does not learn while it reads.
@@ -173,18 +163,14 @@ def log_comparison(loss: float, count_loss: float, tokens: int) -> None:
     """Log how a trained model with the token loss `loss` stands against the count model's."""
     if loss < count_loss:
         logger.info(
-            "count model of %s tokens: %.3f nats per token; this model is %.3f below",
-            f"{tokens:,}",
-            count_loss,
-            count_loss - loss,
+            f"count model of {tokens:,} tokens: {count_loss:.3f} nats per token; this model is "
+            f"{count_loss - loss:.3f} below"
         )
         return
     logger.warning(
-        "THIS MODEL DOES NOT BEAT A COUNT OF TOKEN PAIRS: %.3f nats per token, and a count model "
-        "of %s tokens of the same data has %.3f. It was trained too little, or something is wrong",
-        loss,
-        f"{tokens:,}",
-        count_loss,
+        f"THIS MODEL DOES NOT BEAT A COUNT OF TOKEN PAIRS: {loss:.3f} nats per token, and a count "
+        f"model of {tokens:,} tokens of the same data has {count_loss:.3f}. It was trained too "
+        "little, or something is wrong"
     )
 
 

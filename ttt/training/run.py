@@ -52,6 +52,8 @@ class TrainingRun:
     lock: RunLock
     stop: StopRequest
     spent: Spent
+    as_items: Callable[[Any], dict[str, PyTree]]
+    """A state as the array items of a checkpoint."""
 
 
 def open_data(config: Config) -> Data:
@@ -102,7 +104,9 @@ def open_batches(run: TrainingRun) -> grain.DatasetIterator:
 
 
 @contextmanager
-def opened(config: Config, data: Data) -> Generator[TrainingRun]:
+def opened(
+    config: Config, data: Data, as_items: Callable[[Any], dict[str, PyTree]]
+) -> Generator[TrainingRun]:
     """The run with its folders locked and its own checkpoint found; nothing is written yet.
 
     Raises UserError where it cannot go on from what lies there, or not start from its parent.
@@ -124,7 +128,7 @@ def opened(config: Config, data: Data) -> Generator[TrainingRun]:
         distributed.first_does(lambda: check_continues(config, data, checkpoints, record, own))
         if own is None and training.load_part != "none":
             distributed.first_does(lambda: check_parent(config))
-        parts = (Tracker(record), lock, StopRequest(), Spent())
+        parts = (Tracker(record), lock, StopRequest(), Spent(), as_items)
         yield TrainingRun(config, data, checkpoints, own, record, *parts)
 
 
@@ -249,22 +253,14 @@ def close(run: TrainingRun, status: str) -> None:
 # ---- saving and stopping --------------------------------------------------------------------
 
 
-def save(
-    run: TrainingRun,
-    state: Any,
-    items: Callable[[Any], dict[str, PyTree]],
-    batches: grain.DatasetIterator,
-) -> None:
-    """Start to write a checkpoint from which the run goes on bit for bit.
-
-    items: the array items of a state.
-    """
+def save(run: TrainingRun, state: Any, batches: grain.DatasetIterator) -> None:
+    """Start to write a checkpoint from which the run goes on bit for bit."""
     with run.spent("save"):
         run.lock.check()
         run.record.sync()  # the steps up to a checkpoint are in the record, or it has a gap
         run.checkpoints.save(
             int(state.step),
-            **items(state),
+            **run.as_items(state),
             loader_state=batches.get_state(),
             manifest={"config": to_dict(run.config), "data": run.data.fingerprints},
         )
@@ -282,9 +278,10 @@ def what_is_safe(run: TrainingRun) -> str:
     return f"The latest checkpoint, of step {step}, is whole."
 
 
-def asked_to_stop(run: TrainingRun) -> bool:
-    """Whether any process was; all of them ask at the same point."""
-    return distributed.any_process(run.stop.signal_number is not None)[0]
+def stop_if_asked(run: TrainingRun, step: int) -> None:
+    """Raise Stopped if any process was asked to stop; all of them call it at the same point."""
+    if distributed.any_process(run.stop.signal_number is not None)[0]:
+        raise stopped(run, step)
 
 
 def stopped(run: TrainingRun, step: int) -> Stopped:

@@ -7,7 +7,7 @@ loss on the tokens on which the child must be able to do the same.
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.infra.mesh import Layout
 from ttt.knobs import Config, ModelConfig
 from ttt.model import loop, published
-from ttt.model.loop import Evaluator, Scores, TrainState
+from ttt.model.loop import Evaluator, Score, TrainState
 from ttt.model.trained import TrainedModel
 from ttt.model.transformer import MetaModel
 from ttt.training import warm_start
@@ -91,22 +91,35 @@ def find_start(
     layout: Layout,
 ) -> StartPoint:
     """The run's own checkpoint `own`, else what `load_part` says, else fresh weights."""
-    training = config.training
-    if own is not None:
-        logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
-        return restore_all(config, checkpoints, own, layout)._replace(continues=True)
-    if training.load_part == "none":
+    source = find_checkpoint(config, checkpoints, own)
+    if source is None:
         # Each device makes its own part. Random numbers do not depend on where they are drawn.
         shardings = layout.shardings(jax.eval_shape(lambda: loop.init_state(config)))
         fresh = jax.jit(lambda: loop.init_state(config), out_shardings=shardings)()
         return StartPoint(fresh, None, None)
-    parent = parents_checkpoints(config)
-    step_folder = parent.find(parent.find_good(training.resume_step))
-    logger.info("starting from %s (%s)", step_folder, training.load_part)
-    if training.load_part == "all":
-        whole = restore_all(config, parent, int(step_folder.name), layout)
+    if own is not None:
+        return restore_all(config, *source, layout)._replace(continues=True)
+    if config.training.load_part == "all":
+        whole = restore_all(config, *source, layout)
         return whole._replace(parent=Parent(None, 0, False, True, "the same model, with all state"))
-    return restore_parameters(config, train, evaluation, step_folder, layout)
+    folder = source[0].find(source[1])
+    return restore_parameters(config, train, evaluation, folder, layout)
+
+
+def find_checkpoint(
+    config: Config, checkpoints: Checkpoints, own: int | None
+) -> tuple[Checkpoints, int] | None:
+    """What to start from: the run's own step `own`, else the parent's good step, if it has one."""
+    training = config.training
+    if own is not None:
+        logger.info("continuing %s from its checkpoint of step %d", training.exp_name, own)
+        return checkpoints, own
+    if training.load_part == "none":
+        return None
+    parent = parents_checkpoints(config)
+    step = parent.find_good(training.resume_step)
+    logger.info("starting from %s (%s)", parent.find(step), training.load_part)
+    return parent, step
 
 
 def parents_checkpoints(config: Config) -> Checkpoints:
@@ -171,8 +184,7 @@ def restore_parameters(
     narrowed: dict[str, np.ndarray] = {}
     if parent is not None:
         check_heads(parent.config, config.model, step_folder)
-        if is_to_narrow(parent.config, config.model):
-            narrowed = narrow(config, parent, train)
+        narrowed = narrow(config, parent, train)
     like = jax.eval_shape(lambda: loop.init_state(config).model)
     try:
         model, account = published.take(
@@ -295,30 +307,37 @@ def measure_parent(
     if not context:
         return Parent(None, 0, False, False, "no whole chunk that both see in the same way")
     logger.info("scoring the parent on %d tokens of each start sequence", context)
-    model = layout.place(parent.at(context))
-    batches = start_batches(config, evaluation, context)
-    loss = token_loss(Evaluator(parent.training, layout), model, batches, learn=parent.learns)
+    evaluator, model = Evaluator(parent.training, layout), layout.place(parent.at(context))
+    loss = start_loss(config, evaluation, evaluator, model, context, learn=parent.learns)
     return Parent(loss, context, parent.learns, not reasons, why)
 
 
-def start_batches(config: Config, evaluation: Source, context: int) -> Iterator[Batch]:
-    """The batches that are scored before the first step, the first `context` tokens of each."""
+def eval_batches(
+    config: Config, evaluation: Source, most: int, context: int | None = None
+) -> Iterator[Batch]:
+    """The split's first batches, at most `most` (0: all); of each the first `context` tokens."""
     batches = lm_dataset.eval_batches(
         evaluation,
         batch_size=config.training.eval_batch_size,
-        max_batches=config.training.eval_start_batches,
+        max_batches=most,
         bos_token_id=config.model.bos_token_id,
     )
     return (jax.tree.map(lambda x: x[:, :context], batch) for batch in batches)
 
 
-def token_loss(
-    evaluator: Callable[..., Scores], model: Any, batches: Iterable[Batch], *, learn: bool
+def start_loss(
+    config: Config, evaluation: Source, score: Score, model: Any, context: int, *, learn: bool
 ) -> float:
+    """Token loss before the first step, on the first `context` tokens of the sequences."""
+    batches = eval_batches(config, evaluation, config.training.eval_start_batches, context)
+    return token_loss(score, model, batches, learn=learn)
+
+
+def token_loss(score: Score, model: Any, batches: Iterable[Batch], *, learn: bool) -> float:
     """Mean over all targets that count, in nats: the same number whatever the chunks are."""
     nll = count = 0.0
     for batch in batches:
-        scores = evaluator(model, batch, learn=learn)
+        scores = score(model, batch, learn=learn)
         nll += float(np.sum(scores.token_nll * scores.loss_mask, dtype=np.float64))
         count += float(np.sum(scores.loss_mask, dtype=np.float64))
     return nll / count if count else math.nan
@@ -333,32 +352,29 @@ def warm_loss(
         return None
     training = replace(config.training, inner_remat_freq=1)
     own = TrainedModel(training.exp_name, 0, training, start.state.model)
-    batches = start_batches(config, evaluation, parent.context)
-    model = own.at(parent.context)
-    return token_loss(Evaluator(training, layout), model, batches, learn=parent.learns)
+    evaluator, model = Evaluator(training, layout), own.at(parent.context)
+    return start_loss(config, evaluation, evaluator, model, parent.context, learn=parent.learns)
 
 
 # ---- MLPs of another width -------------------------------------------------------------
 
 
-def is_to_narrow(parent: ModelConfig, own: ModelConfig) -> bool:
-    """Whether the policy is to narrow, and there is something to take away."""
-    wider = not parent.prime and parent.intermediate_size > own.intermediate_size
-    return wider and own.prime and own.width_policy == "narrow"
-
-
 def narrow(config: Config, parent: TrainedModel, train: Source) -> dict[str, np.ndarray]:
-    """The parent's MLPs at this model's width, under their published names."""
+    """The parent's MLPs at this model's width, by published name; empty if none is to change."""
+    was, own = parent.config, config.model
+    wider = not was.prime and was.intermediate_size > own.intermediate_size
+    if not (wider and own.prime and own.width_policy == "narrow"):
+        return {}
     count = min(len(train), CALIBRATION_SEQUENCES)
     length = min(parent.training.seq_length, config.training.seq_length)
     ids = np.stack([train[index][:length] for index in range(count)])
     logger.info(
         "narrowing the parent's MLPs from %d to %d units by what they do on %d tokens",
-        parent.config.intermediate_size,
-        config.model.intermediate_size,
+        was.intermediate_size,
+        own.intermediate_size,
         ids.size,
     )
-    return warm_start.narrow(parent.at(length), ids, config.model.intermediate_size)
+    return warm_start.narrow(parent.at(length), ids, own.intermediate_size)
 
 
 def _width_remedy(parent: TrainedModel | None, own: ModelConfig) -> str:

@@ -15,7 +15,7 @@ from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.loop import TrainState
 from ttt.plan import hardware, memory_plan
-from ttt.training.run import TrainingRun, asked_to_stop, stopped
+from ttt.training.run import TrainingRun, stop_if_asked
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,7 @@ def make_step(
         if compiled is None:
             with run.spent("compile"):
                 compiled = compile_step(config, state, batch, layout)
-            if asked_to_stop(run):
-                raise stopped(run, int(state.step))
+            stop_if_asked(run, int(state.step))
         with run.spent("step"):
             state, metrics = compiled(state, batch)
             return state, {name: float(value) for name, value in metrics._asdict().items()}

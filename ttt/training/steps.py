@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
-from jaxtyping import PyTree
 
 from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset
@@ -26,7 +25,6 @@ def take_steps(
     start: StartPoint,
     *,
     step: Callable[[Any, Batch], tuple[Any, dict[str, Any]]],
-    items: Callable[[Any], dict[str, PyTree]],
     held_out_loss: Callable[[Any], float],
     speed: Callable[[float], dict[str, float]] = lambda seconds: {},
 ) -> Any:
@@ -34,7 +32,6 @@ def take_steps(
 
     step: (state, this process's batch) -> the next state, and metrics with `loss`. It adds its
         seconds to `run.spent`.
-    items: a state's array items of a checkpoint.
     held_out_loss: of a state; raises Stopped if the run was asked to stop.
     speed: seconds of a step -> what to log of them.
     """
@@ -48,7 +45,7 @@ def take_steps(
 
     def evaluate(state: Any, number: int) -> None:
         if is_due(number, training.eval_every_steps):
-            evaluate_on_the_way(run, state, batches, items, held_out_loss)
+            evaluate_on_the_way(run, state, batches, held_out_loss)
 
     cut_short = run.record.logged(first, "loss") and not run.record.logged(first, "eval_loss")
     if distributed.from_first(cut_short):
@@ -79,7 +76,7 @@ def take_steps(
             )
             last = number == training.total_steps
             if is_due(number, training.save_every_steps) or last or stop or late:
-                save(run, state, items, batches)
+                save(run, state, batches)
                 saved = time.monotonic()
             if stop:
                 raise stopped(run, number)
@@ -100,7 +97,6 @@ def evaluate_on_the_way(
     run: TrainingRun,
     state: Any,
     batches: grain.DatasetIterator,
-    items: Callable[[Any], dict[str, PyTree]],
     held_out_loss: Callable[[Any], float],
 ) -> None:
     """Log the held-out loss of a state; asked to stop meanwhile, save the state first."""
@@ -110,7 +106,7 @@ def evaluate_on_the_way(
             loss = held_out_loss(state)
     except Stopped:
         if distributed.from_first(run.checkpoints.latest() != step):
-            save(run, state, items, batches)
+            save(run, state, batches)
         raise stopped(run, step) from None
     seconds = run.spent.take("evaluation")["evaluation"]
     run.tracker.log(step, {"eval_loss": loss, "evaluation_seconds": seconds})

@@ -1,16 +1,12 @@
-"""A model that goes on from a parent of another kind: full attention → sliding window → TTT-E2E.
+"""Warm starts into another kind of model: full attention → sliding window → TTT-E2E.
 
-Attention has the same weights in all of them, and up to a window of tokens the same function. What
-is new are the prime MLPs. A block adds post'(prime(pre'(h))) to the stream, and post' normalises:
-whatever the prime MLP puts out, however small, comes out of it as large as post's gain. So a zero
-down-projection is no gentle start: its output is zero, but the normalisation's slope there is
-1/√eps, a thousandfold, and the first inner step ends the parent's function. A zero gain is gentle
-and deaf: no inner gradient passes it. What serves is to let the parent's own MLP be the prime one,
-at its natural strength, and a new, silent MLP stand in its place: nothing changes, and what learns
-is what has learned before (docs/warm_start.md: the candidates, and what became of them).
+Attention keeps its weights, and up to a window of tokens its function; only the prime MLPs are new.
+What a prime MLP adds is normalised first. So a zero down-projection is no gentle start: the slope
+there is 1/√eps, and the first inner step changes the function. Behind a zero gain no inner gradient
+passes. The default lets the parent's MLP become the prime one, and a new MLP with gain 0 takes its
+place: the function stays, and what learns is trained already (docs/warm_start.md compares all).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -36,6 +32,8 @@ _PARTS = {
     "ffn_post_norm": "ffn_prime_post_norm",
 }
 """Static MLP -> prime MLP, with their norms."""
+_DOWN = "feed_forward_prime.w2"
+_PRIME_GAINS = {"copy": 0.0, "zero_gain": 0.0, "small_gain": SMALL_GAIN, "small_write": SMALL_GAIN}
 
 
 class Begun(NamedTuple):
@@ -56,7 +54,9 @@ def begin(model: MetaModel, how: str) -> Begun:
     """
     blocks = jax.tree.map(jnp.asarray, model.language_model.model.h.suffix_blocks)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blocks)
-    begun = jax.jit(INITS[how], donate_argnums=0, out_shardings=shardings)(blocks)
+    begun = jax.jit(_begin, static_argnums=1, donate_argnums=0, out_shardings=shardings)(
+        blocks, how
+    )
     last = f"[-{jax.tree.leaves(blocks)[0].shape[0]}:]"
     present = [part for part in _PARTS if _part(blocks, part) is not None]
     taken = {
@@ -74,53 +74,21 @@ def begin(model: MetaModel, how: str) -> Begun:
     )
 
 
-def _random(block: Block) -> Block:
-    """As in pretraining: the prime MLP speaks at full strength, and says nothing of use."""
+def _begin(block: Block, how: str) -> Block:
+    """A suffix block with its prime MLP begun; `random` leaves it as in pretraining."""
+    parts = {name: _part(block, name) for pair in _PARTS.items() for name in pair}
+    for part, prime in _PARTS.items():
+        if how in ("copy", "inherit"):
+            block = _put(block, prime, parts[part])
+        if how == "inherit":
+            block = _put(block, part, parts[prime])
+    if how == "inherit":  # the parent's MLP is the prime one now, and the new one is silent
+        return _with_gain(block, "feed_forward", 0.0)
+    if how in _PRIME_GAINS:
+        block = _with_gain(block, "feed_forward_prime", _PRIME_GAINS[how])
+    if how in ("zero_down", "small_write"):
+        block = _put(block, _DOWN, jnp.zeros_like(_part(block, _DOWN)))
     return block
-
-
-def _zero_down(block: Block) -> Block:
-    return eqx.tree_at(lambda b: b.feed_forward_prime.w2.weight, block, replace_fn=jnp.zeros_like)
-
-
-def _zero_gain(block: Block) -> Block:
-    return _with_gain(block, "feed_forward_prime", 0.0)
-
-
-def _small_gain(block: Block) -> Block:
-    return _with_gain(block, "feed_forward_prime", SMALL_GAIN)
-
-
-def _small_write(block: Block) -> Block:
-    """Says nothing before its first step, and little after it."""
-    return _zero_down(_small_gain(block))
-
-
-def _copy(block: Block) -> Block:
-    """The block's own MLP twice, the prime one silent."""
-    for part, prime in _PARTS.items():
-        block = _put(block, prime, _part(block, part))
-    return _with_gain(block, "feed_forward_prime", 0.0)
-
-
-def _inherit(block: Block) -> Block:
-    """The parent's MLP becomes the prime one, and a new, silent MLP takes its place."""
-    swapped = block
-    for part, prime in _PARTS.items():
-        swapped = _put(swapped, prime, _part(block, part))
-        swapped = _put(swapped, part, _part(block, prime))
-    return _with_gain(swapped, "feed_forward", 0.0)
-
-
-INITS: dict[str, Callable[[Block], Block]] = {
-    "inherit": _inherit,
-    "copy": _copy,
-    "zero_gain": _zero_gain,
-    "zero_down": _zero_down,
-    "small_gain": _small_gain,
-    "small_write": _small_write,
-    "random": _random,
-}
 
 
 def _part(block: Block, name: str) -> Any:
@@ -137,11 +105,11 @@ def _put(block: Block, name: str, weight: Array | None) -> Block:
 
 def _with_gain(block: Block, mlp: str, gain: float) -> Block:
     """What `mlp` adds to the stream times `gain`, in the norm behind it or, without, in w2."""
-    norm = {"feed_forward": "ffn_post_norm", "feed_forward_prime": "ffn_prime_post_norm"}[mlp]
+    norm = "ffn_post_norm" if mlp == "feed_forward" else "ffn_prime_post_norm"
     weight = _part(block, norm)
     if weight is not None:
         return _put(block, norm, jnp.full_like(weight, gain))
-    return eqx.tree_at(lambda b: _part(b, f"{mlp}.w2"), block, replace_fn=lambda w: gain * w)
+    return _put(block, f"{mlp}.w2", gain * _part(block, f"{mlp}.w2"))
 
 
 # ---- narrower MLPs ---------------------------------------------------------------------
@@ -154,12 +122,12 @@ def narrow(parent: MetaModel, ids: Int[np.ndarray, "N T"], width: int) -> dict[s
     units that stay take over what the others did as far as they can (optimal brain surgeon,
     Hassibi and Stork 1993, for whole units). One layer at a time is on a device.
     """
-    stacks = parent.language_model.model.h
-    layers = [_layers(blocks) for blocks in (stacks.prefix_blocks, stacks.suffix_blocks)]
+    stacks = parent.unrolled().language_model.model.h
+    layers = [x for part in (stacks.prefix_blocks, stacks.suffix_blocks) if part for x in part.rest]
     table = np.asarray(parent.language_model.model.wte.weight)
     x = jnp.asarray(table[ids]).astype(Precision.of(parent.config).compute)
     parts: dict[str, list[np.ndarray]] = {"w1": [], "w2": [], "w3": []}
-    for block in [block for stack in layers for block in stack]:
+    for block in layers:
         x, gram = _through(block, x)
         mlp = block.feed_forward
         w1, w2, w3 = (np.asarray(w.weight, np.float64) for w in (mlp.w1, mlp.w2, mlp.w3))
@@ -201,13 +169,6 @@ def _damped(
 ) -> Float[np.ndarray, "K K"]:
     own = gram[np.ix_(kept, kept)]
     return own + _DAMPING * np.mean(np.diag(gram)) * np.eye(len(kept))
-
-
-def _layers(blocks: Block | None) -> list[Block]:
-    if blocks is None:
-        return []
-    count = jax.tree.leaves(blocks)[0].shape[0]
-    return [jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(count)]
 
 
 @eqx.filter_jit

@@ -22,11 +22,6 @@ from ttt.intervals import share
 from ttt.knobs import Config
 from ttt.model.trained import TrainedModel
 
-LABELS = {
-    "niah_single_1": "S-NIAH-1: passkey in noise",
-    "niah_single_2": "S-NIAH-2: number in essays",
-    "niah_single_3": "S-NIAH-3: UUID in essays",
-}
 ALL, INSIDE, BEYOND, BOTH = "all", "inside", "beyond", "both"
 """Where needles lie: the window still holds them when the answer starts, or it does not."""
 
@@ -44,7 +39,7 @@ class Needles(AbstractSuite):
         self._depths = ruler.depths(asked.depths)
         self._tokenizers = {run.name: resources.tokenizer(config, run) for run in runs}
         self._haystacks: dict[str, Haystack] = {"noise": ruler.noise()}
-        if "essay" in {ruler.TASKS[task].haystack for task in asked.tasks}:
+        if "essay" in {ruler.TASKS[task]["haystack"] for task in asked.tasks}:
             self._haystacks["essay"] = ruler.essays(asked.haystack)
         self._answers: dict[tuple[Reader, str], list[dict[str, Any]]] = {}
         self._prompts: dict[tuple[str, int], list[Prompt]] = {}
@@ -58,7 +53,7 @@ class Needles(AbstractSuite):
         """All runs answer the same prompts, so they share a tokenizer: that of the first."""
         return ruler.make_prompts(
             task,
-            self._haystacks[ruler.TASKS[task].haystack],
+            self._haystacks[ruler.TASKS[task]["haystack"]],
             self._tokenizers[self.runs[0].name],
             length=length,
             tokens_to_generate=self._asked.tokens_to_generate,
@@ -219,7 +214,7 @@ class Needles(AbstractSuite):
             figures.tidy(axes)
             figures.log_tokens(axes, [*starts, 2 * starts[-1]])
             axes.set_ylim(-0.03, 1.03)
-            axes.set_title(LABELS[task], fontsize=9, loc="left")
+            axes.set_title(ruler.TASKS[task]["label"], fontsize=9, loc="left")
             axes.set_xlabel("needle to answer (tokens)")
         panels[0][0].set_ylabel("needles found (share, 95 % band)")
         figures.legend_below(figure, panels[0][0])
@@ -245,7 +240,7 @@ class Needles(AbstractSuite):
                 image = self._heat(axes, reader.own(rows[rows.task == task]))
             axes_row[0].set_ylabel(f"{reader.label.replace(', ', '\n')}\ndepth (%)", fontsize=8)
         for axes, task in zip(panels[0], tasks, strict=True):
-            axes.set_title(LABELS[task], fontsize=9, loc="left")
+            axes.set_title(ruler.TASKS[task]["label"], fontsize=9, loc="left")
         for axes in panels[-1]:
             axes.set_xlabel("length (tokens)", fontsize=8)
         figure.colorbar(image, ax=panels, label="needles found (share)", shrink=0.8, aspect=30)

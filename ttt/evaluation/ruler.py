@@ -2,9 +2,9 @@
 
 Templates, needles, noise, value types, answer length and scoring are those that RULER publishes
 (Hsieh et al. 2024, arXiv 2404.06654), tasks `niah_single_1` to `_3`; with one needle RULER puts its
-templates into the singular, as they stand here. Ours differ from its samples in three ways, none of
-which touches the score: the depth is chosen instead of drawn, keys come from our own list of words,
-and sentences end at punctuation instead of where NLTK sees an end.
+templates into the singular, as they stand in `ruler.json`. Ours differ from its samples in three
+ways, none of which touches the score: the depth is chosen instead of drawn, keys come from our own
+list of words, and sentences end at punctuation instead of where NLTK sees an end.
 """
 
 import ast
@@ -16,6 +16,8 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,50 +28,11 @@ from ttt.dataloader import text
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
 
-CONTEXT = (
-    "A special magic {value_type} is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {value_type} afterwards.\n{context}\n"
-)
-QUESTION = "What is the special magic {value_type} for {key} mentioned in the provided text?"
-ANSWER_PREFIX = " The special magic {value_type} for {key} mentioned in the provided text is"
-NEEDLE = "One of the special magic {value_type}s for {key} is: {value}."
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-TOKENS_TO_GENERATE = 128
-
-_ADJECTIVES = (
-    "amber brave calm clever crisp curious deep distant eager early fair famous gentle giant glad "
-    "golden grand happy hidden humble jolly keen kind late light lively loud lucky mellow modern "
-    "narrow noble odd old pale patient plain polite proud quick quiet rapid rare ripe round rustic "
-    "sharp shy silent silver simple sleepy small smooth soft solid steady sunny swift tall tidy "
-    "tiny vast vivid warm wide wild wise young"
-)
-_NOUNS = (
-    "acorn anchor apple arrow badge barn basket beach bell bench bird boat bottle bridge brook "
-    "candle canyon castle chair cloud coin comet copper coral daisy desk door drum eagle engine "
-    "falcon feather fern field flute forest fox garden gate glove harbor hill horse island jacket "
-    "kettle kite ladder lake lamp lantern leaf lemon map maple meadow mirror moon mountain needle "
-    "oak ocean orchard owl paper pebble pencil piano pine planet pond poplar prairie puzzle rabbit "
-    "raven ribbon river rocket sail shell shoe spoon star stone table tiger tower train tree "
-    "valley violin wagon whale window wolf"
-)
+_TEXTS = json.loads(resources.files(__package__).joinpath("ruler.json").read_text("utf-8"))
+TASKS: dict[str, dict[str, str]] = _TEXTS["tasks"]
+"""Name -> `value_type` (`number` or `uuid`), `haystack` (`noise` or `essay`), `label`."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
-
-
-class Task(NamedTuple):
-    """One of RULER's tasks."""
-
-    value_type: str
-    """In the singular: `number` or `uuid`."""
-    haystack: str
-    """`noise` or `essay`."""
-
-
-TASKS = {
-    "niah_single_1": Task("number", "noise"),
-    "niah_single_2": Task("number", "essay"),
-    "niah_single_3": Task("uuid", "essay"),
-}
 
 
 class Haystack(NamedTuple):
@@ -106,7 +69,7 @@ class Prompt(NamedTuple):
 
 def noise() -> Haystack:
     """The haystack of `niah_single_1`; as long as it is asked to be."""
-    return Haystack("RULER's five sentences, repeated", (NOISE,), "\n", endless=True)
+    return Haystack("RULER's five sentences, repeated", (_TEXTS["noise"],), "\n", endless=True)
 
 
 def essays(file: str) -> Haystack:
@@ -115,40 +78,38 @@ def essays(file: str) -> Haystack:
     A JSON file gives its `text`, as RULER's PaulGrahamEssays.json does. Raises a UserError.
     """
     if not file:
-        text_, source = _docstrings(), "docstrings of the standard library's held-out modules"
+        prose, source = _docstrings(), "docstrings of the standard library's held-out modules"
         source += ", in place of RULER's essays by Paul Graham"
     else:
-        text_, source = _read(Path(file).expanduser()), f"the file {Path(file).name}"
-    sentences = tuple(_SENTENCE_END.split(re.sub(r"\s+", " ", text_).strip()))
+        prose, source = _read(Path(file).expanduser()), f"the file {Path(file).name}"
+    sentences = tuple(_SENTENCE_END.split(re.sub(r"\s+", " ", prose).strip()))
     return Haystack(source, sentences, " ")
 
 
 def _read(path: Path) -> str:
     remedy = "give a text file, or leave evaluation.needles.haystack empty for the built-in text"
-    if not path.is_file():
-        raise UserError(f"evaluation.needles.haystack={path}: no such file; {remedy}")
     try:
-        found = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            found = json.loads(found)["text"]
+            content = json.loads(content)["text"]
+        fault = "" if isinstance(content, str) and content.strip() else "it holds no text"
+    except OSError as error:
+        fault = f"no such file, or it cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"evaluation.needles.haystack={path}: no UTF-8 text, or JSON without a `text` "
-            f"({type(error).__name__}: {error}); {remedy}"
-        ) from error
-    if not isinstance(found, str) or not found.strip():
-        raise UserError(f"evaluation.needles.haystack={path}: it holds no text; {remedy}")
-    return found
+        fault = f"no UTF-8 text, or JSON without a `text` ({type(error).__name__}: {error})"
+    if fault:
+        raise UserError(f"evaluation.needles.haystack={path}: {fault}; {remedy}")
+    return content
 
 
 def _docstrings() -> str:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = []
     for path in text.builtin_corpus(seed=0).val:
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # some modules are there to be broken
             continue
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
         found += [doc for node in nodes if (doc := ast.get_docstring(node))]
     return " ".join(found)
@@ -160,13 +121,6 @@ def _docstrings() -> str:
 def depths(count: int) -> list[float]:
     """Evenly spread whole percents from 0 to 100; one alone is the middle. RULER has 40."""
     return [50.0] if count == 1 else np.round(np.linspace(0, 100, count)).tolist()
-
-
-def hide(sentences: Sequence[str], joint: str, needle: str, depth: float) -> tuple[str, str]:
-    """The haystack before the needle, and from it on: the needle stands between two sentences."""
-    place = int(len(sentences) * depth / 100)
-    before = "".join(sentence + joint for sentence in sentences[:place])
-    return before, joint.join([needle, *sentences[place:]])
 
 
 def make_prompts(
@@ -186,43 +140,45 @@ def make_prompts(
     function of seed, task, length, depth and sample alone. Raises a UserError where not one
     sentence fits, or the text is too short.
     """
-    kind = TASKS[task].value_type
+    kind = TASKS[task]["value_type"]
     most = length - tokens_to_generate
     count = 0
     prompts = []
-    for depth in depths:
-        for sample in range(samples):
-            rng = random.Random(f"{seed}/{task}/{length}/{depth}/{sample}")
-            key = f"{rng.choice(_ADJECTIVES.split())}-{rng.choice(_NOUNS.split())}"
-            build = partial(_prompt, haystack, tokenizer, kind, key, _value(kind, rng), depth)
-            count = count or _sentences_that_fit(build, haystack, task, most, length)
+    for depth, sample in product(depths, range(samples)):
+        rng = random.Random(f"{seed}/{task}/{length}/{depth}/{sample}")
+        key = "-".join(rng.choice(_TEXTS[words].split()) for words in ("adjectives", "nouns"))
+        if kind == "uuid":
+            value = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        else:
+            value = str(rng.randint(10**6, 10**7 - 1))
+        words = {"value_type": kind, "key": key, "value": value}
+        build = partial(_prompt, haystack, tokenizer, words, depth)
+        count = count or _sentences_that_fit(build, haystack, task, most, length)
+        prompt = build(count)
+        while len(prompt.tokens) > most and count > 1:  # another key may be longer
+            count -= 1
             prompt = build(count)
-            while len(prompt.tokens) > most and count > 1:  # another key may be longer
-                count -= 1
-                prompt = build(count)
-            prompts.append(prompt)
+        prompts.append(prompt)
     return prompts
 
 
 def _prompt(
     haystack: Haystack,
     tokenizer: AbstractTokenizer,
-    value_type: str,
-    key: str,
-    value: str,
+    words: dict[str, str],
     depth: float,
     count: int,
 ) -> Prompt:
-    """The one with the first `count` sentences of the haystack."""
-    words = {"value_type": value_type, "key": key}
-    needle = NEEDLE.format(**words, value=value)
+    """The one with the first `count` sentences of the haystack; the needle lies between two."""
     sentences = haystack.sentences * count if haystack.endless else haystack.sentences[:count]
-    head, tail = CONTEXT.format(**words, context="{context}").split("{context}")
-    before, after = hide(sentences, haystack.joint, needle, depth)
-    question = tail + QUESTION.format(**words) + ANSWER_PREFIX.format(**words)
-    ids = tokenizer.encode(head + before + after + question)
+    place = int(count * depth / 100)
+    head, tail = _TEXTS["context"].format(**words, context="\0").split("\0")
+    before = head + "".join(sentence + haystack.joint for sentence in sentences[:place])
+    after = haystack.joint.join([_TEXTS["needle"].format(**words), *sentences[place:]]) + tail
+    question = (_TEXTS["question"] + _TEXTS["answer_prefix"]).format(**words)
+    ids = tokenizer.encode(before + after + question)
     tokens = np.concatenate([np.array([tokenizer.bos_token_id], np.int32), ids])
-    return Prompt(tokens, value, depth, 1 + len(tokenizer.encode(head + before)))
+    return Prompt(tokens, words["value"], depth, 1 + len(tokenizer.encode(before)))
 
 
 def _sentences_that_fit(
@@ -249,13 +205,6 @@ def _sentences_that_fit(
             )
         high = min(2 * high, available)
     return bisect.bisect_right(range(1, high), most, key=size)
-
-
-def _value(kind: str, rng: random.Random) -> str:
-    """Seven digits, or a random UUID."""
-    if kind == "uuid":
-        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    return str(rng.randint(10**6, 10**7 - 1))
 
 
 # ---- scores ------------------------------------------------------------------------------

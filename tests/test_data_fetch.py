@@ -387,13 +387,12 @@ def test_ctrl_c_ends_with_130_and_a_hint(store, tmp_path):
     store.before_read = never_answer
     arguments = ["--dest-root", tmp_path / "data", "--datasets", "books3", "--threads", "1"]
     arguments += ["--billing-project", PROJECT, "--endpoint-url", store.url]
+    # A shell's background job ignores Ctrl-C, and so would all that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job, and all below it, ignores Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [sys.executable, SCRIPT, *arguments], stderr=subprocess.PIPE, text=True
     ) as process:
+        signal.signal(signal.SIGINT, before)
         try:
             assert reading.wait(120)
             process.send_signal(signal.SIGINT)

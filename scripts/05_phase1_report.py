@@ -52,18 +52,18 @@ def main() -> None:
                 args.out if single else args.out / r.runs["exp_folder"].iloc[0]: r for r in reports
             }
         for folder in outs:
-            phase1.check_out(folder)
+            tables.check_out(folder)
         if args.dry_run:
             for report in reports:
                 print(f"would report on {len(report.runs)} runs of {report.folder} to stdout")
             for path in [*filter(None, [args.csv_out]), *outs]:
                 print(f"would write {path}")
             return
-        sys.stdout.write(phase1.to_text(reports, args.format, one=bool(args.exp_folder)))
+        sys.stdout.write(tables.to_text(reports, args.format, one=bool(args.exp_folder)))
         if args.csv_out:
             write_whole(args.csv_out, tables.to_csv(reports))
         for folder, report in outs.items():
-            sys.stderr.writelines(f"{path}\n" for path in phase1.save(report, folder))
+            sys.stderr.writelines(f"{path}\n" for path in tables.save(report, folder))
         sys.stderr.writelines(f"{note}\n" for report in reports for note in tables.notes(report))
         sys.exit(1 if any(report.faults for report in reports) else 0)
 

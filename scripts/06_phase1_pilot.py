@@ -22,7 +22,7 @@ from rich.console import Console
 from ttt.entry import exit_codes
 from ttt.errors import RunError, UserError
 from ttt.knobs import RUNTIME_MODES
-from ttt.report import phase1
+from ttt.report import tables
 from ttt.runs import pilot
 
 
@@ -70,7 +70,7 @@ def main() -> None:
 def report(prepared: pilot.PreparedPilot, checkpoint_root: str | None) -> None:
     """Write the report on all that was run, and say where it is."""
     root, folder = prepared.experiments, prepared.flags.exp_folder
-    written = phase1.write(root, folder, checkpoint_root=checkpoint_root)
+    written = tables.write(root, folder, checkpoint_root=checkpoint_root)
     print(f"report: {next(path for path in written if path.suffix == '.md')}")
 
 

@@ -63,7 +63,6 @@ JAX_FREE = (
     "ttt.report.compare",
     "ttt.report.verdict",
     "ttt.report.curves",
-    "ttt.report.reading",
     "ttt.report.pictures",
     "ttt.report.tables",
     "ttt.report.inspection",

@@ -300,6 +300,8 @@ def test_pending_runs_are_rows_and_keep_the_verdict_open(tmp_path):
     report = spoiled(tmp_path, lambda runs: setattr(last_of_p1(runs), "status", "pending"))
     run = named(report, last_of_p1(small_ladder()[0]).name)
     assert (run.status, run.stage, run.validation_loss) == ("pending", "extend", None)
+    told = {text.split(":")[0] for text in run.missing}
+    assert told == {name for name in frame.COLUMNS if getattr(run, name) is None}
     assert any(f"{run.name} is pending" in text for text in report.missing)
     delta = one(report, "P1").delta
     assert (delta.n, delta.low) == (1, None)
@@ -385,7 +387,7 @@ def test_losses_that_are_no_numbers_are_not_shown_as_numbers(tmp_path):
     assert (run.final_loss, run.validation_loss) == (None, None)
     assert "final_loss: not a finite number: nan" in run.missing
     assert record.run()["status"] == "finished"
-    json.loads(phase1.to_json(read(tmp_path)))
+    json.loads(tables.to_json(read(tmp_path)))
 
 
 def test_without_a_manifest_the_report_says_what_it_lacks(copied, tmp_path):
@@ -395,7 +397,7 @@ def test_without_a_manifest_the_report_says_what_it_lacks(copied, tmp_path):
     assert report.verdict.answer == verdict.UNKNOWN
     assert str(copied / "ladder" / "manifest.json") in report.verdict.evidence[0]
     out = tmp_path / "out"
-    phase1.save(report, out)
+    tables.save(report, out)
     assert not list(out.glob("*.png"))
     page = (out / "report.md").read_text()
     assert "*Not drawn: gate. Missing: " in page
@@ -487,7 +489,7 @@ def test_csv_gives_the_rows_back(report):
 
 
 def test_json_gives_every_number_back(report):
-    told = json.loads(phase1.to_json(report))
+    told = json.loads(tables.to_json(report))
     assert [run["name"] for run in told["runs"]] == list(report.runs["name"])
     p1 = next(c for c in told["comparisons"] if (c["path"], c["matching"]) == ("P1", "tokens"))
     assert p1["delta"] == one(report, "P1").delta._asdict()
@@ -497,7 +499,7 @@ def test_json_gives_every_number_back(report):
 
 def test_report_is_written_whole_with_pictures_in_both_forms(small, tmp_path):
     out = tmp_path / "report"
-    paths = phase1.write(small, "ladder", out)
+    paths = tables.write(small, "ladder", out)
     names = ["gate", "loss_against_cost_tokens", "loss_by_position_tokens"]
     drawn = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert {path.name for path in paths} == {"runs.csv", "report.json", "report.md"} | drawn
@@ -527,7 +529,7 @@ def test_the_terminal_shows_every_run_and_path(report):
 def test_foreign_files_are_not_written_over(small, tmp_path):
     (tmp_path / "report.md").write_text("mine")
     with pytest.raises(UserError, match="no earlier report"):
-        phase1.write(small, "ladder", tmp_path)
+        tables.write(small, "ladder", tmp_path)
     assert (tmp_path / "report.md").read_text() == "mine"
 
 
@@ -537,7 +539,7 @@ def test_a_picture_that_can_no_longer_be_drawn_goes(copied, tmp_path):
     for name in ("report.json", "gate.png", "gate.svg"):
         (out / name).touch()
     (copied / "ladder" / "manifest.json").unlink()
-    phase1.write(copied, "ladder", out)
+    tables.write(copied, "ladder", out)
     assert not (out / "gate.png").exists()
     assert not (out / "gate.svg").exists()
 

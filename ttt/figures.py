@@ -1,6 +1,6 @@
 """What all pictures and tables share: palette, numbers for readers, how axes look, saving."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,32 +31,34 @@ def short(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens and tokens % 1024 == 0 else str(tokens)
 
 
+def known(value: Any, form: str = "") -> str:
+    """The value in this format; a dash for None and NaN."""
+    return NONE if value is None or value != value else format(value, form)
+
+
 def whole(value: float | None) -> str:
     """With thousands set apart: 12,345."""
-    return NONE if is_unknown(value) else f"{value:,.0f}"
+    return known(value, ",.0f")
 
 
 def count(value: float | None) -> str:
     """Three digits of a large number: 1234567 -> 1.23M."""
-    if value is None or is_unknown(value):
-        return NONE
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
+        if value is not None and value >= size:
             return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+    return known(value, ".3g")
 
 
 def nats(value: float | None) -> str:
     """A loss, with four digits behind the point."""
-    return NONE if is_unknown(value) else f"{value:.4f}"
+    return known(value, ".4f")
 
 
 def duration(hours: float | None) -> str:
     """Three digits in the unit that suits: `41 s`, `3.2 min`, `12.5 h`."""
-    if hours is None or is_unknown(hours):
+    if hours is None or hours != hours:
         return NONE
-    units = ((1, "h"), (60, "min"), (3600, "s"))
-    size, unit = next(x for x in units if hours * x[0] >= 1 or x is units[-1])
+    size, unit = (1, "h") if hours >= 1 else (60, "min") if hours * 60 >= 1 else (3600, "s")
     value = hours * size
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
@@ -66,9 +68,20 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size < 999.5e9 else f"{size / 1e9:,.0f} GB"
 
 
-def is_unknown(value: float | None) -> bool:
-    """Whether a number is None or NaN."""
-    return value is None or value != value
+def markdown_table(
+    header: Iterable[str], rows: Iterable[Sequence[str]], names: int, *, aligned: bool = False
+) -> str:
+    """A table as GitHub reads it; the first `names` columns hold names, the others numbers.
+
+    aligned: in columns of equal width, for a terminal.
+    """
+    cells = [[*header], *rows]
+    widths = [max(map(len, column)) * aligned for column in zip(*cells, strict=True)]
+    dashes = ["-" * max(width - 1, 3) for width in widths]
+    cells.insert(1, [f":{x}" if i < names else f"{x}:" for i, x in enumerate(dashes)])
+    sides = "<" * names + ">" * (len(widths) - names)
+    padded = (map(format, row, map("{}{}".format, sides, widths)) for row in cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 # ---- pictures ----------------------------------------------------------------------------

@@ -26,13 +26,7 @@ _COLUMNS = _NAMES + _NUMBERS + ["tokens/s", "TFLOP/s", "MFU", "temp MB", "compil
 
 def table(timings: Sequence[Timing]) -> str:
     """One row per timing, columns aligned, and below it crossings and failures in words."""
-    rows = [_COLUMNS, *map(_cells, timings)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [
-        f"| {' | '.join(_padded(cell, i, widths[i]) for i, cell in enumerate(row))} |"
-        for row in (rows[0], rule, *rows[1:])
-    ]
+    lines = [figures.markdown_table(_COLUMNS, map(_cells, timings), len(_NAMES), aligned=True)]
     for (call, ours, theirs), tokens in crossings(timings).items():
         lines.append(f"\n{LABELS[call]}: {_sentence(ours, theirs, tokens)}")
     lines += [f"\n{t.variant}, {t.call}, {t.context}: {t.failed}" for t in timings if t.failed]
@@ -86,10 +80,6 @@ def _sentence(ours: str, theirs: str, crossing: float) -> str:
     return f"{ours} is cheaper than {theirs} from about {crossing:,.0f} tokens on"
 
 
-def _padded(cell: str, column: int, width: int) -> str:
-    return cell.ljust(width) if column < len(_NAMES) else cell.rjust(width)
-
-
 def _cells(timing: Timing) -> list[str]:
     cells = [timing.variant, timing.call, f"{timing.context:,}", str(timing.sequences)]
     if timing.failed is not None:
@@ -100,15 +90,11 @@ def _cells(timing: Timing) -> list[str]:
         f"{min(timing.seconds):.4g} – {max(timing.seconds):.4g}",
         f"{timing.s_per_1k_tokens:.3g}",
         f"{timing.tokens_per_s:,.0f}",
-        _or_dash(timing.flops and timing.flops / timing.median / 1e12, ".3g"),
-        _or_dash(timing.mfu, ".1%"),
-        _or_dash(timing.temp_mb, ",.0f"),
-        _or_dash(timing.compile_s, ".1f"),
+        figures.known(timing.flops and timing.flops / timing.median / 1e12, ".3g"),
+        figures.known(timing.mfu, ".1%"),
+        figures.known(timing.temp_mb, ",.0f"),
+        figures.known(timing.compile_s, ".1f"),
     ]
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def summary(timings: Sequence[Timing]) -> str:

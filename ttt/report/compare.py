@@ -4,7 +4,7 @@ A difference of two runs is taken only between runs with the same seed. With n s
 Student's with n − 1 degrees of freedom; with one seed there is none.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,26 +20,20 @@ REFERENCE = "B1"
 TOKENS_APART = 0.02
 """Share by which the tokens of a token-matched path may miss those of B1: whole steps round."""
 _SUMS = ["tokens", "step_hours", "device_hours"]
-_MEANS = [
-    "steps",
-    "tokens",
-    "step_hours",
-    "start_loss",
-    "parent_loss",
-    "warm_loss",
-    "first_loss",
-    "final_loss",
-    "validation_loss",
-]
+_LOSSES = ["start_loss", "parent_loss", "warm_loss", "first_loss", "final_loss", "validation_loss"]
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, and the bounds of its 95 % interval where there is more than one."""
+    """A mean over n seeds, and the bounds of its 95 % interval; None for one seed."""
 
     mean: float
     low: float | None
     high: float | None
     n: int
+
+    def __format__(self, form: str) -> str:
+        bounds = "" if self.low is None else f" [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.mean:{form}}{bounds}"
 
 
 def estimate(samples: Iterable[float | None]) -> Estimate | None:
@@ -47,9 +41,10 @@ def estimate(samples: Iterable[float | None]) -> Estimate | None:
     known = [sample for sample in samples if pd.notna(sample)]
     if not known:
         return None
-    value, low, high = (float(x) for x in student(np.asarray(known, float)))
-    n = len(known)
-    return Estimate(value, low, high, n) if n > 1 else Estimate(value, None, None, n)
+    mean, low, high = map(float, student(np.asarray(known, float)))
+    return (
+        Estimate(mean, low, high, len(known)) if len(known) > 1 else Estimate(mean, None, None, 1)
+    )
 
 
 # ---- paths -----------------------------------------------------------------------------
@@ -75,27 +70,31 @@ def branches(manifest: PlanManifest, steps: pd.DataFrame) -> pd.DataFrame:
     Columns are those of its last run, with `_SUMS` over all of them (NaN if one is unknown), and
     runs: the rows of `steps`; done: all are finished; problems: why it cannot be relied on;
     without_merit: that its model is no better than counting pairs of tokens, if so;
-    reference: the index of B1 with the same seed, or None.
+    reference: the row of B1 with the same seed (of the same matching, if it is there), or None.
     """
     rows = []
     for _, own in steps.groupby("branch", sort=False):
         runs = rows_of(own)
-        last = runs[-1]
-        rows.append(
-            {
-                **own.iloc[-1],
-                **own[_SUMS].astype(float).sum(skipna=False),
-                "runs": runs,
-                "done": all(run.status == "finished" for run in runs),
-                "problems": _problems(runs, manifest.runs),
-                "without_merit": [f"{last.name} does not beat the count model: {text}"]
-                if (text := no_merit(last))
-                else [],
-            }
-        )
+        text = no_merit(runs[-1])
+        derived = {
+            "runs": runs,
+            "done": all(run.status == "finished" for run in runs),
+            "problems": _problems(runs, manifest.runs),
+            "without_merit": [f"{runs[-1].name} does not beat the count model: {text}"]
+            * bool(text),
+        }
+        rows.append({**own.iloc[-1], **own[_SUMS].astype(float).sum(skipna=False), **derived})
     table = pd.DataFrame(rows, dtype=object)
-    table["reference"] = [_reference(own, table) for own in rows_of(table)]
-    return table
+    known = rows_of(table[table["path"] == REFERENCE])
+    references = [
+        min(
+            (r for r in known if r.seed == own.seed),
+            key=lambda r: r.matching != own.matching,
+            default=None,
+        )
+        for own in rows_of(table)
+    ]
+    return table.assign(reference=pd.Series(references, dtype=object))
 
 
 def no_merit(run: Any) -> str:
@@ -106,37 +105,29 @@ def no_merit(run: Any) -> str:
     return f"{loss:.4f} against {counts:.4f}"
 
 
-def _reference(own: Any, table: pd.DataFrame) -> int | None:
-    """B1 with the same seed: the matching's own, else of any, for B1 is the same in all."""
-    same = [b for b in rows_of(table) if b.path == REFERENCE and b.seed == own.seed]
-    same.sort(key=lambda b: b.matching != own.matching)
-    return same[0].Index if same else None
-
-
 def _problems(runs: Sequence[Any], planned: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Why a path cannot be relied on; more is asked of its last run."""
     problems = []
-    for run in runs:
+    parents: list[Any] = [None, *runs]
+    for parent, run in zip(parents, runs, strict=False):
         last, plan = run is runs[-1], planned.get(run.name, {})
+        trained = run.status == "finished" and run.runtime_mode == "jax"
         if run.status != "finished":
             problems.append(f"{run.name} is {run.status}")
-        elif run.runtime_mode != "jax":
+        elif not trained:
             problems.append(f"{run.name} trained no network: runtime_mode {run.runtime_mode}")
-        else:
-            needed = ["tokens", "step_hours", *(["validation_loss", "context"] if last else [])]
+        needed = ["tokens", "step_hours"] + ["validation_loss", "context"] * last
+        if trained:
             problems += [f"{run.name} lacks {x}" for x in needed if getattr(run, x) is None]
-            if last and run.count_model_loss is None:
-                problems.append(f"{run.name} has no count model's loss beside its own")
+        if trained and last and run.count_model_loss is None:
+            problems.append(f"{run.name} has no count model's loss beside its own")
         problems += failed_gates(plan, f"{run.name} gate failed: {{name}} ({{said}})")
         if run.status == "finished" and plan.get("steps") not in (None, run.steps):
             problems.append(f"{run.name} was to train {plan['steps']} steps and did {run.steps}")
-    for parent, child in pairwise(runs):
-        if child.status != "finished" or child.runtime_mode != "jax":
-            continue
-        if not child.restored:
-            problems.append(f"{child.name} restored nothing, though {parent.name} is its parent")
-        elif (child.parent or "").rpartition("/")[0] != parent.name:
-            problems.append(f"{child.name} started from {child.parent}, not from {parent.name}")
+        if parent and trained and not run.restored:
+            problems.append(f"{run.name} restored nothing, though {parent.name} is its parent")
+        elif parent and trained and (run.parent or "").rpartition("/")[0] != parent.name:
+            problems.append(f"{run.name} started from {run.parent}, not from {parent.name}")
     return problems
 
 
@@ -154,42 +145,29 @@ def comparisons(table: pd.DataFrame) -> pd.DataFrame:
     problems: why its numbers cannot decide anything; without_merit: its models that are no better
     than counts; mixed: whether times of different machines are compared.
     """
-    order = sorted(
-        table["matching"].unique(), key=lambda m: (m not in MATCHINGS, [*MATCHINGS, m].index(m))
-    )
-    names = table["path"].unique()
-    grouped: dict[Any, pd.DataFrame] = dict(list(table.groupby(["path", "matching"], sort=False)))
-    keys = [(name, how) for how in order for name in names if (name, how) in grouped]
-    return pd.DataFrame([_comparison(grouped[key], table) for key in keys], dtype=object)
+    order = dict.fromkeys([*MATCHINGS, *table["matching"]])
+    groups = dict(list(table.groupby(["path", "matching"], sort=False)))
+    keys = [(path, how) for how in order for path in table["path"].unique()]
+    rows = [_comparison(groups[key]) for key in keys if key in groups]
+    return pd.DataFrame(rows, dtype=object)
 
 
-def _comparison(own: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
+def _comparison(own: pd.DataFrame) -> dict[str, Any]:
     mine = rows_of(own)
-    by_index = {branch.Index: branch for branch in rows_of(table)}
-    pairs = [(b, by_index[b.reference]) for b in mine if b.reference is not None]
+    first, pairs = mine[0], [(b, b.reference) for b in mine if b.reference is not None]
+    missing = f"the plan has no {REFERENCE} to compare with"
     problems = [text for branch in mine for text in branch.problems]
-    problems += [
-        f"seed {b.seed}: the plan has no {REFERENCE} to compare with"
-        for b in mine
-        if b.reference is None
-    ]
-    first = mine[0]
+    problems += [f"seed {b.seed}: {missing}" for b in mine if b.reference is None]
+    gains = []
     if first.path != REFERENCE:
         spoiled = [text for _, r in pairs for text in (*r.problems, *r.without_merit)]
         problems += [f"{REFERENCE}: {text}" for text in spoiled]
         problems += [text for pair in pairs for text in _unlike(*pair)]
+        gains = [_gain(b, r) for b, r in pairs if b.done and r.done]
     done = own[own["done"].astype(bool)]
-    both = [run for pair in pairs or [(b,) for b in mine] for b in pair for run in b.runs]
-    devices = tuple(sorted({run.devices for run in both if run.devices is not None}))
-
-    def paired(measure: Callable[[Any, Any], float | None]) -> Estimate | None:
-        if first.path == REFERENCE:
-            return None
-        return estimate(measure(b, r) for b, r in pairs if b.done and r.done)
-
-    def saved(name: str) -> Callable[[Any, Any], float | None]:
-        return lambda b, r: 1 - getattr(b, name) / getattr(r, name) if getattr(r, name) else None
-
+    runs = [run for pair in pairs or [(b,) for b in mine] for b in pair for run in b.runs]
+    devices = tuple(sorted({run.devices for run in runs if run.devices is not None}))
+    means = ["tokens", "device_hours", "step_hours", "count_model_loss"]
     return {
         "path": first.path,
         "matching": first.matching,
@@ -198,13 +176,11 @@ def _comparison(own: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
         "context": first.context,
         "seeds": tuple(own["seed"]),
         "loss": estimate(done["validation_loss"]),
-        "delta": paired(loss_above),
-        "saving": paired(saved("step_hours")),
-        "saving_in_all": paired(saved("device_hours")),
         **{
-            name: done[name].astype(float).mean(skipna=False)
-            for name in ("tokens", "device_hours", "step_hours", "count_model_loss")
+            name: estimate(gain.get(name) for gain in gains)
+            for name in ("delta", "saving", "saving_in_all")
         },
+        **done[means].astype(float).mean(skipna=False),
         "parameters": first.parameters,
         "devices": devices,
         "problems": tuple(dict.fromkeys(problems)),
@@ -218,10 +194,15 @@ def alike(mine: Any, theirs: Any) -> bool:
     return (mine.context, mine.evaluated_on) == (theirs.context, theirs.evaluated_on)
 
 
-def loss_above(mine: Any, theirs: Any) -> float | None:
-    """Validation loss less the other's."""
-    losses = mine.validation_loss, theirs.validation_loss
-    return None if None in losses or not alike(mine, theirs) else losses[0] - losses[1]
+def _gain(own: Any, reference: Any) -> dict[str, float]:
+    """The loss of a finished path less B1's, and the shares of B1's time that it saves."""
+    gain = {}
+    if alike(own, reference) and None not in (own.validation_loss, reference.validation_loss):
+        gain["delta"] = own.validation_loss - reference.validation_loss
+    for name, hours in (("saving", "step_hours"), ("saving_in_all", "device_hours")):
+        if getattr(reference, hours):
+            gain[name] = 1 - getattr(own, hours) / getattr(reference, hours)
+    return gain
 
 
 def _unlike(own: Any, reference: Any) -> list[str]:
@@ -249,13 +230,12 @@ def stages(steps: pd.DataFrame) -> pd.DataFrame:
     start_loss: held-out, before the first step; next_start_loss: of the next stage, at its own
     context; warm_loss: before the first step, on the tokens of parent_loss.
     """
-    keys = ["path", "matching", "number"]
-    numbers = steps.astype(dict.fromkeys(_MEANS, float))
-    finished = numbers[numbers["status"] == "finished"].groupby(keys, sort=False)
-    table = numbers.groupby(keys, sort=False).agg(stage=("stage", "first")).fillna("unknown")
-    table["runs"] = finished["name"].agg(tuple)
-    table["runs"] = table["runs"].map(lambda x: x if isinstance(x, tuple) else ())
-    table = table.join(finished[_MEANS].agg(lambda values: values.mean(skipna=False)))
+    keys, means = ["path", "matching", "number"], ["steps", "tokens", "step_hours", *_LOSSES]
+    done = steps["status"] == "finished"
+    groups = steps.assign(done=steps["name"].where(done)).groupby(keys, sort=False)
+    table = groups.agg(stage=("stage", "first"), runs=("done", lambda names: (*names.dropna(),)))
+    finished = steps[done].astype(dict.fromkeys(means, float)).groupby(keys, sort=False)
+    table = table.fillna("unknown").join(finished[means].agg(lambda x: x.mean(skipna=False)))
     table["next_start_loss"] = table.groupby(keys[:2], sort=False)["start_loss"].shift(-1)
     table["seeds"] = table["runs"].map(len)
     return table.reset_index()
@@ -268,16 +248,14 @@ def reaches(compared: pd.DataFrame) -> pd.DataFrame:
     same as a share of B1's.
     """
     timed = compared[compared["loss"].notna() & (compared["step_hours"] > 0)]
-    references = timed[timed["path"] == REFERENCE]
-    if references.empty:
+    references = rows_of(timed[timed["path"] == REFERENCE])
+    if not references:
         return pd.DataFrame()
-    target, cost = references["loss"].iloc[0].mean, references["step_hours"].iloc[0]
-    timed = timed[~timed["mixed"].astype(bool)]
+    target, cost = references[0].loss.mean, references[0].step_hours
     rows = []
     for name in compared.loc[compared["path"] != REFERENCE, "path"].unique():
-        own = timed[timed["path"] == name]
-        points = sorted((c.step_hours, c.loss.mean) for c in rows_of(own))
-        hours, said = _reach(points, target, cost)
+        own = [c for c in rows_of(timed) if c.path == name and not c.mixed]
+        hours, said = _reach(sorted((c.step_hours, c.loss.mean) for c in own), target, cost)
         rows.append({"path": name, "hours": hours, "of_reference": hours / cost, "said": said})
     return pd.DataFrame(rows)
 
@@ -288,9 +266,8 @@ def _reach(points: Sequence[tuple[float, float]], target: float, cost: float) ->
         return np.nan, "no finished path with a loss and a time"
     for (hours, loss), (more, lower) in pairwise(points):
         if loss > target >= lower:
-            return hours * (more / hours) ** (
-                (loss - target) / (loss - lower)
-            ), "between two budgets"
+            share = (loss - target) / (loss - lower)
+            return hours * (more / hours) ** share, "between two budgets"
     hours, loss = points[-1]
     if loss > target:
         above = f"{loss - target:.4f} nats above it at {hours / cost:.2f} of its time"

@@ -1,59 +1,29 @@
 """What the pictures show, as numbers: loss by position, and loss against what was spent. No JAX."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ttt.evaluation.result import log_edges
-from ttt.intervals import Interval, student
-from ttt.report.compare import Estimate, alike, estimate
-from ttt.report.frame import Curve, rows_of
+from ttt.intervals import student
+from ttt.report.compare import alike, estimate
+from ttt.report.frame import rows_of
 
 POINTS = 80
 """Of a stage's training curve, once smoothed."""
 
 
-@dataclass(frozen=True)
-class PositionCurve:
-    """Held-out loss of a path's last run by position, in logarithmic bins; means over seeds."""
+def positions(branches: pd.DataFrame) -> tuple[list[SimpleNamespace], list[str]]:
+    """Held-out loss of every path's last run by position; and the runs that lack what it takes.
 
-    path: str
-    matching: str
-    context: int
-    edges: np.ndarray
-    """[bins + 1], in tokens."""
-    loss: Interval
-    """[bins]"""
-    difference: Interval | None
-    """Less B1's, paired by seed; None for B1, and where B1 or its context is not there."""
-    seeds: int
-
-
-@dataclass(frozen=True)
-class CostCurve:
-    """Training loss along a path, stage by stage, against what all stages so far have cost."""
-
-    path: str
-    matching: str
-    tokens: np.ndarray
-    """[stages, POINTS], trained by the path so far."""
-    hours: np.ndarray
-    """[stages, POINTS], device-hours of the path's training so far."""
-    loss: np.ndarray
-    """[stages, POINTS], training loss, smoothed, mean over seeds."""
-    ends: tuple[tuple[float, float, Estimate], ...]
-    """Tokens, device-hours and held-out loss at the end of every stage."""
-    seeds: int
-
-
-def positions(branches: pd.DataFrame) -> tuple[list[PositionCurve], list[str]]:
-    """A curve for each path and matching, and the runs that lack what it takes."""
+    For each path and matching: path, matching, context; edges [bins + 1] of logarithmic bins, in
+    tokens; loss: `Interval` [bins] over so many seeds; difference: the same less B1's, paired by
+    seed, None for B1 and where B1 or its context is not there.
+    """
     curves, missing = [], []
-    by_index = {branch.Index: branch for branch in rows_of(branches)}
     for own in _grouped(branches):
         usable = [b for b in own if _measured(b)]
         missing += [b.name for b in own if not _measured(b)]
@@ -63,14 +33,13 @@ def positions(branches: pd.DataFrame) -> tuple[list[PositionCurve], list[str]]:
         if len(lengths) != 1:
             continue
         edges = log_edges(lengths.pop())
-        pairs = [(b, by_index.get(b.reference)) for b in usable]
         less = [
-            _binned(b, edges) - _binned(r, edges)
-            for b, r in pairs
-            if r is not None and r.path != b.path and _measured(r) and alike(b, r)
+            _binned(b, edges) - _binned(b.reference, edges)
+            for b in usable
+            if (r := b.reference) and r.path != b.path and _measured(r) and alike(b, r)
         ]
         curves.append(
-            PositionCurve(
+            SimpleNamespace(
                 path=own[0].path,
                 matching=own[0].matching,
                 context=int(edges[-1]),
@@ -83,8 +52,13 @@ def positions(branches: pd.DataFrame) -> tuple[list[PositionCurve], list[str]]:
     return curves, missing
 
 
-def costs(branches: pd.DataFrame) -> tuple[list[CostCurve], list[str]]:
-    """A curve for each path and matching, and the runs that lack what it takes."""
+def costs(branches: pd.DataFrame) -> tuple[list[SimpleNamespace], list[str]]:
+    """Training loss along every path against its cost so far; and the runs that lack what it takes.
+
+    For each path and matching: path, matching; tokens, hours (device-hours of training) and loss
+    (smoothed), each [stages, POINTS], means over so many seeds; ends: tokens, device-hours and
+    held-out loss (`Estimate`) at the end of every stage.
+    """
     curves, missing = [], []
     for own in _grouped(branches):
         missing += [run.name for b in own for run in b.runs if not _spent(run)]
@@ -116,10 +90,8 @@ def _measured(branch: Any) -> bool:
 
 def _binned(branch: Any, edges: np.ndarray) -> np.ndarray:
     """Mean loss in each bin; NaN where nothing counts."""
-    nll, count = (
-        np.add.reduceat(branch.arrays[name].astype(float), edges[:-1])
-        for name in ("learning_nll", "learning_count")
-    )
+    names = ("learning_nll", "learning_count")
+    nll, count = (np.add.reduceat(branch.arrays[x].astype(float), edges[:-1]) for x in names)
     with np.errstate(invalid="ignore"):
         return nll / count
 
@@ -130,35 +102,30 @@ def _spent(run: Any) -> bool:
     return run.status == "finished" and all(value is not None for value in needed)
 
 
-def _costs(own: Sequence[Any]) -> CostCurve:
-    stacked = np.array([[_resampled(run.curve) for run in b.runs] for b in own])
-    tokens, hours = (
-        np.array([[0.0, *accumulate(getattr(run, name) for run in b.runs)] for b in own])
-        for name in ("tokens", "device_hours")
-    )  # [seeds, stages + 1]; `stacked` is [seeds, stages, 3, POINTS]
-    losses = [[run.validation_loss for run in b.runs] for b in own]
-    ends = zip(
-        tokens.mean(axis=0)[1:].tolist(),
-        hours.mean(axis=0)[1:].tolist(),
-        [mean for of_stage in zip(*losses, strict=True) if (mean := estimate(of_stage))],
-        strict=True,
-    )
-    return CostCurve(
+def _costs(own: Sequence[Any]) -> SimpleNamespace:
+    runs = [b.runs for b in own]  # [seeds][stages]
+    curves = np.array([[_resampled(run.curve) for run in stages] for stages in runs])
+    spent = np.array([[(run.tokens, run.device_hours) for run in stages] for stages in runs])
+    ends = np.cumsum(spent, axis=1)  # [seeds, stages, 2]; `curves` is [seeds, stages, 3, POINTS]
+    curves[:, :, :2] += (ends - spent)[..., None]
+    tokens, hours, loss = np.moveaxis(curves.mean(axis=0), 1, 0)
+    losses = [estimate(run.validation_loss for run in stage) for stage in zip(*runs, strict=True)]
+    return SimpleNamespace(
         path=own[0].path,
         matching=own[0].matching,
-        tokens=np.mean(stacked[:, :, 0] + tokens[:, :-1, None], axis=0),
-        hours=np.mean(stacked[:, :, 1] + hours[:, :-1, None], axis=0),
-        loss=np.mean(stacked[:, :, 2], axis=0),
-        ends=tuple(ends),
+        tokens=tokens,
+        hours=hours,
+        loss=loss,
+        ends=[(*end, e) for end, e in zip(ends.mean(axis=0).tolist(), losses, strict=True)],
         seeds=len(own),
     )
 
 
-def _resampled(curve: Curve) -> np.ndarray:
+def _resampled(curve: pd.DataFrame) -> np.ndarray:
     """[3, POINTS]: tokens, hours and smoothed loss at even distances in steps.
 
     So that seeds whose stages took different numbers of steps can be averaged.
     """
-    at = np.linspace(curve.step[0], curve.step[-1], POINTS)
-    columns = curve.tokens, curve.hours, smoothed(curve.loss)
-    return np.array([np.interp(at, curve.step, column) for column in columns])
+    at = np.linspace(curve["step"].iloc[0], curve["step"].iloc[-1], POINTS)
+    columns = curve["tokens"], curve["hours"], smoothed(curve["loss"].to_numpy())
+    return np.array([np.interp(at, curve["step"], column) for column in columns])

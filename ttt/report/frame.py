@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,23 +45,14 @@ start to end of every attempt. tokens_per_second: median over steps. restore: re
 (in part or in whole); not attempted (fresh weights were asked for). restored to unused: numbers of
 parameters by name; moved: restored to another place, such as a parent's MLP as the prime one.
 """
+_NLL = ("learning_nll", "still_nll")
 _COUNTS = ("restored", "initialised", "narrowed", "moved", "cast", "unused")
 _STAGES = {"pretrain": "pretrain", "adapt": "adapt", "ext": "extend"}
+_SIMULATED, _FRESH = "simulated: nothing was computed", "starts from fresh weights"
 
 
 class Unknown(str):
     """Why there is no value."""
-
-
-class Curve(NamedTuple):
-    """Training, step by step; each [steps]."""
-
-    step: np.ndarray
-    loss: np.ndarray
-    tokens: np.ndarray
-    """Trained by this run up to and with the step."""
-    hours: np.ndarray
-    """Device-hours of this run's training up to and with the step."""
 
 
 def read(
@@ -69,13 +60,13 @@ def read(
 ) -> pd.DataFrame:
     """Every run of an experiment folder: the plan's in its order, then all others by name.
 
-    The table has `COLUMNS`, and two that no file shows: `curve`, a `Curve` or None, and `arrays`,
+    The table has `COLUMNS`, and two that no file shows: `curve`, see `_curve`, and `arrays`,
     those of the final evaluation. Cells are objects, so that numbers stay as they were recorded.
     checkpoint_root: where checkpoints lie, if not where the settings say.
     """
-    planned: dict[str, Mapping[str, Any] | None] = dict(manifest.runs) if manifest else {}
+    planned: dict[str, Mapping[str, Any]] = dict(manifest.runs) if manifest else {}
     others = (path.name for path in sorted(folder.iterdir()) if path.name not in planned)
-    named = planned | {name: None for name in others if is_run(folder / name)}
+    named = planned | {name: {} for name in others if is_run(folder / name)}
     rows = [_row(folder / name, plan, checkpoint_root) for name, plan in named.items()]
     return pd.DataFrame(rows, columns=[*COLUMNS, "curve", "arrays"], dtype=object)
 
@@ -85,49 +76,49 @@ def rows_of(table: pd.DataFrame) -> list[Any]:
     return list(table.itertuples())
 
 
-def _row(folder: Path, plan: Mapping[str, Any] | None, checkpoint_root: Path | None) -> dict:
-    """The facts of one run, whatever state its record is in."""
+def _row(folder: Path, plan: Mapping[str, Any], checkpoint_root: Path | None) -> dict[str, Any]:
+    """The facts of one run, whatever state its record is in; plan: of the manifest, or empty."""
     if plan and not is_run(folder):
-        return _without_record(folder, plan)
-    record = read_run(folder)
-    before = _steps_before(record)
-    facts: dict[str, Any] = {
-        **_identity(record, plan or {}),
-        **_settings(record),
-        **_progress(record, before),
-        **_evaluated(record),
-        **_start(record),
-        **_times(record),
-        **_restored(record),
-        "checkpoint": _checkpoint(record, checkpoint_root),
-    }
+        facts, row = _without_record(folder, plan)
+    else:
+        record = read_run(folder)
+        restored, before = _restored(record)
+        facts = {
+            **_identity(record, plan),
+            **_settings(record),
+            **_progress(record, before),
+            **_evaluated(record),
+            **_start(record),
+            **_times(record),
+            **restored,
+            "checkpoint": _checkpoint(record, checkpoint_root),
+        }
+        row = {
+            "status": record.status,
+            "faults": record.faults,
+            "notes": tuple(_notes(record, plan)),
+            "curve": _curve(record, before),
+            "arrays": record.arrays,
+        }
     known = {name: None if isinstance(value, Unknown) else value for name, value in facts.items()}
-    return known | {
-        "name": folder.name,
-        "status": record.status,
-        "missing": tuple(f"{key}: {why}" for key, why in facts.items() if isinstance(why, Unknown)),
-        "faults": record.faults,
-        "notes": tuple(_notes(record, plan or {})),
-        "curve": _curve(record, before),
-        "arrays": record.arrays,
-    }
+    missing = tuple(f"{key}: {why}" for key, why in facts.items() if isinstance(why, Unknown))
+    return known | row | {"name": folder.name, "missing": missing}
 
 
-def _without_record(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A planned run that left nothing."""
+def _without_record(folder: Path, plan: Mapping[str, Any]) -> tuple[dict, dict]:
+    """A planned run that left nothing: what the plan says of it, and the rest of its row."""
     why, done = f"{folder / 'run.json'} is missing", plan.get("status") == "finished"
-    facts = {key: plan.get(key) for key in ("experiment", "stage", "method", "seed")}
-    facts = {
-        **dict.fromkeys([*COLUMNS, "curve"]),
-        "name": folder.name,
+    others = ("name", "exp_folder", "status", "missing", "faults", "notes")
+    facts = {key: Unknown(why) for key in COLUMNS if key not in others}
+    said = {key: plan.get(key) for key in ("experiment", "stage", "method", "seed")}
+    said["steps_asked"] = plan.get("steps")
+    row = {
         "status": "broken" if done else "pending",
-        "steps_asked": plan.get("steps"),
-        **facts,
         "faults": (f"{why}, though the plan says that the run is finished",) if done else (),
         "notes": (),
+        "arrays": {},
     }
-    empty = [key for key in COLUMNS if key != "missing" and facts[key] is None]
-    return facts | {"missing": tuple(f"{key}: {why}" for key in empty), "arrays": {}}
+    return facts | {key: value for key, value in said.items() if value is not None}, row
 
 
 def _identity(record: StoredRun, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,11 +133,11 @@ def _identity(record: StoredRun, plan: Mapping[str, Any]) -> dict[str, Any]:
     evaluated_on = data.get(record.training.get("eval_split", "val"))
     seed = record.training.get("model_seed") if seed is None else seed
     return {
-        "experiment": _or(experiment, "neither in a manifest nor on the command line"),
-        "stage": _or(stage, f"no manifest, and the name begins with none of {[*_STAGES]}"),
-        "seed": _or(seed, "not in config.yaml"),
-        "commit": _or(commit, f"{git}" if git else "not in run.json"),
-        "evaluated_on": _or(evaluated_on, "not in run.json"),
+        **_known("neither in a manifest nor on the command line", experiment=experiment),
+        **_known(f"no manifest, and the name begins with none of {[*_STAGES]}", stage=stage),
+        **_known("not in config.yaml", seed=seed),
+        **_known(f"{git}" if git else "not in run.json", commit=commit),
+        **_known("not in run.json", evaluated_on=evaluated_on),
     }
 
 
@@ -157,19 +148,19 @@ def _settings(record: StoredRun) -> dict[str, Any]:
     if "train_mode" in training and "seq_modeling_block" in model:
         layers = model.get("layer_types", ())
         method = mixers.method(model["seq_modeling_block"], layers, training["train_mode"])
-    facts = {
-        "size": model.get("name"),
-        "method": method,
-        "runtime_mode": record.mode if training else None,
-        "train_mode": training.get("train_mode"),
-        "context": training.get("seq_length"),
-        "batch": training.get("global_batch_size"),
-        "steps_asked": training.get("total_steps"),
-        "parameters": _parameters(model, record.mode),
-        "width_policy": model.get("width_policy"),
-        "prime_init": training.get("prime_init"),
-    }
-    return {name: _or(value, "not in config.yaml") for name, value in facts.items()}
+    return _known(
+        "not in config.yaml",
+        size=model.get("name"),
+        method=method,
+        runtime_mode=record.mode if training else None,
+        train_mode=training.get("train_mode"),
+        context=training.get("seq_length"),
+        batch=training.get("global_batch_size"),
+        steps_asked=training.get("total_steps"),
+        parameters=_parameters(model, record.mode),
+        width_policy=model.get("width_policy"),
+        prime_init=training.get("prime_init"),
+    )
 
 
 def _parameters(model: Mapping[str, Any], mode: str) -> int | Unknown:
@@ -184,37 +175,30 @@ def _parameters(model: Mapping[str, Any], mode: str) -> int | Unknown:
 
 
 def _progress(record: StoredRun, before: int) -> dict[str, Any]:
-    """How far training came, its loss and its speed."""
-    simulated, no_step = record.mode == "simulate", "no step in metrics.jsonl"
-    why = "simulated: nothing was computed" if simulated else no_step
-    losses = [row["loss"] for row in record.metrics if "loss" in row]
-    speeds = [row.get("tokens_per_second") for row in record.metrics]
-    speeds = [speed for speed in speeds if speed is not None]
-    steps = max((row["step"] for row in record.metrics), default=None)
-    done = None if steps is None else max(0, steps - before)
+    """How far training came, its loss and its speed. before: steps that its parent did."""
+    no_step, speed = "no step in metrics.jsonl", "tokens_per_second"
+    losses = [row["loss"] for row in record.metrics if "loss" in row] or [None]
+    speeds = [row[speed] for row in record.metrics if row.get(speed) is not None]
+    steps = max((max(0, row["step"] - before) for row in record.metrics), default=None)
     batch, context = (record.training.get(key) for key in ("global_batch_size", "seq_length"))
-    tokens = None if done is None or not batch or not context else done * batch * context
+    tokens = None if steps is None or not batch or not context else steps * batch * context
+    why = _SIMULATED if record.mode == "simulate" else no_step
     return {
-        "steps": _or(done, no_step),
-        "tokens": _or(tokens, f"{no_step}, or no batch in config.yaml"),
-        "first_loss": _number(losses[0] if losses else None, why),
-        "final_loss": _number(losses[-1] if losses else None, why),
-        "tokens_per_second": _or(
-            float(np.median(speeds)) if speeds else None, f"{no_step} tells it"
-        ),
+        **_known(no_step, steps=steps),
+        **_known(f"{no_step}, or no batch in config.yaml", tokens=tokens),
+        **_numbers(why, first_loss=losses[0], final_loss=losses[-1]),
+        **_known(f"{no_step} tells it", **{speed: float(np.median(speeds)) if speeds else None}),
     }
 
 
 def _evaluated(record: StoredRun) -> dict[str, Any]:
     """Held-out losses at the end, means over tokens."""
     summary, arrays, without = record.summary, record.arrays, "token_loss_without_learning"
-    why = (
-        "simulated: nothing was computed"
-        if record.mode == "simulate"
-        else "not in the summary of the evaluation"
-        if summary
-        else f"no evaluation in the record of a run that is {record.status}"
-    )
+    why = "not in the summary of the evaluation"
+    if record.mode == "simulate":
+        why = _SIMULATED
+    elif not summary:
+        why = f"no evaluation in the record of a run that is {record.status}"
     loss, still = summary.get("token_loss"), summary.get(without)
     if loss is None and arrays:  # the record is from before these were summed up
         count = arrays["learning_count"].sum()
@@ -223,31 +207,26 @@ def _evaluated(record: StoredRun) -> dict[str, Any]:
     learns = "loss_without_learning" in summary or without in summary
     no_still = why if learns or not summary else "the model does not learn while it is evaluated"
     return {
-        "validation_loss": _number(loss, why),
-        "validation_loss_without_learning": _number(still, no_still),
-        "count_model_loss": _number(summary.get("count_model_loss"), why),
+        **_numbers(why, validation_loss=loss),
+        **_numbers(no_still, validation_loss_without_learning=still),
+        **_numbers(why, count_model_loss=summary.get("count_model_loss")),
     }
-
-
-_NLL = ("learning_nll", "still_nll")
 
 
 def _start(record: StoredRun) -> dict[str, Any]:
     """The held-out loss before the first step, and the parent's."""
-    starts = record.noted("start")
-    start: Mapping[str, Any] = starts[-1] if starts else {}
+    start: Mapping[str, Any] = (record.noted("start") or [{}])[-1]
     why = start.get("why") or "null in run.json"
     if not start:
-        simulated = record.mode == "simulate"
-        why = "simulated: nothing was computed" if simulated else "no `start` in run.json"
-    orphan = "starts from fresh weights" if _fresh(record) else why
+        why = _SIMULATED if record.mode == "simulate" else "no `start` in run.json"
+    orphan = _FRESH if _is_fresh(record) else why
     still = "the model does not learn there" if start else why
+    parent, warm = start.get("parent_loss"), start.get("warm_loss")
     return {
-        "start_loss": _number(start.get("loss"), why),
-        "start_loss_without_learning": _number(start.get("loss_without_learning"), still),
-        "parent_loss": _number(start.get("parent_loss"), orphan),
-        "warm_loss": _number(start.get("warm_loss"), orphan),
-        "preserving": _or(start.get("preserving"), orphan),
+        **_numbers(why, start_loss=start.get("loss")),
+        **_numbers(still, start_loss_without_learning=start.get("loss_without_learning")),
+        **_numbers(orphan, parent_loss=parent, warm_loss=warm),
+        **_known(orphan, preserving=start.get("preserving")),
     }
 
 
@@ -293,67 +272,47 @@ def _devices(attempt: Mapping[str, Any]) -> tuple[str, int]:
     return named + cores or "unknown devices", len(kinds)
 
 
-def _curve(record: StoredRun, before: int) -> Curve | None:
-    """Training step by step, if there are steps with a loss."""
+def _curve(record: StoredRun, before: int) -> pd.DataFrame | None:
+    """Each training step, its loss, and tokens and device-hours of this run up to and with it."""
     training = record.training
     rows = [row for row in record.metrics if "loss" in row and "step_seconds" in row]
     if not rows or "seq_length" not in training or "global_batch_size" not in training:
         return None
     devices = _devices(record.attempts[-1])[1] if record.attempts else 0
     seconds = [sum(row.get(f"{what}_seconds", 0.0) for what in TRAINING) for row in rows]
-    step = np.asarray([row["step"] for row in rows])
-    return Curve(
-        step=step,
-        loss=np.asarray([row["loss"] for row in rows], float),
-        tokens=(step - before) * training["global_batch_size"] * training["seq_length"],
-        hours=np.cumsum(seconds) * devices / 3600,
-    )
+    curve = pd.DataFrame(rows, columns=["step", "loss"])
+    tokens = (curve["step"] - before) * training["global_batch_size"] * training["seq_length"]
+    return curve.assign(tokens=tokens, hours=np.cumsum(seconds) * devices / 3600)
 
 
-def _account(record: StoredRun) -> Mapping[str, Any] | None:
-    """What was taken from another run's checkpoint, if any was."""
-    own = (record.folder.parent.name, record.folder.name)
-    foreign = [account for account in record.noted("restored") if _source(account)[:2] != own]
-    return foreign[-1] if foreign else None
-
-
-def _source(account: Mapping[str, Any]) -> tuple[str, str, str]:
-    """exp_folder, exp_name and step of the checkpoint of an account."""
-    parts = ("", "", "", *Path(str(account.get("from", ""))).parts)
-    return parts[-3], parts[-2], parts[-1]
-
-
-def _steps_before(record: StoredRun) -> int:
-    """Steps that were done before this run, and count on in its numbers: with load_part=all."""
-    account = _account(record)
-    step = _source(account)[2] if account and account.get("part") == "all" else ""
-    return int(step) if step.isdigit() else 0
-
-
-def _fresh(record: StoredRun) -> bool:
+def _is_fresh(record: StoredRun) -> bool:
     return record.training.get("load_part") == "none"
 
 
-def _restored(record: StoredRun) -> dict[str, Any]:
-    """The account of the start, with counts of parameters by name."""
-    account = _account(record)
-    if account is None:
-        fresh = _fresh(record)
-        why = "starts from fresh weights" if fresh else "no account of a restore in run.json"
-        parent = None if fresh else record.training.get("resume_exp_name")
-        return {
-            "parent": parent or Unknown(why),
-            "restore": "not attempted" if fresh else Unknown(why),
-            **dict.fromkeys(_COUNTS, Unknown(why)),
-        }
+def _restored(record: StoredRun) -> tuple[dict[str, Any], int]:
+    """What the start took from another run, with counts of parameters by name.
+
+    And the steps done before this run that count on in its numbers: with load_part=all.
+    """
+    own, taken = (record.folder.parent.name, record.folder.name), None
+    for account in record.noted("restored"):
+        source = ("", "", "", *Path(str(account.get("from", ""))).parts)[-3:]
+        taken = taken if source[:2] == own else (account, *source[1:])
+    if taken is None:
+        fresh = _is_fresh(record)
+        why = _FRESH if fresh else "no account of a restore in run.json"
+        parent = None if fresh else record.training.get("resume_exp_name") or None
+        restore = "not attempted" if fresh else None
+        return _known(why, parent=parent, restore=restore, **dict.fromkeys(_COUNTS)), 0
+    account, parent, step = taken
     counts = {name: len(account.get(name) or ()) for name in _COUNTS}
-    _, parent, step = _source(account)
     in_part = counts["initialised"] or not counts["restored"]
-    return {
+    facts = {
         "parent": f"{parent}/{step}" if parent else str(account.get("from")),
         "restore": "initialised" if in_part else "restored",
-        **counts,
     }
+    counts_on = account.get("part") == "all" and step.isdigit()
+    return facts | counts, int(step) if counts_on else 0
 
 
 def _checkpoint(record: StoredRun, root: Path | None) -> str | Unknown:
@@ -363,7 +322,7 @@ def _checkpoint(record: StoredRun, root: Path | None) -> str | Unknown:
     if not folder or not stated:
         return Unknown("config.yaml does not say where")
     own = Path(stated).expanduser() / folder / record.folder.name
-    steps = [int(p.name) for p in own.glob("*") if p.name.isdigit()] if own.is_dir() else []
+    steps = [int(p.name) for p in own.glob("*") if p.name.isdigit()]
     return str(own / str(max(steps))) if steps else Unknown(f"none in {own}")
 
 
@@ -386,16 +345,22 @@ def failed_gates(plan: Mapping[str, Any], form: str) -> list[str]:
     return [form.format(**{"said": "", **gate}) for gate in gates if gate["holds"] is False]
 
 
-def _number(value: Any, why: str) -> float | Unknown:
-    """The value if it is a finite number, else why there is none."""
-    if value is None:
-        return Unknown(why)
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        return Unknown(f"no number: {value!r}")
-    return value if math.isfinite(value) else Unknown(f"not a finite number: {value}")
+def _known(why: str, **facts: Any) -> dict[str, Any]:
+    """The facts, and for None why there is none."""
+    return {name: Unknown(why) if value is None else value for name, value in facts.items()}
 
 
-def _or(value: Any, why: str) -> Any:
-    return Unknown(why) if value is None else value
+def _numbers(why: str, **facts: Any) -> dict[str, Any]:
+    """The facts that are finite numbers, and for others why there is none."""
+    numbers = _known(why, **facts)
+    for name, value in numbers.items():
+        if isinstance(value, Unknown):
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            numbers[name] = Unknown(f"no number: {value!r}")
+        else:
+            finite = math.isfinite(number)
+            numbers[name] = number if finite else Unknown(f"not a finite number: {number}")
+    return numbers

@@ -1,104 +1,132 @@
-"""The report on an experiment folder, written. No JAX.
+"""Everything that the records of an experiment folder tell, read and judged. No JAX."""
 
-<out>/runs.csv       one row per run, every column
-report.json    all numbers, those of the pictures included
-report.md      the report to read
-*.png, *.svg   its pictures
-"""
-
-import json
-import math
-import shutil
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+import os
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 
 from ttt.errors import UserError
-from ttt.infra.record import write_whole
-from ttt.report import pictures, tables
-from ttt.report.frame import COLUMNS
-from ttt.report.reading import Report, read, read_all
+from ttt.infra.plan_manifest import NAME, ManifestError, PlanManifest
+from ttt.infra.record import is_run
+from ttt.report import compare, curves, frame, verdict
+from ttt.report.verdict import Verdict
 
-__all__ = ["Report", "check_out", "read", "read_all", "save", "to_json", "write"]
+_NO_RUN = (
+    "holds no run: a run is a folder with run.json, config.yaml and metrics.jsonl, as `train` "
+    "writes it. Train into it (training.exp_folder)"
+)
 
 
-def write(
-    experiments_root: str | Path,
-    exp_folder: str,
-    out: str | Path | None = None,
-    checkpoint_root: str | Path | None = None,
-) -> list[Path]:
-    """Write the report into `out` (none: `<exp_folder>/report`); returns the paths.
+@dataclass(frozen=True)
+class Report:
+    """Everything that the records of an experiment folder tell."""
 
-    Each file is whole or not there; an earlier report is replaced, and a picture of it that can no
-    longer be drawn is removed. A UserError if `out` holds anything but an earlier report.
+    folder: Path
+    runs: pd.DataFrame
+    """See `frame.COLUMNS`."""
+    comparisons: pd.DataFrame
+    reaches: pd.DataFrame
+    stages: pd.DataFrame
+    positions: list[SimpleNamespace]
+    costs: list[SimpleNamespace]
+    """See `curves.positions` and `curves.costs`."""
+    verdict: Verdict
+    verdicts: list[Verdict]
+    """By path."""
+    without_merit: list[str]
+    """Trained models that do not beat the count model."""
+    missing: list[str]
+    """Inputs that are not there, and what is therefore left out."""
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Files of records that are broken, or missing though the run says it is finished."""
+        return tuple(self.runs["faults"].explode().dropna())
+
+
+def read_all(
+    experiments_root: str | Path, exp_folder: str = "", checkpoint_root: str | Path | None = None
+) -> list[Report]:
+    """A report on `exp_folder`, or without one on every experiment folder below the root.
+
+    Raises UserError where there is no run.
     """
-    report = read(experiments_root, exp_folder, checkpoint_root)
-    return save(report, Path(out) if out else report.folder / "report")
+    root = Path(experiments_root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--exp-dir {root}: no such folder; name the one that holds experiments")
+    if exp_folder:
+        return [read(root, exp_folder, checkpoint_root)]
+    folders = [str(path.relative_to(root)) for path in experiment_folders(root)]
+    if not folders:
+        raise UserError(f"--exp-dir {root}: {_NO_RUN}, or name another --exp-dir")
+    return [read(root, folder, checkpoint_root) for folder in folders]
 
 
-def save(report: Report, out: Path) -> list[Path]:
-    """Write a report that was read into `out`; see `write`."""
-    check_out(out)
-    out.mkdir(parents=True, exist_ok=True)
-    texts = {"runs.csv": tables.to_csv([report]), "report.json": to_json(report)}
-    for name, text in texts.items():
-        write_whole(out / name, text)
-    drawn = pictures.draw_all(report, out)
-    write_whole(out / "report.md", tables.to_markdown(report, drawn))
-    shown = [path for picture in drawn for path in picture.paths]
-    return [*(out / name for name in texts), out / "report.md", *shown]
+def experiment_folders(root: Path) -> list[Path]:
+    """Every folder below `root` that holds runs, or a plan of them."""
+    folders = set()
+    for path, below, files in os.walk(root):
+        if is_run(Path(path)):
+            folders.add(Path(path).parent)
+            below.clear()
+        elif NAME in files:  # checkpoints have a file of this name as well
+            with suppress(ManifestError):
+                folders |= {Path(path)} if PlanManifest.read(Path(path)).runs else set()
+    return sorted(folders - {root.parent})
 
 
-def check_out(out: Path) -> None:
-    """Raise a UserError unless `out` is new, empty, or holds an earlier report."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: must be a folder or not exist; name another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
-        raise UserError(
-            f"{out} holds files but no report.json, so it is no earlier report: name another --out"
-        )
+def read(
+    experiments_root: str | Path, exp_folder: str, checkpoint_root: str | Path | None = None
+) -> Report:
+    """The report on `<experiments_root>/<exp_folder>`; a UserError where that holds no run.
 
-
-def to_text(reports: Sequence[Report], form: str, *, one: bool) -> str:
-    """All reports in a format: table, json, csv or markdown; one: JSON is no list of the only."""
-    if form == "json":
-        return to_json(reports[0] if one else reports)
-    if form == "csv":
-        return tables.to_csv(reports)
-    if form == "markdown":
-        return "\n".join(map(tables.to_markdown, reports))
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return "\n\n".join(tables.to_terminal(report, width) for report in reports)
-
-
-def to_json(report: Report | Sequence[Report]) -> str:
-    """All of it, as one JSON object, or a list of them; NaN and the infinities are null."""
-    return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types."""
-    if isinstance(value, Report):
-        value = {f.name: getattr(value, f.name) for f in fields(value)} | {"faults": value.faults}
-        value["runs"] = value["runs"][list(COLUMNS)]
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in fields(value)}
-    elif isinstance(value, pd.DataFrame):
-        value = value.to_dict("records")
-    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
-    elif isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    checkpoint_root: where checkpoints lie, if not where the runs' settings say.
+    """
+    root = Path(experiments_root).expanduser()
+    folder = root / exp_folder
+    if not folder.is_dir():
+        names = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
+        present = f"there are {names}" if names else "it holds no folder at all"
+        raise UserError(f"--exp-folder {exp_folder!r}: not in {root}; {present}")
+    manifest, why_none = None, ""
+    try:
+        manifest = PlanManifest.read(folder)
+    except ManifestError as error:
+        why_none = str(error)
+    runs = frame.read(folder, manifest, Path(checkpoint_root) if checkpoint_root else None)
+    if runs.empty:
+        raise UserError(f"{folder} {_NO_RUN}, or name another --exp-folder")
+    runs["exp_folder"] = exp_folder
+    missing = [f"{why_none}; without it there are no comparisons and no verdict"] * bool(why_none)
+    missing += [f"{name} is pending" for name in runs.loc[runs["status"] == "pending", "name"]]
+    branches = steps = compared = pd.DataFrame()
+    if manifest and manifest.paths:
+        steps = compare.steps_of(manifest, runs)
+        branches = compare.branches(manifest, steps)
+        compared = compare.comparisons(branches)
+    verdicts = verdict.judge(compared)
+    by_position, no_positions = curves.positions(branches)
+    by_cost, no_costs = curves.costs(branches)
+    for picture, what, names in (
+        ("loss by position", "loss by position at the end of a finished run", no_positions),
+        ("loss against cost", "losses and times of steps, and a held-out loss", no_costs),
+    ):
+        if names:
+            listed = ", ".join(dict.fromkeys(names))
+            missing.append(f"{what}, for the picture of {picture}, in {listed}")
+    return Report(
+        folder=folder,
+        runs=runs,
+        comparisons=compared,
+        reaches=compare.reaches(compared) if len(compared) else compared,
+        stages=compare.stages(steps) if len(steps) else steps,
+        positions=by_position,
+        costs=by_cost,
+        verdict=verdict.overall(verdicts, why_none),
+        verdicts=verdicts,
+        without_merit=verdict.without_merit(runs),
+        missing=missing,
+    )

@@ -11,9 +11,8 @@ import numpy as np
 from ttt import figures
 from ttt.infra.plan_manifest import label
 from ttt.report.compare import REFERENCE
-from ttt.report.curves import CostCurve, PositionCurve
 from ttt.report.frame import rows_of
-from ttt.report.reading import Report
+from ttt.report.phase1 import Report
 from ttt.report.verdict import LEAST_SAVED, MOST_ABOVE
 
 SUFFIXES = (".png", ".svg")
@@ -159,7 +158,7 @@ def _error(estimate: Any, scale: float = 1.0) -> list[list[float]] | None:
 # ---- curves ----------------------------------------------------------------------------
 
 
-def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
+def _costs(curves: Sequence[Any], path: Path) -> list[Path]:
     """Smoothed training loss, and held-out loss at the ends of stages, against hours and tokens."""
     if not curves:
         return []
@@ -208,7 +207,7 @@ def _costs(curves: Sequence[CostCurve], path: Path) -> list[Path]:
     return _finish(figure, panels, ends, path, f"loss against cost, {label(curves[0].matching)}")
 
 
-def _positions(curves: Sequence[PositionCurve], path: Path) -> list[Path]:
+def _positions(curves: Sequence[Any], path: Path) -> list[Path]:
     """Held-out loss by position, and what it is less than B1's, with bands."""
     if not curves:
         return []

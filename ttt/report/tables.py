@@ -1,138 +1,138 @@
-"""The report as text: CSV of all columns, tables for a terminal, and the page to read. No JAX."""
+"""The report as text and as a folder. No JAX.
 
-from collections.abc import Callable, Mapping, Sequence
+<out>/runs.csv       one row per run, every column
+report.json    all numbers, those of the pictures included
+report.md      the page to read
+*.png, *.svg   its pictures
+"""
+
+import json
+import math
+import shutil
+import string
+import sys
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from ttt.figures import NONE, count, duration, is_unknown, nats, short, whole
+from ttt.errors import UserError
+from ttt.figures import NONE, count, duration, known, markdown_table, nats, short, whole
 from ttt.infra.plan_manifest import label
-from ttt.report.compare import REFERENCE, Estimate
+from ttt.infra.record import write_whole
+from ttt.report import phase1, pictures
+from ttt.report.compare import REFERENCE
 from ttt.report.frame import COLUMNS, rows_of
+from ttt.report.phase1 import Report
 from ttt.report.pictures import Picture
-from ttt.report.reading import Report
 from ttt.report.verdict import LEAST_SAVED, MOST_ABOVE, Verdict
 
+_ASIDE = " (no TTT-E2E: beside the gate)"
 STEP_0 = (
     "Losses before the first step are of the first batches of the evaluation alone "
     "(`training.eval_start_batches`), learning where the run learns; those of parent and child on "
     "the same tokens are at the parent's context."
 )
 
-# A table: header -> the text of a row's cell; the first headers, so many as is said, are of names.
-Cells = Mapping[str, Callable[[Any], str]]
-_TRAINED: Cells = {
-    "run": lambda r: r.name,
-    "status": lambda r: r.status,
-    "stage": lambda r: _text(r.stage),
-    "method": lambda r: _text(r.method),
-    "mode": lambda r: f"{r.runtime_mode}, {_text(r.train_mode)}" if r.runtime_mode else NONE,
-    "context": lambda r: short(r.context) if r.context else NONE,
-    "batch": lambda r: whole(r.batch),
-    "steps": lambda r: f"{whole(r.steps)}/{whole(r.steps_asked)}",
-    "tokens": lambda r: count(r.tokens),
-    "parameters": lambda r: count(r.parameters),
-    "first → final loss": lambda r: f"{nats(r.first_loss)} → {nats(r.final_loss)}",
-    "validation": lambda r: nats(r.validation_loss),
-    "not learning": lambda r: nats(r.validation_loss_without_learning),
-    "count model": lambda r: nats(r.count_model_loss),
-    "device time": lambda r: duration(r.device_hours),
-    "wall-clock": lambda r: duration(r.wall_hours),
-    "tokens/s": lambda r: whole(r.tokens_per_second),
-}
-_STARTED: Cells = {
-    "run": lambda r: r.name,
-    "experiment": lambda r: _text(r.experiment),
-    "parent": lambda r: _text(r.parent),
-    "restore": lambda r: restore(r),
-    "checkpoint": lambda r: f"step {Path(r.checkpoint).name}" if r.checkpoint else NONE,
-    "devices": lambda r: _text(r.devices),
-    "commit": lambda r: _commit(r.commit) if r.commit else NONE,
-    "step-0 loss": lambda r: nats(r.start_loss),
-    "parent, same tokens": lambda r: nats(r.parent_loss),
-    "warm, same tokens": lambda r: nats(r.warm_loss),
-    "compiling": lambda r: duration(r.compile_hours),
-    "evaluating": lambda r: duration(r.evaluation_hours),
-}
-_COMPARED: Cells = {
-    "path": lambda c: c.path,
-    "methods": lambda c: c.way,
-    "validation loss": lambda c: _estimate(c.loss, ".4f"),
-    f"minus {REFERENCE}'s": lambda c: _estimate(c.delta, "+.4f"),
-    "step time saved": lambda c: _estimate(c.saving, ".1%"),
-    "seeds": lambda c: f"{c.loss.n if c.loss else 0} of {len(c.seeds)}",
-    "tokens": lambda c: count(c.tokens),
-    "step time": lambda c: duration(c.step_hours),
-    "device time": lambda c: duration(c.device_hours),
-    "parameters": lambda c: count(c.parameters),
-    "count model": lambda c: nats(c.count_model_loss),
-    "to be trusted": lambda c: (
-        "no: see the list"
-        if c.problems
-        else "no better than counts"
-        if c.without_merit
-        else "not in time: MIXED DEVICES"
-        if c.mixed
-        else "yes"
-    ),
-}
-_STAGES: Cells = {
-    "path": lambda s: s.path,
-    "stage": lambda s: f"{s.number} {s.stage}",
-    "steps": lambda s: whole(s.steps),
-    "tokens": lambda s: count(s.tokens),
-    "step time": lambda s: duration(s.step_hours),
-    "s per 1K tokens": lambda s: (
-        f"{3600 * s.step_hours / s.tokens * 1024:.3g}"
-        if s.step_hours > 0 and s.tokens > 0
-        else NONE
-    ),
-    "step-0 loss": lambda s: nats(s.start_loss),
-    "warm / parent, same tokens": lambda s: f"{nats(s.warm_loss)} / {nats(s.parent_loss)}",
-    "training loss": lambda s: f"{nats(s.first_loss)} → {nats(s.final_loss)}",
-    "validation": lambda s: nats(s.validation_loss),
-    "next starts from": lambda s: nats(s.next_start_loss),
-    "seeds": lambda s: str(s.seeds),
-}
-_REACHED: Cells = {
-    "path": lambda r: r.path,
-    "how it is known": lambda r: r.said,
-    "step time": lambda r: duration(r.hours),
-    f"of {REFERENCE}'s": lambda r: NONE if is_unknown(r.of_reference) else f"{r.of_reference:.2f}",
-}
+# Tables: each column's header and the text of its cell, with fields of the row (`run`: all of it)
+# and formats of Python or of `_FORMATS`.
+_TRAINED = """
+run: {name} | status: {status} | stage: {stage} | method: {method} | mode: {run:mode}
+context: {context:short} | batch: {batch:whole} | steps: {steps:whole}/{steps_asked:whole}
+tokens: {tokens:count} | parameters: {parameters:count}
+first → final loss: {first_loss:nats} → {final_loss:nats} | validation: {validation_loss:nats}
+not learning: {validation_loss_without_learning:nats} | count model: {count_model_loss:nats}
+device time: {device_hours:time} | wall-clock: {wall_hours:time}
+tokens/s: {tokens_per_second:whole}
+"""
+_STARTED = """
+run: {name} | experiment: {experiment} | parent: {parent} | restore: {run:restore}
+checkpoint: {checkpoint:step} | devices: {devices} | commit: {commit:commit}
+step-0 loss: {start_loss:nats} | parent, same tokens: {parent_loss:nats}
+warm, same tokens: {warm_loss:nats} | compiling: {compile_hours:time}
+evaluating: {evaluation_hours:time}
+"""
+_COMPARED = """
+path: {path} | methods: {way} | validation loss: {loss:.4f} | minus B1's: {delta:+.4f}
+step time saved: {saving:.1%} | seeds: {run:seeds} | tokens: {tokens:count}
+step time: {step_hours:time} | device time: {device_hours:time} | parameters: {parameters:count}
+count model: {count_model_loss:nats} | to be trusted: {run:trust}
+"""
+_STAGES = """
+path: {path} | stage: {number} {stage} | steps: {steps:whole} | tokens: {tokens:count}
+step time: {step_hours:time} | s per 1K tokens: {run:pace} | step-0 loss: {start_loss:nats}
+warm / parent, same tokens: {warm_loss:nats} / {parent_loss:nats}
+training loss: {first_loss:nats} → {final_loss:nats} | validation: {validation_loss:nats}
+next starts from: {next_start_loss:nats} | seeds: {seeds}
+"""
+_REACHED = """
+path: {path} | how it is known: {said} | step time: {hours:time} | of B1's: {of_reference:.2f}
+"""
 
 
 def restore(run: Any) -> str:
     """`restored / initialised / not attempted`, with counts of parameters by name."""
     if run.restore is None or run.restored is None:
-        return _text(run.restore)
+        return run.restore or NONE
     more = {name: getattr(run, name) for name in ("narrowed", "moved", "cast", "unused")}
     counts = [f"{run.restored} restored", f"{run.initialised} initialised"]
     return ", ".join(counts + [f"{number} {name}" for name, number in more.items() if number])
 
 
-def _text(value: Any) -> str:
-    return NONE if value is None else str(value)
+def _mode(run: Any) -> str:
+    return f"{run.runtime_mode}, {run.train_mode or NONE}" if run.runtime_mode else NONE
 
 
-def _commit(commit: str) -> str:
-    return commit[:8] + commit[40:]
+def _trust(c: Any) -> str:
+    if c.problems:
+        return "no: see the list"
+    if c.without_merit:
+        return "no better than counts"
+    return "not in time: MIXED DEVICES" if c.mixed else "yes"
 
 
-def _estimate(estimate: Estimate | None, form: str) -> str:
-    if not estimate:
-        return NONE
-    if estimate.low is None:
-        return f"{estimate.mean:{form}}"
-    return f"{estimate.mean:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+def _pace(stage: Any) -> str:
+    timed = stage.step_hours > 0 and stage.tokens > 0
+    return f"{3600 * stage.step_hours / stage.tokens * 1024:.3g}" if timed else NONE
 
 
-def _filled(table: pd.DataFrame, cells: Cells) -> pd.DataFrame:
+def _commit(commit: str | None) -> str:
+    return commit[:8] + commit[40:] if commit else NONE
+
+
+_FORMATS = {
+    "count": count,
+    "nats": nats,
+    "time": duration,
+    "whole": whole,
+    "short": lambda tokens: short(tokens) if tokens else NONE,
+    "step": lambda checkpoint: f"step {Path(checkpoint).name}" if checkpoint else NONE,
+    "seeds": lambda c: f"{c.loss.n if c.loss else 0} of {len(c.seeds)}",
+    "commit": _commit,
+    "mode": _mode,
+    "pace": _pace,
+    "restore": restore,
+    "trust": _trust,
+}
+
+
+class _Cell(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        text = _FORMATS.get(format_spec)
+        return text(value) if text else known(value, format_spec)
+
+
+def _filled(table: pd.DataFrame, columns: str) -> pd.DataFrame:
     """The texts of a table."""
-    rows = rows_of(table)
-    return pd.DataFrame({header: [text(row) for row in rows] for header, text in cells.items()})
+    cells = [c.split(": ", 1) for line in columns.split("\n") if line for c in line.split(" | ")]
+    rows = [row._asdict() | {"run": row} for row in rows_of(table)]
+    return pd.DataFrame(
+        {header: [_Cell().vformat(text, (), row) for row in rows] for header, text in cells}
+    )
 
 
 def _tables(report: Report) -> dict[str, list[tuple[str, pd.DataFrame, int]]]:
@@ -159,7 +159,19 @@ def _tables(report: Report) -> dict[str, list[tuple[str, pd.DataFrame, int]]]:
     return tables
 
 
-# ---- outputs ---------------------------------------------------------------------------
+# ---- texts -----------------------------------------------------------------------------
+
+
+def to_text(reports: Sequence[Report], form: str, *, one: bool) -> str:
+    """All reports in a format: table, json, csv or markdown; one: JSON is no list of the only."""
+    if form == "json":
+        return to_json(reports[0] if one else reports)
+    if form == "csv":
+        return to_csv(reports)
+    if form == "markdown":
+        return "\n".join(map(to_markdown, reports))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return "\n\n".join(to_terminal(report, width) for report in reports)
 
 
 def to_csv(reports: Sequence[Report]) -> str:
@@ -170,6 +182,33 @@ def to_csv(reports: Sequence[Report]) -> str:
     return runs.to_csv(index=False, lineterminator="\n")
 
 
+def to_json(report: Report | Sequence[Report]) -> str:
+    """All of it, as one JSON object, or a list of them; NaN and the infinities are null."""
+    return json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, Report):
+        runs = value.runs[list(COLUMNS)]
+        value = vars(value) | {"runs": runs, "faults": value.faults}
+    elif isinstance(value, pd.DataFrame):
+        value = value.to_dict("records")
+    elif isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    elif isinstance(value, SimpleNamespace | Verdict):
+        value = vars(value)
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
 def to_terminal(report: Report, width: int | None) -> str:
     """Tables and verdict, for a terminal of so many columns; None: no row is broken."""
     tables = _tables(report)
@@ -178,57 +217,46 @@ def to_terminal(report: Report, width: int | None) -> str:
     for title, table, _ in [trained, started, *chain(*tables.values()), *reached]:
         named = table.set_index(table.columns[0]).rename_axis(index=None, columns=table.columns[0])
         parts.append(f"{title}\n{named.to_string(line_width=width)}")
-    lines = [_gate(report.verdict), *(f"  {line}" for line in report.verdict.evidence)]
-    for verdict in report.verdicts:
-        lines += [f"{verdict.path}: {verdict.answer}{_aside(verdict)}"]
-        lines += [f"  {line}" for line in verdict.evidence]
+    lines = []
+    for answer, evidence in _answers(report):
+        lines += [answer, *(f"  {line}" for line in evidence)]
     lines += [f"does not beat the count model: {line}" for line in report.without_merit]
     lines += [f"{NONE}: no value; --format csv and json say why, under `missing`"]
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
 
 
-def notes(report: Report) -> list[str]:
-    """What is missing, broken or worth knowing."""
-    runs = rows_of(report.runs)
-    return [
-        *(f"broken: {fault}" for fault in report.faults),
-        *(f"missing: {what}" for what in report.missing),
-        *(f"{run.name}: {note}" for run in runs for note in run.notes),
-    ]
-
-
-def to_markdown(report: Report, pictures: Sequence[Picture] = ()) -> str:
-    """The page; `pictures` lie beside it."""
+def to_markdown(report: Report, drawn: Sequence[Picture] = ()) -> str:
+    """The page; the pictures lie beside it."""
     runs = report.runs
-    states = ", ".join(
-        f"{n} {state}" for state, n in runs["status"].value_counts(sort=False).items()
-    )
-    devices = sorted(runs["devices"].dropna().unique())
-    commits = sorted(runs["commit"].dropna().map(_commit).unique())
+    counts = runs["status"].value_counts(sort=False).items()
+    devices = ", ".join(sorted(runs["devices"].dropna().unique()))
+    commits = ", ".join(sorted(runs["commit"].dropna().map(_commit).unique()))
     parts = [
         f"# Report on `{report.folder.name}`",
-        f"{len(runs)} runs ({states}); devices: {', '.join(devices) or 'unknown'}; "
-        f"commits: {', '.join(commits) or 'unknown'}. Losses are in nats per token, means over "
-        "all scored tokens; intervals are 95 %, Student's t over seeds, differences paired by "
-        "seed. Device time is devices × time of steps, waiting for data and saving. "
+        f"{len(runs)} runs ({', '.join(f'{n} {state}' for state, n in counts)}); devices: "
+        f"{devices or 'unknown'}; commits: {commits or 'unknown'}. Losses are in nats per token, "
+        "means over all scored tokens; intervals are 95 %, Student's t over seeds, differences "
+        "paired by seed. Device time is devices × time of steps, waiting for data and saving. "
         f"{NONE}: unknown, with the reason in `runs.csv` and `report.json` under `missing`.",
         "## Verdict",
-        f"**{_gate(report.verdict)}**",
-        _bullets(report.verdict.evidence),
-        *(
-            f"**{v.path}: {v.answer}**{_aside(v)}\n\n{_bullets(v.evidence)}"
-            for v in report.verdicts
-        ),
     ]
+    for answer, evidence in _answers(report):
+        mark, aside = answer.partition(_ASIDE)[:2]
+        parts.append(f"**{mark}**{aside}\n\n{_bullets(evidence)}")
     if report.without_merit:
         parts += ["Models that do **not** beat their count model:", _bullets(report.without_merit)]
     tables = _tables(report)
     general = tables.pop("")
-    parts += [picture.markdown() for picture in pictures if picture.matching not in tables]
+    parts += [picture.markdown() for picture in drawn if picture.matching not in tables]
     for matching, (compared, stages) in tables.items():
-        own = report.comparisons[report.comparisons["matching"] == matching]
-        parts += [_section(*compared), _problems(own)]
-        parts += [picture.markdown() for picture in pictures if picture.matching == matching]
+        problems = []
+        for c in rows_of(report.comparisons[report.comparisons["matching"] == matching]):
+            if c.mixed:
+                mixed = f"**MIXED DEVICES** in {c.path}: {'; '.join(c.devices)}."
+                problems.append(f"{mixed} Times do not compare.")
+            problems += [f"{c.path}: {problem}" for problem in c.problems]
+        parts += [_section(*compared), _bullets(problems)]
+        parts += [picture.markdown() for picture in drawn if picture.matching == matching]
         parts += [_section(*stages), STEP_0]
     parts += [_section(*table) for table in general]
     if listed := notes(report):
@@ -236,34 +264,68 @@ def to_markdown(report: Report, pictures: Sequence[Picture] = ()) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _section(title: str, table: pd.DataFrame, names: int) -> str:
-    """A table with its heading, as GitHub reads it; the first columns, of names, to the left."""
-    rule = [":---" if i < names else "---:" for i in range(len(table.columns))]
-    rows = [list(table.columns), rule, *table.values.tolist()]
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return f"## {title[0].upper()}{title[1:]}\n\n" + "\n".join(lines)
+def notes(report: Report) -> list[str]:
+    """What is missing, broken or worth knowing."""
+    lines = [f"broken: {fault}" for fault in report.faults]
+    lines += [f"missing: {what}" for what in report.missing]
+    return lines + [f"{r.name}: {note}" for r in rows_of(report.runs) for note in r.notes]
 
 
-def _gate(verdict: Verdict) -> str:
-    return (
+def _answers(report: Report) -> list[tuple[str, Sequence[str]]]:
+    """The verdict on the whole and on every path: answer and evidence."""
+    gate = (
         f"The gate (at least {LEAST_SAVED:.0%} less training wall-clock at no more than "
-        f"{MOST_ABOVE} nats above {REFERENCE}) {verdict.answer}."
+        f"{MOST_ABOVE} nats above {REFERENCE}) {report.verdict.answer}."
     )
+    own = [(f"{v.path}: {v.answer}{'' if v.candidate else _ASIDE}", v) for v in report.verdicts]
+    return [(text, v.evidence) for text, v in [(gate, report.verdict), *own]]
 
 
-def _aside(verdict: Verdict) -> str:
-    return "" if verdict.candidate else " (no TTT-E2E: beside the gate)"
-
-
-def _problems(comparisons: pd.DataFrame) -> str:
-    lines = []
-    for c in rows_of(comparisons):
-        if c.mixed:
-            listed = "; ".join(c.devices)
-            lines.append(f"**MIXED DEVICES** in {c.path}: {listed}. Times do not compare.")
-        lines += [f"{c.path}: {problem}" for problem in c.problems]
-    return _bullets(lines)
+def _section(title: str, table: pd.DataFrame, names: int) -> str:
+    """A table with its heading, as GitHub reads it."""
+    rows = [[cell.replace("|", "/") for cell in row] for row in table.values.tolist()]
+    return f"## {title[0].upper()}{title[1:]}\n\n{markdown_table(table.columns, rows, names)}"
 
 
 def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+# ---- files -----------------------------------------------------------------------------
+
+
+def write(
+    experiments_root: str | Path,
+    exp_folder: str,
+    out: str | Path | None = None,
+    checkpoint_root: str | Path | None = None,
+) -> list[Path]:
+    """Write the report into `out` (none: `<exp_folder>/report`); returns the paths."""
+    report = phase1.read(experiments_root, exp_folder, checkpoint_root)
+    return save(report, Path(out) if out else report.folder / "report")
+
+
+def save(report: Report, out: Path) -> list[Path]:
+    """Write a report into `out`; returns the paths.
+
+    Each file is whole or not there; an earlier report is replaced, and a picture of it that can no
+    longer be drawn is removed. A UserError if `out` holds anything but an earlier report.
+    """
+    check_out(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "runs.csv", to_csv([report]))
+    write_whole(out / "report.json", to_json(report))
+    drawn = pictures.draw_all(report, out)
+    write_whole(out / "report.md", to_markdown(report, drawn))
+    paths = [out / name for name in ("runs.csv", "report.json", "report.md")]
+    return paths + [path for picture in drawn for path in picture.paths]
+
+
+def check_out(out: Path) -> None:
+    """Raise a UserError unless `out` is new, empty, or holds an earlier report."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: must be a folder or not exist; name another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
+        raise UserError(
+            f"{out} holds files but no report.json, so it is no earlier report: name another --out"
+        )

@@ -126,7 +126,5 @@ def interval(estimate: Estimate | None, form: str) -> str:
     """A mean with its interval and the number of seeds, or why there is none."""
     if estimate is None:
         return "unknown"
-    if estimate.low is None:
-        return f"{estimate.mean:{form}} (one seed, no interval)"
-    bounds = f"[{estimate.low:{form}}, {estimate.high:{form}}]"
-    return f"{estimate.mean:{form}} {bounds} ({estimate.n} seeds)"
+    seeds = f"{estimate.n} seeds" if estimate.n > 1 else "one seed, no interval"
+    return f"{estimate:{form}} ({seeds})"

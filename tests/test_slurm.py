@@ -19,7 +19,7 @@ from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
-LIMIT_SECONDS = 280
+LIMIT_SECONDS = 1200
 CACHE = [f"backend.compilation_cache_dir={jax.config.jax_compilation_cache_dir}"]
 TINY = [
     "+experiment=tiny/pretrain/pretrain-tiny-e2e",

@@ -134,8 +134,8 @@ def write_run(root: Path, made: Made) -> RunRecord:
     begin = made.parent.loss if made.parent else 5.5
     if made.parent:
         there = root / "checkpoints/ladder" / made.parent.name / str(made.parent.steps)
-        record.restored(
-            {
+        record.note(
+            restored={
                 "from": str(there),
                 "part": "params",
                 "restored": ["a", "b", "c"],
@@ -147,7 +147,7 @@ def write_run(root: Path, made: Made) -> RunRecord:
             }
         )
     if made.mode == "jax":
-        record.started(_start(made, begin))
+        record.note(start=_start(made, begin))
     rng = np.random.default_rng([made.seed, len(made.name)])
     seconds = SECONDS[made.method] * made.context / CONTEXT
     for step in range(1, made.steps + 1):

@@ -32,8 +32,8 @@ def main() -> int:
     if training.load_part == "params":
         new = ["language_model.model.h.prime_storage.feed_forward_prime.w1.weight"]
         parent = training.resume_exp_name
-        record.restored(
-            {
+        record.note(
+            restored={
                 "from": f"/checkpoints/{training.exp_folder}/{parent}/4",
                 "part": "params",
                 "restored": ["language_model.model.wte.weight"],

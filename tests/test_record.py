@@ -49,7 +49,7 @@ def test_a_started_run_says_what_runs_on_what(tmp_path):
 
 def test_finishing_and_the_restore_account_belong_to_the_attempt(tmp_path):
     record = started(tmp_path)
-    record.restored({"restored": ["a"], "initialised": []})
+    record.note(restored={"restored": ["a"], "initialised": []})
     record.finish("failed")
     run = record.run()
     assert run["status"] == run["attempts"][0]["status"] == "failed"
@@ -171,7 +171,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     record = started(tmp_path)
     before = record.run()
     with pytest.raises(TypeError):
-        record.restored({"not": object()})
+        record.note(restored={"not": object()})
     with pytest.raises(RuntimeError, match="full"):
         record.save_arrays("val", 7, {"nll": _Unwritable()}, {})
     assert record.run() == before

@@ -28,7 +28,7 @@ from ttt.evaluation.suite import AbstractSuite, Job, OnProgress
 from ttt.infra import distributed
 from ttt.infra.mesh import device_mesh
 from ttt.infra.progress import Progress
-from ttt.infra.record import RunRecord
+from ttt.infra.record import RunRecord, write_whole
 from ttt.knobs import Config
 from ttt.model import trained
 from ttt.model.trained import TrainedModel
@@ -62,12 +62,12 @@ def run(config: Config) -> int | None:
     record = RunRecord(folder_of(config, runs))
     devices = [device.device_kind for device in jax.devices()]
     record.start(to_dict(config), devices=devices, data=fingerprints(config))
-    record.restored({"runs": about})
+    record.note(restored={"runs": about})
 
     def save(which: AbstractSuite, rows: Sequence[Row]) -> None:
         result.save(record.folder, which.name, rows, {**which.notes(), "runs": about})
         for name, text in which.files().items():
-            result.write_whole(record.folder / name, text)
+            write_whole(record.folder / name, text)
 
     status = "failed"
     try:

@@ -19,7 +19,7 @@ from ttt.evaluation.result import Row
 from ttt.infra import distributed
 from ttt.infra.mesh import check_divides
 from ttt.infra.progress import Progress
-from ttt.infra.record import RunRecord
+from ttt.infra.record import RunRecord, write_whole
 from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.loop import Evaluator, Score
@@ -155,7 +155,7 @@ def evaluate_start(
     figures |= {"preserving": shown.preserving, "why": shown.why}
     if parent is not None:
         log_start(parent, warm)
-    run.record.started(figures)
+    run.record.note(start=figures)
     if not run.record.logged(step, "start_loss"):  # an attempt before this one may have
         still_too = {} if still is None else {"start_loss_without_learning": still}
         run.tracker.log(step, {"start_loss": loss, **still_too})
@@ -233,7 +233,7 @@ def evaluate(run: TrainingRun, state: Any, scores: Score, window: int, *, learni
     like = Row("loss_by_position", training.exp_name, method, step, training.seq_length, "loss")
     rows = comparison.rows(like, resamples=1000, seed=0)
     csv = summary_path(run.record, step).with_suffix(".csv")
-    result.write_whole(csv, result.to_csv(rows))
+    write_whole(csv, result.to_csv(rows))
     # The summary comes last: where it is, the run is finished.
     path = run.record.save_arrays("loss_by_position", step, comparison.arrays(), summary)
     Console().print(comparison.table())

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Int
 from rich.table import Table
 
+from ttt.infra.record import write_whole
+
 Key = str | int | float | bool
 
 
@@ -92,14 +94,6 @@ def save(folder: Path, suite: str, rows: Sequence[Row], notes: Mapping[str, Any]
     known = {"notes": dict(notes), "rows": [row.flat() for row in rows]}
     write_whole(folder / f"{suite}.csv", to_csv(rows))
     write_whole(folder / f"{suite}.json", json.dumps(known, indent=1, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside and rename, so that readers and crashes meet the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def printed(title: str, columns: Mapping[str, Sequence[str]], *, names: int = 1) -> Table:

@@ -46,11 +46,9 @@ _PACKAGES = ("ttt", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "gr
 _SECRET = re.compile(r".*(key|token|password)|.*secret.*", re.IGNORECASE)
 _SECRET_ARGUMENT = re.compile(r"((?:key|token|password|secret\w*)\s*[=:])[^}]+", re.IGNORECASE)
 _MASK = "***"
-# Full, beyond a quota or a limit, read-only, broken, or gone: with a mount, or under a run.
-_DISK_FAULTS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENXIO),
-    *(errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EACCES, errno.EPERM, errno.ENOENT),
-}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_BROKEN = {errno.EROFS, errno.EIO, errno.ENXIO, errno.EACCES, errno.EPERM}
+_GONE = {errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ENOENT}  # a mount, or a run's folder
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 _TAIL_BYTES = 1 << 16
 
@@ -71,11 +69,7 @@ class RunRecord:
         self.active = active
 
     def start(
-        self,
-        config: Mapping[str, Any],
-        *,
-        devices: Sequence[str],
-        data: Mapping[str, str],
+        self, config: Mapping[str, Any], *, devices: Sequence[str], data: Mapping[str, str]
     ) -> None:
         """Open a new record, or reopen the one that is there for another attempt.
 
@@ -90,15 +84,15 @@ class RunRecord:
         """
         if not self.active:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         settings = OmegaConf.to_yaml(OmegaConf.create(masked(config)))
-        _write(self.folder / "config.yaml", lambda file: file.write(settings.encode()))
+        write_whole(self.folder / "config.yaml", settings)
         run: dict[str, Any] = {"id": uuid.uuid4().hex[:12], "attempts": []}
         if self._run_json.exists():
             run = self.run()
             for earlier in run["attempts"]:
                 if earlier["status"] == "running":  # killed before it could say so
                     earlier["status"] = "interrupted"
+        machine = {"platform": platform.platform(), "cpus": os.cpu_count()}
         attempt = {
             "started": _now(),
             "finished": None,
@@ -106,34 +100,27 @@ class RunRecord:
             "command": masked_arguments(sys.argv),
             "versions": _versions(),
             "git": _git(),
-            "hardware": {
-                "platform": platform.platform(),
-                "cpus": os.cpu_count(),
-                "devices": list(devices),
-            },
+            "hardware": machine | {"devices": list(devices)},
             "data": dict(data),
-            "restored": None,
-            "start": None,
-            "seconds": None,
+            **dict.fromkeys(("restored", "start", "seconds")),
         }
         run["attempts"].append(attempt)
         self._write_run(run)
 
-    def restored(self, account: Mapping[str, Any]) -> None:
-        """Note what this attempt took from a checkpoint."""
-        self._amend({"restored": account})
-
-    def started(self, start: Mapping[str, Any]) -> None:
-        """Note what the model could do before its first step, and what its parent could."""
-        self._amend({"start": start})
+    def note(self, **facts: Any) -> None:
+        """Set facts of this attempt, such as `restored` and `start`."""
+        if self.active:
+            run = self.run()
+            run["attempts"][-1].update(facts)
+            self._write_run(run)
 
     def finish(self, status: str) -> None:
         """Close this attempt as finished, failed or interrupted."""
-        self._amend({"finished": _now(), "status": status})
+        self.note(finished=_now(), status=status)
 
     def spent(self, seconds: Mapping[str, float]) -> None:
         """Note where this attempt's time went."""
-        self._amend({"seconds": {name: round(value, 3) for name, value in seconds.items()}})
+        self.note(seconds={name: round(value, 3) for name, value in seconds.items()})
 
     def run(self) -> dict[str, Any]:
         """The content of `run.json`, which has one attempt at least."""
@@ -215,33 +202,24 @@ class RunRecord:
             return
         kept = [row for row in self.metrics() if row["step"] <= step]
         lines = [json.dumps(_plain(row), allow_nan=False) + "\n" for row in kept]
-        _write(self._metrics_jsonl, lambda file: file.write("".join(lines).encode()))
+        write_whole(self._metrics_jsonl, "".join(lines))
 
     def save_arrays(
-        self,
-        name: str,
-        step: int,
-        arrays: Mapping[str, np.ndarray],
-        summary: Mapping[str, Any],
+        self, name: str, step: int, arrays: Mapping[str, np.ndarray], summary: Mapping[str, Any]
     ) -> Path:
         """Write an evaluation's arrays and summary; returns the path of the arrays."""
-        folder = self.folder / "eval"
-        path = folder / f"{name}-{step}.npz"
-        if not self.active:
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
-        _write_json(path.with_suffix(".json"), summary)
+        path = self.folder / "eval" / f"{name}-{step}.npz"
+        if self.active:
+            _write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+            _write_json(path.with_suffix(".json"), summary)
         return path
 
     def last_evaluation(self) -> Path | None:
         """The path of the last final evaluation's summary; its arrays lie beside it."""
-        steps = {
-            int(match[1]): path
-            for path in (self.folder / "eval").glob(f"{FINAL_EVALUATION}-*.json")
-            if (match := re.fullmatch(rf"{FINAL_EVALUATION}-(\d+)\.json", path.name))
-        }
-        return steps[max(steps)] if steps else None
+        paths = (self.folder / "eval").glob(f"{FINAL_EVALUATION}-*.json")
+        steps = {path.stem.rpartition("-")[2]: path for path in paths}
+        numbers = [int(step) for step in steps if step.isdecimal()]
+        return steps[str(max(numbers))] if numbers else None
 
     @property
     def _run_json(self) -> Path:
@@ -250,13 +228,6 @@ class RunRecord:
     @property
     def _metrics_jsonl(self) -> Path:
         return self.folder / "metrics.jsonl"
-
-    def _amend(self, changes: Mapping[str, Any]) -> None:
-        if not self.active:
-            return
-        run = self.run()
-        run["attempts"][-1].update(changes)
-        self._write_run(run)
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
         _write_json(self._run_json, {**run, "status": run["attempts"][-1]["status"]})
@@ -360,7 +331,7 @@ def is_run(folder: Path) -> bool:
 
 def disk_fault(error: OSError) -> str:
     """What failed, if it is the disk that gave up; empty for any other error."""
-    if error.errno not in _DISK_FAULTS:
+    if error.errno not in _FULL | _BROKEN | _GONE:
         return ""
     return f"{error.filename or 'a file of the run'}: {error.strerror}"
 
@@ -462,6 +433,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write beside and rename, so that readers and crashes meet the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:
         write(file)

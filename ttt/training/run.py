@@ -197,7 +197,7 @@ def attempt(run: TrainingRun, start: StartPoint) -> Generator[None]:
     run.record.start(to_dict(run.config), devices=devices, data=run.data.fingerprints)
     run.record.truncate_after(int(start.state.step))
     if start.account is not None:
-        run.record.restored(start.account)
+        run.record.note(restored=start.account)
     training = run.config.training
     if training.log_wandb and run.record.active:
         run.tracker.mirror(

@@ -46,11 +46,9 @@ def main() -> None:
             )
         reports = phase1.read_all(args.exp_dir, args.exp_folder, args.checkpoint_root)
         outs = {}  # folder of a report -> the report
-        if args.out:
-            single = bool(args.exp_folder)
-            outs = {
-                args.out if single else args.out / r.runs["exp_folder"].iloc[0]: r for r in reports
-            }
+        for report in reports if args.out else ():
+            below = "" if args.exp_folder else report.runs["exp_folder"].iloc[0]
+            outs[args.out / below] = report
         for folder in outs:
             tables.check_out(folder)
         if args.dry_run:

@@ -99,15 +99,9 @@ def pyplot() -> ModuleType:
 
 def style(index: int, *, learns: bool = True) -> dict[str, Any]:
     """How the curve of the run with this number looks; dashed and open where learning is off."""
-    colour = COLOURS[index % len(COLOURS)]
-    return {
-        "color": colour,
-        "marker": MARKS[index % len(MARKS)],
-        "ms": 4,
-        "lw": 1.6,
-        "ls": "-" if learns else "--",
-        "mfc": colour if learns else "white",
-    }
+    colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
+    look = {"color": colour, "marker": mark, "ms": 4, "lw": 1.6}
+    return look | ({"ls": "-", "mfc": colour} if learns else {"ls": "--", "mfc": "white"})
 
 
 def path_colour(path: str) -> str:
@@ -127,15 +121,8 @@ def path_styles(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def panels(widths: Sequence[float], height: float = 4.2, **options: Any) -> tuple[Any, Any]:
     """A figure with a row of panels of these widths in inches, and its axes [panels]."""
-    figure, axes = pyplot().subplots(
-        1,
-        len(widths),
-        figsize=(sum(widths) + 1, height),
-        width_ratios=widths,
-        squeeze=False,
-        layout="constrained",
-        **options,
-    )
+    options |= {"width_ratios": widths, "figsize": (sum(widths) + 1, height)}
+    figure, axes = pyplot().subplots(1, len(widths), squeeze=False, layout="constrained", **options)
     return figure, axes[0]
 
 
@@ -169,14 +156,8 @@ def mark(axes: Any, tokens: int, text: str) -> None:
 def legend_below(figure: Any, axes: Any) -> None:
     """One legend for all panels, that of `axes`."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(4, len(labels)),
-        frameon=False,
-        fontsize=8,
-    )
+    look: dict[str, Any] = {"ncols": min(4, len(labels)), "frameon": False, "fontsize": 8}
+    figure.legend(handles, labels, loc="outside lower center", **look)
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], size: float = 8) -> None:
@@ -195,17 +176,9 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], size: float = 
             if lack > 1e-9:
                 at[i], at[i + 1] = at[i] - lack / 2, at[i + 1] + lack / 2
     for y, (_, text, colour) in zip(at, wanted, strict=True):
-        axes.annotate(
-            text,
-            (1.0, y),
-            xycoords="axes fraction",
-            xytext=(5, 0),
-            textcoords="offset points",
-            color=colour,
-            fontsize=size,
-            va="center",
-            annotation_clip=False,
-        )
+        look: dict[str, Any] = {"color": colour, "fontsize": size, "va": "center"}
+        place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        axes.annotate(text, (1.0, y), xytext=(5, 0), annotation_clip=False, **place, **look)
 
 
 def leave_room(figure: Any, texts: Sequence[str], size: float = 8) -> None:

@@ -124,10 +124,7 @@ def draw(timings: Sequence[Timing], path: Path, *, title: str) -> None:
 
     calls = list(dict.fromkeys(t.call for t in timings))
     figure, panels = figures.pyplot().subplots(
-        ncols=len(calls),
-        figsize=(1.5 + 3.2 * len(calls), 4.2),
-        squeeze=False,
-        layout="constrained",
+        ncols=len(calls), figsize=(1.5 + 3.2 * len(calls), 4.2), squeeze=False, layout="constrained"
     )
     for axes, call in zip(panels[0], calls, strict=True):
         _draw_call(axes, timings, call)

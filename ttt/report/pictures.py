@@ -168,25 +168,13 @@ def _costs(curves: Sequence[Any], path: Path) -> list[Path]:
     scale, unit = (60, "device-minutes") if short else (1, "device-hours")
     for axes, name in zip(panels, ("hours", "tokens"), strict=True):
         for curve in curves:
-            x = scale * curve.hours if name == "hours" else curve.tokens
-            axes.plot(x.ravel(), curve.loss.ravel(), lw=1, alpha=0.45, **looks[curve.path])
-            ends = [
-                (scale * hours if name == "hours" else tokens, e) for tokens, hours, e in curve.ends
-            ]
-            for at, estimate in ends:
-                last = at == ends[-1][0]
-                axes.errorbar(
-                    at,
-                    estimate.mean,
-                    yerr=_error(estimate),
-                    fmt="o",
-                    ms=5.5 if last else 3.5,
-                    capsize=2,
-                    elinewidth=1,
-                    color=looks[curve.path]["color"],
-                    mfc=looks[curve.path]["color"] if last else "white",
-                    zorder=3,
-                )
+            x, look = scale * curve.hours if name == "hours" else curve.tokens, looks[curve.path]
+            axes.plot(x.ravel(), curve.loss.ravel(), lw=1, alpha=0.45, **look)
+            point = {"fmt": "o", "capsize": 2, "elinewidth": 1, "zorder": 3, "color": look["color"]}
+            for tokens, hours, e in curve.ends:
+                at = scale * hours if name == "hours" else tokens
+                size, fill = (5.5, look["color"]) if e is curve.ends[-1][2] else (3.5, "white")
+                axes.errorbar(at, e.mean, yerr=_error(e), ms=size, mfc=fill, **point)
         figures.tidy(axes)
         axes.set_xlim(left=0)
     low = min(np.nanmin(curve.loss) for curve in curves)
@@ -200,9 +188,8 @@ def _costs(curves: Sequence[Any], path: Path) -> list[Path]:
     panels[1].xaxis.set_major_formatter(lambda value, _: figures.count(value))
     panels[0].set_ylabel("loss (nats per token)")
     figures.subtitle(panels[0], "lines: training loss, smoothed, mean over seeds")
-    figures.subtitle(
-        panels[1], "points: held-out loss at each stage's end (filled: the last), 95 % bars"
-    )
+    points = "points: held-out loss at each stage's end (filled: the last), 95 % bars"
+    figures.subtitle(panels[1], points)
     ends = [(curve.ends[-1][2].mean, curve.path, looks[curve.path]["color"]) for curve in curves]
     return _finish(figure, panels, ends, path, f"loss against cost, {label(curves[0].matching)}")
 

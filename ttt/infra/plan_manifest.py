@@ -16,6 +16,7 @@ from ttt.errors import UserError
 from ttt.infra.record import write_whole
 
 NAME = "manifest.json"
+_ELSE = "Choose another --exp-folder for the new plan, or ask for the same as before."
 MATCHINGS = {
     "tokens": "token-matched",
     "wall_clock": "wall-clock-matched",
@@ -27,9 +28,6 @@ MATCHINGS = {
 def label(matching: str) -> str:
     """Of a matching, for readers; its own name where it is none of `MATCHINGS`."""
     return MATCHINGS.get(matching, matching)
-
-
-_ELSE = "Choose another --exp-folder for the new plan, or ask for the same as before."
 
 
 class Gate(NamedTuple):
@@ -117,7 +115,8 @@ class PlanManifest:
         Raises ManifestError if a run of the same name was planned with other settings before.
         """
         known, entries = self.runs, []
-        for planned in map(_plain, runs):
+        runs, paths = json.loads(json.dumps([runs, paths]))  # tuples are lists in the file
+        for planned in runs:
             entry = known.get(planned["name"], {**planned, "status": "pending", "gates": []})
             if changed := _changes(entry, planned, planned):
                 raise ManifestError(
@@ -125,7 +124,7 @@ class PlanManifest:
                     f"registry or the configs have changed since):\n{changed}{_ELSE}"
                 )
             entries.append(entry)
-        self._content |= {"runs": entries, "paths": [*map(_plain, paths)]}
+        self._content |= {"runs": entries, "paths": paths}
 
     def status(self, name: str) -> str:
         """Of a run: pending, running, finished, interrupted or failed."""
@@ -133,13 +132,10 @@ class PlanManifest:
 
     def note(self, name: str, status: str, gates: Sequence[Gate] | None = None) -> None:
         """Write what became of a run."""
-        changes: dict[str, Any] = {"status": status}
+        entry = next(entry for entry in self._content["runs"] if entry["name"] == name)
+        entry["status"] = status
         if gates is not None:
-            changes["gates"] = [gate._asdict() for gate in gates]
-        runs = self._content["runs"]
-        self._content["runs"] = [
-            {**entry, **changes} if entry["name"] == name else entry for entry in runs
-        ]
+            entry["gates"] = [gate._asdict() for gate in gates]
         self._write()
 
     def _write(self) -> None:
@@ -150,8 +146,3 @@ def _changes(was: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]
     """A line for each key whose value has changed."""
     lines = [f"  {k}: {was.get(k)} -> {now.get(k)}\n" for k in keys if was.get(k) != now.get(k)]
     return "".join(lines)
-
-
-def _plain(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """With lists for tuples, as JSON gives them back."""
-    return {key: list(x) if isinstance(x, tuple) else x for key, x in entry.items()}

@@ -217,9 +217,9 @@ class RunRecord:
     def last_evaluation(self) -> Path | None:
         """The path of the last final evaluation's summary; its arrays lie beside it."""
         paths = (self.folder / "eval").glob(f"{FINAL_EVALUATION}-*.json")
-        steps = {path.stem.rpartition("-")[2]: path for path in paths}
-        numbers = [int(step) for step in steps if step.isdecimal()]
-        return steps[str(max(numbers))] if numbers else None
+        steps = {path: path.stem.removeprefix(f"{FINAL_EVALUATION}-") for path in paths}
+        numbered = [path for path, step in steps.items() if step.isdecimal()]
+        return max(numbered, key=lambda path: int(steps[path]), default=None)
 
     @property
     def _run_json(self) -> Path:

@@ -91,18 +91,18 @@ class Execution:
         """Refuse records that are none of this plan's, or no longer what the manifest says."""
         faults = []
         for run in plan.runs:
-            record = records.find(self.folder, run)
+            recorded, changed = records.compared(self.folder, run)
             status = manifest.status(run.name)
-            if record.status == "absent":
+            if recorded == "absent":
                 if status == "finished":
                     faults.append(f"{run.name}: finished says the manifest, but its record is gone")
             elif status == "pending" and not self.skip_existing:
                 faults.append(
-                    f"{run.name}: is there ({record.status}), but not by this plan; "
+                    f"{run.name}: is there ({recorded}), but not by this plan; "
                     "--skip-existing takes it as it is if its settings are the plan's"
                 )
-            elif record.changed:
-                changes = (f"{key} {was} -> {now}" for key, (was, now) in record.changed.items())
+            elif changed:
+                changes = (f"{key} {was} -> {now}" for key, (was, now) in changed.items())
                 faults.append(f"{run.name}: is there with other settings: {', '.join(changes)}")
         if faults:
             listed = "\n".join(f"  {fault}" for fault in faults)
@@ -131,7 +131,7 @@ class Execution:
 
     def _done(self, run: PlannedRun, manifest: PlanManifest) -> bool:
         """Whether a run's record is finished; then its gates are looked at, if they were not."""
-        if records.find(self.folder, run).status != "finished":
+        if records.compared(self.folder, run)[0] != "finished":
             return False
         self._judge(run, manifest)
         return True
@@ -156,7 +156,7 @@ class Execution:
             file.write(f"$ {run.command}\n".encode())
             file.flush()
             code = self._watch(run, [*self.train, *run.arguments], file)
-        recorded = records.find(self.folder, run).status
+        recorded, _ = records.compared(self.folder, run)
         if code == 0 and recorded == "finished":
             return
         if self._signal is not None or code == ASKED_TO_STOP:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ttt.config import differences, to_dict
 from ttt.infra.record import RunRecord, StoredRun
@@ -11,29 +11,21 @@ from ttt.runs import compose, matching
 from ttt.runs.plan import Plan, PlannedRun
 
 
-class Found(NamedTuple):
-    """A record on disk, beside what the plan asks for."""
+def compared(root: Path, run: PlannedRun) -> tuple[str, Mapping[str, tuple[Any, Any]]]:
+    """The status of a planned run's record below `root`, and settings as (on disk, planned).
 
-    status: str
-    """`absent`, or the record's own: running, finished, failed, interrupted."""
-    changed: Mapping[str, tuple[Any, Any]]
-    """Settings that differ, as (on disk, planned)."""
-
-
-def find(root: Path, run: PlannedRun) -> Found:
-    """What is in the folder of a planned run, below `root`.
-
-    Its number of steps counts as a setting here: a finished run of another length is another run.
+    The status is `absent` or the record's own: running, finished, failed, interrupted. The settings
+    are those that differ, the number of steps too: a run of another length is another run.
     """
     record = RunRecord(root / run.name)
     if not (record.folder / "run.json").exists():
-        return Found("absent", {})
+        return "absent", {}
     stored, planned = record.settings(), to_dict(compose.config_of(run))
     changed = differences(stored, planned)
     steps = (stored["training"]["total_steps"], planned["training"]["total_steps"])
     if steps[0] != steps[1]:
         changed["training.total_steps"] = steps
-    return Found(record.run()["status"], changed)
+    return record.run()["status"], changed
 
 
 def evidence(folder: Path) -> StoredRun:

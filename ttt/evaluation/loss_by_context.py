@@ -16,7 +16,7 @@ from ttt.errors import UserError
 from ttt.evaluation.loss_by_position import PositionLoss
 from ttt.evaluation.resources import LoadedModels, held_out
 from ttt.evaluation.result import Key, Row, printed
-from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot
+from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader
 from ttt.infra.mesh import Layout
 from ttt.knobs import Config
 from ttt.model.loop import Evaluator
@@ -169,21 +169,16 @@ class LossByContext(AbstractSuite):
         self, rows: pd.DataFrame, contexts: Sequence[int], path: Path, title: str
     ) -> None:
         measures = self._panels(rows)
-        figure, panels = figures.pyplot().subplots(
-            nrows=len(measures),
-            ncols=len(contexts),
-            figsize=(max(8.0, 1.4 + 3 * len(contexts)), 0.8 + 2.7 * len(measures)),
-            sharey="row",
-            sharex="col",
-            squeeze=False,
-            layout="constrained",
+        size = max(8.0, 1.4 + 3 * len(contexts)), 0.8 + 2.7 * len(measures)
+        figure, panels = figures.grid(
+            len(measures), len(contexts), size, sharey="row", sharex="col"
         )
         for axes_row, (measure, label) in zip(panels, measures.items(), strict=True):
             for axes, context in zip(axes_row, contexts, strict=True):
                 here = rows[(rows.measure == f"{measure}_at") & (rows.context == context)]
                 # The geometric middle of a bin; the first one starts at 0.
                 middle = np.sqrt(here.position_from.clip(8) * here.position_to)
-                self._plot(axes, here.assign(x=middle), band=measure == "difference")
+                self._plot(axes, middle, here, measure)
                 ticks = [4**i for i in range(2, 20)]
                 figures.log_tokens(axes, [n for n in ticks if n <= context])
                 self.mark_windows(axes, 0, context)
@@ -199,15 +194,10 @@ class LossByContext(AbstractSuite):
         self, rows: pd.DataFrame, contexts: Sequence[int], path: Path, title: str
     ) -> None:
         measures = self._panels(rows)
-        figure, panels = figures.pyplot().subplots(
-            ncols=len(measures),
-            figsize=(1 + 4 * len(measures), 4),
-            squeeze=False,
-            layout="constrained",
-        )
+        figure, panels = figures.grid(1, len(measures), (1 + 4 * len(measures), 4))
         for axes, (measure, label) in zip(panels[0], measures.items(), strict=True):
             here = rows[rows.measure == measure]
-            self._plot(axes, here.assign(x=here.context), band=measure == "difference")
+            self._plot(axes, here.context, here, measure)
             figures.log_tokens(axes, contexts)
             for length in {run.training.seq_length for run in self.runs}:
                 figures.mark(axes, length, "trained length")
@@ -224,13 +214,10 @@ class LossByContext(AbstractSuite):
             labels["difference"] = f"difference from {reference}\n(nats per token, 95 % band)"
         return labels
 
-    def _plot(self, axes: Any, rows: pd.DataFrame, *, band: bool) -> None:
-        for reader in self.readers:
-            own = reader.own(rows)
-            plot(axes, own.x, own, band=0.15 * band, label=reader.label, **reader.style)
-        if band:
+    def _plot(self, axes: Any, x: pd.Series, rows: pd.DataFrame, measure: str) -> None:
+        self.plot(axes, x, rows, band=0.15 * (measure == "difference"))
+        if measure == "difference":
             axes.axhline(0, color="0.4", lw=1)
-        figures.tidy(axes)
 
     def _reference_label(self) -> str:
         if self._reference is None or len(self.runs) == 1:

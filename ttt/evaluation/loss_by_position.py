@@ -191,7 +191,7 @@ class LearningComparison:
         """Save the picture; each curve is the mean over each of `points` stretches."""
         length = len(self.learning.nll)
         middles = (np.arange(points) + 0.5) * length / points
-        figure, axes = figures.pyplot().subplots(figsize=(7, 4.2), layout="constrained")
+        figure, [[axes]] = figures.grid(1, 1, (7, 4.2))
         for number, (name, part) in enumerate(self._parts().items()):
             axes.plot(middles, part.in_bins(points), label=LABELS[name], **figures.style(number))
         if self.still is not None:

@@ -117,6 +117,13 @@ class AbstractSuite(ABC):
         """A row of this suite."""
         return Row(self.name, run.name, run.method, run.step, context, measure, **fields)
 
+    def plot(self, axes: Any, x: pd.Series, rows: pd.DataFrame, *, band: float) -> None:
+        """A curve for each reader of its rows' values over x [rows], with their intervals."""
+        for reader in self.readers:
+            own = reader.own(rows)
+            plot(axes, x[own.index], own, band=band, label=reader.label, **reader.style)
+        figures.tidy(axes)
+
     def mark_windows(self, axes: Any, least: int, most: int) -> None:
         """Lines at the attention windows that lie between two numbers of tokens."""
         for window in {run.window for run in self.runs if run.window}:

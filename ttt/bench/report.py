@@ -19,20 +19,19 @@ LABELS = {
     "decode": "decoding, steps included",
     "decode_between_steps": "decoding between steps",
 }
-_NAMES = ["variant", "call"]
-_NUMBERS = ["context", "batch", "median s", "min – max s", "s/1K (ms/token)"]
-_COLUMNS = _NAMES + _NUMBERS + ["tokens/s", "TFLOP/s", "MFU", "temp MB", "compile s"]
+_NAMES = ("variant", "call")
+_NUMBERS = ("context", "batch", "median s", "min – max s", "s/1K (ms/token)", "tokens/s", "TFLOP/s")
+_COLUMNS = (*_NAMES, *_NUMBERS, "MFU", "temp MB", "compile s")
 
 
 def table(timings: Sequence[Timing]) -> str:
     """One row per timing, columns aligned, and below it crossings and failures in words."""
-    rows = [_COLUMNS, *map(_cells, timings)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [
-        f"| {' | '.join(_padded(cell, i, widths[i]) for i, cell in enumerate(row))} |"
-        for row in (rows[0], rule, *rows[1:])
-    ]
+    columns = []
+    for column in zip(_COLUMNS, *map(_cells, timings), strict=True):
+        width, is_name = max(map(len, column)), column[0] in _NAMES
+        header, *cells = [f"{cell:{'<' if is_name else '>'}{width}}" for cell in column]
+        columns.append([header, "-" * (width - 1) + ("-" if is_name else ":"), *cells])
+    lines = [f"| {' | '.join(row)} |" for row in zip(*columns, strict=True)]
     for (call, ours, theirs), tokens in crossings(timings).items():
         lines.append(f"\n{LABELS[call]}: {_sentence(ours, theirs, tokens)}")
     lines += [f"\n{t.variant}, {t.call}, {t.context}: {t.failed}" for t in timings if t.failed]
@@ -86,29 +85,24 @@ def _sentence(ours: str, theirs: str, crossing: float) -> str:
     return f"{ours} is cheaper than {theirs} from about {crossing:,.0f} tokens on"
 
 
-def _padded(cell: str, column: int, width: int) -> str:
-    return cell.ljust(width) if column < len(_NAMES) else cell.rjust(width)
-
-
 def _cells(timing: Timing) -> list[str]:
     cells = [timing.variant, timing.call, f"{timing.context:,}", str(timing.sequences)]
     if timing.failed is not None:
         return [*cells, "failed", *[""] * (len(_COLUMNS) - len(cells) - 1)]
+    known = (
+        (timing.flops and timing.flops / timing.median / 1e12, ".3g"),
+        (timing.mfu, ".1%"),
+        (timing.temp_mb, ",.0f"),
+        (timing.compile_s, ".1f"),
+    )
     return [
         *cells,
         f"{timing.median:.4g}",
         f"{min(timing.seconds):.4g} – {max(timing.seconds):.4g}",
         f"{timing.s_per_1k_tokens:.3g}",
         f"{timing.tokens_per_s:,.0f}",
-        _or_dash(timing.flops and timing.flops / timing.median / 1e12, ".3g"),
-        _or_dash(timing.mfu, ".1%"),
-        _or_dash(timing.temp_mb, ",.0f"),
-        _or_dash(timing.compile_s, ".1f"),
+        *(figures.NONE if value is None else format(value, form) for value, form in known),
     ]
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def summary(timings: Sequence[Timing]) -> str:
@@ -137,16 +131,10 @@ def draw(timings: Sequence[Timing], path: Path, *, title: str) -> None:
     from matplotlib.ticker import LogLocator
 
     calls = list(dict.fromkeys(t.call for t in timings))
-    figure, panels = figures.pyplot().subplots(
-        ncols=len(calls),
-        figsize=(1.5 + 3.2 * len(calls), 4.2),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, panels = figures.grid(1, len(calls), (1.5 + 3.2 * len(calls), 4.2))
     for axes, call in zip(panels[0], calls, strict=True):
         _draw_call(axes, timings, call)
         axes.set_title(LABELS[call], fontsize=10, loc="left")
-        axes.set_yscale("log")
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
@@ -163,26 +151,27 @@ def _draw_call(axes: Any, timings: Sequence[Timing], call: str) -> None:
     for number, variant in enumerate(dict.fromkeys(t.variant for t in timings)):
         own = [t for t in timings if (t.call, t.variant) == (call, variant) and t.seconds]
         own.sort(key=lambda t: t.context)
-        scale = [t.s_per_1k_tokens / t.median for t in own]
-        below = [(t.median - min(t.seconds)) * s for t, s in zip(own, scale, strict=True)]
-        above = [(max(t.seconds) - t.median) * s for t, s in zip(own, scale, strict=True)]
+        fastest, median, slowest = (
+            np.array([t.per_1k_tokens(of(t.seconds)) for t in own]) for of in (min, np.median, max)
+        )
         axes.errorbar(
             [t.context for t in own],
-            [t.s_per_1k_tokens for t in own],
-            [below, above],
+            median,
+            [median - fastest, slowest - median],
             label=variant,
             capsize=2,
             **figures.style(number),
         )
-    axes.set_xscale("log", base=2)
-    contexts = sorted({t.context for t in timings})
-    figures.log_tokens(axes, contexts)
+    axes.set_yscale("log")
+    figures.log_tokens(axes, sorted({t.context for t in timings}))
     inside = {k: n for k, n in crossings(timings).items() if k[0] == call and 0 < n < math.inf}
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** (0.13 * len(inside)))  # room for the words below
     for row, ((_, ours, theirs), tokens) in enumerate(inside.items()):
         axes.axvline(tokens, color="0.5", lw=1, ls=":")
         axes.annotate(
             f"{ours} below {theirs} \nfrom {tokens:,.0f} ",
-            (tokens, 1 - 0.1 * row),  # left of the lines and above: no curve comes there
+            (tokens, 1 - 0.1 * row),  # left of the line, above all curves
             xycoords=("data", "axes fraction"),
             ha="right",
             va="top",

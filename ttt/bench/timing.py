@@ -78,26 +78,25 @@ class Timing:
 
         Of one sequence written token by token, the milliseconds of each.
         """
-        return 1000 / self.tokens_per_s
+        return self.per_1k_tokens(self.median)
+
+    def per_1k_tokens(self, seconds: float) -> float:
+        """The same, for a call that takes so many seconds."""
+        return 1000 * seconds / (self.tokens or self.context) / self.sequences
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the fields, the spread, and what follows from them."""
         names = ("variant", "call", "context", "sequences")
-        what = {name: getattr(self, name) for name in names}
         if self.failed is not None:
-            return {**what, "failed": self.failed}
+            return {name: getattr(self, name) for name in (*names, "failed")}
         low, q1, median, q3, high = np.quantile(self.seconds, (0, 0.25, 0.5, 0.75, 1)).tolist()
+        figures = ("s_per_1k_tokens", "tokens_per_s", "compile_s", "temp_mb", "flops", "mfu")
         return {
-            **what,
+            **{name: getattr(self, name) for name in names},
             "step_s": median,
             "spread_s": {"min": low, "q1": q1, "q3": q3, "max": high},
             "seconds": list(self.seconds),
-            "s_per_1k_tokens": self.s_per_1k_tokens,
-            "tokens_per_s": self.tokens_per_s,
-            "compile_s": self.compile_s,
-            "temp_mb": self.temp_mb,
-            "flops": self.flops,
-            "mfu": self.mfu,
+            **{name: getattr(self, name) for name in figures},
         }
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -218,10 +218,6 @@ class EngineProgram:
 type Program = BatchProgram | EngineProgram
 
 
-def _program(config: Config, call: str) -> Program:
-    return BatchProgram(config, call) if call in _CALLS else EngineProgram(config, call)
-
-
 def _initial(config: Config, call: str) -> PyTree:
     state = loop.init_state(config)
     return state if call == "train_step" else state.model
@@ -274,7 +270,8 @@ def measure(
     for name, config in configs.items():
         shape = f"{config.training.global_batch_size} x {config.training.seq_length} tokens"
         on_progress(f"{name}: {call} of {shape}, compiling …")
-        if program := _unless_full(lambda config=config: _program(config, call)):
+        kind = BatchProgram if call in BATCH_CALLS else EngineProgram
+        if program := _unless_full(partial(kind, config, call)):
             programs[name] = program
             on_progress(f"{name}: compiled in {program.compile_s:.1f} s")
     # A variant must fit beside the others, so all are there before the first one runs.
@@ -305,7 +302,7 @@ def _unless_full[R](work: Callable[[], R]) -> R | None:
         return None
 
 
-def failed(variant: str, call: str, config: Config, reason: str) -> Timing:
+def failed(variant: str, call: str, config: Config, reason: str | None) -> Timing:
     """Of a variant that has no numbers."""
     training = config.training
     return Timing(variant, call, training.seq_length, training.global_batch_size, failed=reason)
@@ -315,21 +312,20 @@ def _timed(
     variant: str, call: str, config: Config, program: Program, seconds: Sequence[float]
 ) -> Timing:
     model, training = config.model, config.training
-    tokens = training.seq_length * training.global_batch_size
-    flops = None if program.tokens else tokens * _flops_per_token(config, call)
+    if program.tokens:
+        flops = None
+    else:
+        tokens = training.seq_length * training.global_batch_size
+        flops = tokens * _flops_per_token(config, call)
     peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype)
-    devices = jax.device_count() if call in _CALLS else 1
-    speed = (flops or 0) / float(np.median(seconds)) / devices
-    return Timing(
-        variant,
-        call,
-        training.seq_length,
-        training.global_batch_size,
+    devices = jax.device_count() if call in BATCH_CALLS else 1
+    return replace(
+        failed(variant, call, config, None),
         seconds=tuple(seconds),
         compile_s=program.compile_s,
         temp_mb=program.temp_mb,
         flops=flops,
-        mfu=speed / peak if peak and flops else None,
+        mfu=flops / float(np.median(seconds)) / devices / peak if peak and flops else None,
         tokens=program.tokens,
         learns=training.train_mode == "meta",
         grows=mixers.grows(model),

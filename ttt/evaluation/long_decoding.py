@@ -8,7 +8,6 @@ one, judged and measured in the same way.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +76,17 @@ class LongDecoding(AbstractSuite):
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each mode."""
+        steps = 2 * self._settings.sequences
         for reader in self.readers_of(run):
-            keys = {"learning": reader.learning}
-            yield Job(
-                self._context, keys, 2 * self._settings.sequences, partial(self._measure, reader)
-            )
+            work = partial(self._measure, reader)
+            yield Job(self._context, {"learning": reader.learning}, steps, work)
 
     def _measure(self, reader: Reader, on_progress: OnProgress) -> list[Row]:
-        run, prefix = reader.run, self._settings.prefill
-        truth = self._texts[run.name]
+        prefix, count = self._settings.prefill, self._settings.sequences
+        truth = self._texts[reader.run.name]
         written = self._write(reader, on_progress)
         texts = [np.concatenate([t[:prefix], w]) for t, w in zip(truth, written, strict=True)]
-        rows = self._rows(
-            reader, WRITTEN, texts, lambda done: on_progress(self._settings.sequences + done)
-        )
+        rows = self._rows(reader, WRITTEN, texts, lambda done: on_progress(count + done))
         if reader is self.readers[0]:  # the held-out text is the same for all
             rows += self._rows(reader, TRUE, truth, lambda done: None)
         return rows
@@ -110,16 +106,12 @@ class LongDecoding(AbstractSuite):
             batch_size=evaluation.batch_size,
             on_progress=on_progress,
         )
-        for i, text in enumerate(self._decoded(run, written)):
-            self._written.append((run.name, reader.learning, i, text))
-        return written
-
-    def _decoded(self, run: TrainedModel, written: Sequence[np.ndarray]) -> list[str]:
         try:
-            tokenizer = resources.tokenizer(self.config, run)
+            texts = map(resources.tokenizer(self.config, run).decode, written)
         except UserError:  # a store without a tokenizer: ids are all there is
-            return [" ".join(map(str, ids.tolist())) for ids in written]
-        return [tokenizer.decode(ids) for ids in written]
+            texts = (" ".join(map(str, ids.tolist())) for ids in written)
+        self._written += [(run.name, reader.learning, i, text) for i, text in enumerate(texts)]
+        return written
 
     # ---- rows ----
 
@@ -141,17 +133,15 @@ class LongDecoding(AbstractSuite):
         for half, start, stop in (("prefill", 0, border), ("decoded", border, end)):
             for measure, bins in (("log_loss", 1), ("log_loss_at", BINS)):
                 edges = np.unique(np.linspace(start, stop, bins + 1).astype(int))
-                parts = np.stack([binned(text, edges) for text in judged])
-                intervals = zip(*self._mean(parts[:, 0], parts[:, 1]), strict=True)
-                places = zip(pairwise(edges.tolist()), parts[:, 1].T, intervals, strict=True)
-                for (low, high), counts, interval in places:
-                    if np.any(counts):
+                sums, counts = np.stack([binned(text, edges) for text in judged], axis=1)
+                starts, stops = edges[:-1].tolist(), edges[1:].tolist()
+                places = zip(starts, stops, counts.T, *self._mean(sums, counts), strict=True)
+                for low, high, of_bin, *interval in places:
+                    if np.any(of_bin):
                         own = {"half": half, "position_from": low, "position_to": high}
                         known = {"keys": {**keys, **own}, "n": len(judged), **estimate(interval)}
-                        unit = self._judge.unit
-                        rows.append(
-                            self.row(reader.run, self._context, measure, unit=unit, **known)
-                        )
+                        known["unit"] = self._judge.unit
+                        rows.append(self.row(reader.run, self._context, measure, **known))
         return rows
 
     def _repetition_rows(

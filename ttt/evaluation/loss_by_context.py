@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,53 +34,51 @@ class LossByContext(AbstractSuite):
 
     def __init__(self, config: Config, runs: Sequence[TrainedModel], models: LoadedModels):
         super().__init__(config, runs, models)
-        asked = config.evaluation.loss_by_context
-        self._contexts = asked.contexts or _default_contexts(config.training.seq_length, runs)
+        settings = config.evaluation.loss_by_context
+        self._contexts = settings.contexts or _default_contexts(config.training.seq_length, runs)
         self._evaluators: dict[tuple[str, int], Evaluator] = {}
         self._scored: dict[tuple[Reader, int], PositionLoss] = {}
         full = [reader for reader in self.readers if reader.run.one_chunk]
         still = [reader for reader in self.readers_of(runs[0]) if not reader.learning]
         self._reference = next(iter([*full, *still]), None)
-        for run in runs:
-            for context in self._contexts:
-                run.check_context(context, f"{_KEY}.contexts")
+        pairs = list(product(runs, self._contexts))
+        for run, context in pairs:
+            run.check_context(context, f"{_KEY}.contexts")
         longest = max(self._contexts)
-        if asked.tokens < longest:
+        if settings.tokens < longest:
             raise UserError(
-                f"{_KEY}.tokens={asked.tokens}: less than one sequence of {longest} tokens; raise "
-                "it, or leave out that context"
+                f"{_KEY}.tokens={settings.tokens}: less than one sequence of {longest} tokens; "
+                "raise it, or leave out that context"
             )
-        self._source = {
-            (run.name, context): held_out(config, run, context)
-            for run in runs
-            for context in self._contexts
-        }
+        self._source = {(run.name, c): held_out(config, run, c) for run, c in pairs}
         source = self._source[runs[0].name, longest]
-        if len(source) * longest < asked.tokens:
+        if len(source) * longest < settings.tokens:
             raise UserError(
-                f"{_KEY}.tokens={asked.tokens}: {source.name} holds {len(source)} sequences of "
+                f"{_KEY}.tokens={settings.tokens}: {source.name} holds {len(source)} sequences of "
                 f"{longest} tokens; lower it to at most {len(source) * longest}, or add data"
             )
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each context and mode."""
-        for context in self._contexts:
-            for reader in self.readers_of(run):
-                steps = self._sequences(context) // self._batch_size(context)
-                work = partial(self._measure, reader, context, steps)
-                yield Job(context, {"learning": reader.learning}, steps, work)
+        for context, reader in product(self._contexts, self.readers_of(run)):
+            steps = self._sequences(context) // self._batch_size(context)
+            work = partial(self._measure, reader, context)
+            yield Job(context, {"learning": reader.learning}, steps, work)
 
-    def _measure(
-        self, reader: Reader, context: int, batches: int, on_progress: OnProgress
-    ) -> list[Row]:
+    def _measure(self, reader: Reader, context: int, on_progress: OnProgress) -> list[Row]:
         run, size = reader.run, self._batch_size(context)
+        if (run.name, context) not in self._evaluators:
+            # One program serves both modes; those of other runs and lengths are let go.
+            training = replace(run.training, eval_batch_size=size)
+            evaluator = Evaluator(training, Layout(self.models.mesh))
+            self._evaluators = {(run.name, context): evaluator}
         self._scored[reader, context] = PositionLoss.measure(
-            self._evaluator(run, context, size),
+            self._evaluators[run.name, context],
             self.models.model(run, context),
             lm_dataset.eval_batches(
                 self._source[run.name, context],
                 batch_size=size,
-                max_batches=batches,
+                max_batches=self._sequences(context) // size,
                 bos_token_id=run.config.bos_token_id,
             ),
             learn=reader.learning,
@@ -88,36 +87,23 @@ class LossByContext(AbstractSuite):
         return self._rows(reader, context)
 
     def _rows(self, reader: Reader, context: int, reference: Reader | None = None) -> list[Row]:
-        keys: dict[str, Key] = {"learning": reader.learning}
-        if reference is not None:
-            keys["reference"] = reference.label
+        named: dict[str, Key] = {"reference": reference.label} if reference else {}
         return self._scored[reader, context].rows(
             self.row(reader.run, context, "loss"),
             resamples=self.config.evaluation.resamples,
             seed=self.config.evaluation.seed,
-            keys=keys,
-            reference=None if reference is None else self._scored[reference, context],
+            keys={"learning": reader.learning, **named},
+            reference=self._scored[reference, context] if reference else None,
         )
 
     def comparisons(self) -> list[Row]:
         """Each curve less the reference: full attention if there is some, else not learning."""
         reference, rows = self._reference, []
-        if reference is None:
-            return []
-        for reader in self.readers:
-            for context in self._contexts:
-                both = {(reader, context), (reference, context)}
-                if len(both) == 2 and both <= self._scored.keys():
-                    rows += self._rows(reader, context, reference)
+        for reader, context in product(self.readers, self._contexts):
+            scored = {(reader, context), (reference, context)} <= self._scored.keys()
+            if scored and reader is not reference:
+                rows += self._rows(reader, context, reference)
         return rows
-
-    def _evaluator(self, run: TrainedModel, context: int, size: int) -> Evaluator:
-        """One program serves both modes; those of other runs and lengths are let go."""
-        if (run.name, context) not in self._evaluators:
-            training = replace(run.training, eval_batch_size=size)
-            evaluator = Evaluator(training, Layout(self.models.mesh))
-            self._evaluators = {(run.name, context): evaluator}
-        return self._evaluators[run.name, context]
 
     def _sequences(self, context: int) -> int:
         return self.config.evaluation.loss_by_context.tokens // context
@@ -144,12 +130,9 @@ class LossByContext(AbstractSuite):
     def table(self, rows: pd.DataFrame) -> Table:
         """Loss by run and context, and in brackets what it is less than the reference's."""
         columns = {"run": [reader.label for reader in self.readers]}
-        columns |= {
-            f"{context:,}": [
-                _cell(reader.own(rows[rows.context == context])) for reader in self.readers
-            ]
-            for context in self._contexts
-        }
+        for context in self._contexts:
+            own = rows[rows.context == context]
+            columns[f"{context:,}"] = [_cell(reader.own(own)) for reader in self.readers]
         title = f"held-out loss, nats per token (difference from {self._reference_label()})"
         return printed(title, columns)
 

@@ -140,11 +140,8 @@ class LearningComparison:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything, for the run record: `<learning|still>_<field>`."""
-        return {
-            f"{name}_{field}": value
-            for name, part in self._parts().items()
-            for field, value in vars(part).items()
-        }
+        parts = self._parts().items()
+        return {f"{name}_{key}": value for name, part in parts for key, value in vars(part).items()}
 
     def rows(self, like: Row, *, resamples: int, seed: int) -> list[Row]:
         """Both in the schema of all suites, told apart by the key `learning`."""

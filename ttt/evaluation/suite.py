@@ -49,19 +49,18 @@ class Reader:
     """Of the run, which gives the curve its colour."""
 
     @property
-    def is_off(self) -> bool:
-        """Whether it could learn and does not."""
-        return self.run.learns and not self.learning
-
-    @property
     def label(self) -> str:
         """Its name in tables and pictures."""
-        return f"{self.run.name}, not learning" if self.is_off else self.run.name
+        return f"{self.run.name}, not learning" if self._is_off else self.run.name
 
     @property
     def style(self) -> dict[str, Any]:
         """How its curve looks."""
-        return figures.style(self.number, learns=not self.is_off)
+        return figures.style(self.number, learns=not self._is_off)
+
+    @property
+    def _is_off(self) -> bool:
+        return self.run.learns and not self.learning
 
     def own(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Its lines of a table of rows."""

@@ -104,12 +104,10 @@ class Timing:
 
 
 def _gradient(config: Config, layout: Layout) -> Callable[[MetaModel, Batch], PyTree]:
-    mean_gradient = loop.make_gradient(config.training, layout)
-
-    def gradient(model: MetaModel, batch: Batch) -> PyTree:
-        return mean_gradient(model, jax.tree.map(lambda x: x[None], batch), jnp.ones(()))
-
-    return gradient
+    of_steps = loop.make_gradient(config.training, layout)
+    return lambda model, batch: of_steps(
+        model, jax.tree.map(lambda x: x[None], batch), jnp.ones(())
+    )
 
 
 def _evaluate(config: Config, layout: Layout) -> Callable[[MetaModel, Batch], tuple[Array, Array]]:
@@ -122,8 +120,6 @@ _CALLS = {
     "gradient": _gradient,
     "evaluate": _evaluate,
 }
-
-
 BATCH_CALLS = frozenset(_CALLS)
 """Calls whose batches are divided over all devices."""
 
@@ -175,7 +171,6 @@ class EngineProgram:
     def __init__(self, config: Config, call: str):
         """Compile, unless an earlier context has done so."""
         training, model = config.training, config.model
-        self._call, self._config = call, config
         self._sequences, self._context = training.global_batch_size, training.seq_length
         slots = self._context + 2 * CHUNK_OF_FULL_ATTENTION if mixers.grows(model) else 1
         # The engine reads neither of the two; without them, contexts share it.
@@ -198,7 +193,7 @@ class EngineProgram:
     def __call__(self) -> float:
         """Run once; the seconds until all results are there."""
         engine = self._engine
-        if self._call == "prefill":
+        if self.tokens is None:
             began = time.perf_counter()
             state, _ = engine.read(engine.start(self._sequences), self._prompts, score=False)
             jax.block_until_ready(state)
@@ -208,9 +203,8 @@ class EngineProgram:
         writing, _, _ = engine.advance(writing, 1)
         jax.block_until_ready(writing)
         began = time.perf_counter()
-        for first in range(0, self.tokens or 0, TOKENS_PER_CALL):
-            count = min(TOKENS_PER_CALL, (self.tokens or 0) - first)
-            writing, _, _ = engine.advance(writing, count)
+        for first in range(0, self.tokens, TOKENS_PER_CALL):
+            writing, _, _ = engine.advance(writing, min(TOKENS_PER_CALL, self.tokens - first))
         jax.block_until_ready(writing)
         return time.perf_counter() - began
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +47,19 @@ def crossings(timings: Sequence[Timing]) -> dict[tuple[str, str, str], float]:
     straight lines in log-log, as the picture has them. 0 where it is cheaper at every context,
     infinity where it is dearer at the longest. Left out: calls without both at two contexts.
     """
-    latency: dict[tuple[str, str], dict[int, float]] = {}
+    latency: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for t in timings:
         if t.seconds:
-            latency.setdefault((t.call, t.variant), {})[t.context] = t.s_per_1k_tokens
+            latency[t.call, t.variant][t.context] = t.s_per_1k_tokens
+    calls = dict.fromkeys(t.call for t in timings)
     learning = dict.fromkeys(t.variant for t in timings if t.learns)
     growing = dict.fromkeys(t.variant for t in timings if t.grows and not t.learns)
-    return {
-        (call, ours, theirs): found
-        for call in dict.fromkeys(t.call for t in timings)
-        for ours in learning
-        for theirs in growing
-        if (found := _crossing(latency.get((call, ours), {}), latency.get((call, theirs), {})))
-        is not None
-    }
+    result = {}
+    for call, ours, theirs in product(calls, learning, growing):
+        tokens = _crossing(latency[call, ours], latency[call, theirs])
+        if tokens is not None:
+            result[call, ours, theirs] = tokens
+    return result
 
 
 def _crossing(ours: dict[int, float], theirs: dict[int, float]) -> float | None:

@@ -5,6 +5,7 @@ The paper reads 8K tokens and writes 8K at temperature 1, top-p 0.95 and repetit
 one, judged and measured in the same way.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -183,13 +184,12 @@ class LongDecoding(AbstractSuite):
             "interval": "95 %, bootstrap over sequences",
         }
 
-    def _curves(self, rows: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any], pd.DataFrame]]:
+    def _curves(self, rows: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
         """(label, look, rows) of each text: written by each run and mode, and the held-out one."""
         written, true = rows[rows.text != TRUE], rows[rows.text == TRUE]  # failed rows have none
         curves = [(reader.label, reader.style, reader.own(written)) for reader in self.readers]
         look = figures.style(0) | {"color": "0.5", "marker": "x", "lw": 1.2}
-        curves.append(("held-out text", look, true))
-        yield from (curve for curve in curves if len(curve[2]))
+        return [curve for curve in [*curves, ("held-out text", look, true)] if len(curve[2])]
 
     def table(self, rows: pd.DataFrame) -> Table:
         """Log-loss of both halves, and repetition."""
@@ -201,14 +201,12 @@ class LongDecoding(AbstractSuite):
             (f"repeated_within_{span}", "decoded"): f"seen in last {span}",
             ("longest_repeat", "decoded"): "longest repeat",
         }
-        columns: dict[str, list[str]] = {name: [] for name in ("text", *wanted.values())}
+        columns: dict[str, list[str]] = defaultdict(list)
         for label, _, own in self._curves(rows):
-            known = own.dropna(subset="value")
-            places = zip(known.measure, known.half, strict=True)
-            values = dict(zip(places, known.value, strict=True))
+            known = own.dropna(subset="value").set_index(["measure", "half"]).value.to_dict()
             columns["text"].append(label)
             for key, name in wanted.items():
-                columns[name].append(f"{values[key]:.3f}" if key in values else "failed")
+                columns[name].append(f"{known[key]:.3f}" if key in known else "failed")
         return printed(f"long decoding: log-loss by {self._judge.name}, and repetition", columns)
 
     def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -217,23 +215,16 @@ class LongDecoding(AbstractSuite):
         if good.empty:
             return []
         figure, [[axes]] = figures.grid(1, 1, (7, 4.4))
-        curves = list(self._curves(good))
+        curves = self._curves(good)
         for label, look, own in curves:
             if own is not curves[-1][2]:  # what was read is the same for all: the last one shows it
                 own = own[own.half == "decoded"]
             middle = (own.position_from + own.position_to) / 2
             plot(axes, middle, own, band=0.1, label=label, **look)
         axes.axvline(self._settings.prefill, color="0.6", lw=1, ls=":")
-        for side, word in (("right", "read "), ("left", " written")):
-            axes.annotate(
-                word,
-                (self._settings.prefill, 1.0),
-                xycoords=("data", "axes fraction"),
-                ha=side,
-                va="top",
-                color="0.4",
-                fontsize=8,
-            )
+        look = {"xycoords": ("data", "axes fraction"), "va": "top", "color": "0.4", "fontsize": 8}
+        axes.annotate("read ", (self._settings.prefill, 1.0), ha="right", **look)
+        axes.annotate(" written", (self._settings.prefill, 1.0), ha="left", **look)
         figures.tidy(axes)
         axes.set_xlim(0, self._context)
         axes.set_xlabel("token position")

@@ -98,8 +98,8 @@ class Needles(AbstractSuite):
             for octave in sorted(set(octaves)):
                 place = {"distance_from": 2 ** (octave - 1), "distance_to": 2**octave}
                 keys = {"task": task, "learning": reader.learning, **place}
-                found = _recall(answers[octaves == octave])
-                rows.append(self.row(reader.run, length, measure, keys=keys, **found))
+                recall = _recall(answers[octaves == octave])
+                rows.append(self.row(reader.run, length, measure, keys=keys, **recall))
         return rows
 
     def _ask(

@@ -326,6 +326,21 @@ def test_a_method_that_learns_is_compared_with_each_whose_state_grows():
     }
 
 
+def test_words_at_a_crossing_stand_above_all_curves(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "finish", lambda figure, path, title: drawn.append(figure))
+    both = [*latencies("fa", 1, 2, 4, 8), *latencies("hybrid", 2, 2, 3, 5)]
+    report.draw([*both, *latencies("e2e", 3, 3, 3, 3)], tmp_path / "a.png", title="t")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert len(axes.texts) == 2
+    highest = axes.transData.transform([(1024, max(t.s_per_1k_tokens for t in both))])[0, 1]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert min(box.y0 for box in boxes) > highest
+    assert boxes[1].y1 < boxes[0].y0
+
+
 def test_a_picture_tells_any_number_of_variants_apart(tmp_path):
     looks = [figures.style(number) for number in range(50)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 50

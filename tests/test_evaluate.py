@@ -24,7 +24,7 @@ from ttt.errors import UserError
 from ttt.evaluation import suite
 from ttt.evaluation.judge import ForeignJudge
 from ttt.evaluation.resources import LoadedModels
-from ttt.inference.engine import Written
+from ttt.inference.engine import Engine, Written
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
@@ -256,7 +256,10 @@ def scripted(monkeypatch):
     """Replace the engine by one that answers a prompt's text as a function says."""
 
     def use(answer):
-        class Scripted:
+        class Scripted(Engine):
+            def __init__(self):
+                pass
+
             def start(self, sequences):
                 return sequences
 

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -220,12 +219,7 @@ def test_a_failed_job_leaves_a_row_that_says_so_and_the_others_are_done_and_save
     suite, saved = Fickle(), []
     model = jax.eval_shape(lambda: MetaModel(MODEL, key=jax.random.key(0)))
     runs = [TrainedModel(name, 3, TRAINING, model) for name in "ab"]
-    rows = measure(
-        [suite],
-        runs,
-        progress=lambda *_: nullcontext(lambda done: None),
-        saved=lambda which, rows: saved.append(len(rows)),
-    )["fickle"]
+    rows = measure([suite], runs, saved=lambda which, rows: saved.append(len(rows)))["fickle"]
     assert suite.done == [1, 3, 1, 3]
     assert [(row.run, row.context, row.failed) for row in rows if row.failed] == [
         ("a", 2, "MemoryError: too long"),

@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
 
 import jax
@@ -40,26 +41,25 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
     Leaves `benchmark.json`, `benchmark.md` and, with several contexts, `benchmark.png` in the run
     record; the last line on stdout is a JSON object of the figures (`report.summary`).
     """
-    asked = config.benchmark
-    contexts = asked.contexts or (config.training.seq_length,)
+    settings, training = config.benchmark, config.training
+    contexts = settings.contexts or (training.seq_length,)
     grid = [variants(config, overrides, context) for context in contexts]
     distributed.start(config.backend)
-    if set(asked.calls) & timing.BATCH_CALLS:
-        for configs in grid:
-            check_batches(configs)
+    if set(settings.calls) & timing.BATCH_CALLS:
+        for variant in chain.from_iterable(configs.values() for configs in grid):
+            batch = variant.training.global_batch_size // variant.training.accum_steps
+            check_divides(device_mesh(variant.backend.state_parallel), batch)
     plans = [fit_memory(configs) for configs in grid]
-    folder = Path(config.deploy_paths.experiments) / config.training.exp_folder / asked.exp_name
+    folder = Path(config.deploy_paths.experiments) / training.exp_folder / settings.exp_name
     record = RunRecord(folder)
     devices = [d.device_kind for d in jax.devices()]
     record.start(to_dict(config), devices=devices, data={"benchmark": "random tokens"})
     timings: list[Timing] = []
     status = "failed"
     try:
-        for call in asked.calls:
-            for fitted in plans:
-                configs = {name: plan.config for name, plan in fitted.items()}
-                timings += measure(config, configs, call)
-                save(record, config, plans, timings)
+        for call, fitted in product(settings.calls, plans):
+            timings += measure(config, {name: plan.config for name, plan in fitted.items()}, call)
+            save(record, config, plans, timings)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -75,24 +75,17 @@ def benchmark(config: Config, overrides: Sequence[str]) -> int | None:
 
 def variants(config: Config, overrides: Sequence[str], context: int) -> dict[str, Config]:
     """Name -> configuration of every variant at a context; raises UserError with the name."""
-    asked = config.benchmark
+    settings = config.benchmark
     size = [f"training.seq_length={context}"]
-    if asked.tokens:
-        size.append(f"training.global_batch_size={max(1, asked.tokens // context)}")
-    found = {}
-    for name, own in (asked.variants or {config.training.exp_name: ""}).items():
+    if settings.tokens:
+        size.append(f"training.global_batch_size={max(1, settings.tokens // context)}")
+    configs = {}
+    for name, own in (settings.variants or {config.training.exp_name: ""}).items():
         try:
-            found[name] = resolve(compose([*overrides, *size, *shlex.split(own)]))
+            configs[name] = resolve(compose([*overrides, *size, *shlex.split(own)]))
         except UserError as error:
             raise UserError(f"benchmark.variants.{name}={own!r} at {context}: {error}") from error
-    return found
-
-
-def check_batches(configs: Mapping[str, Config]) -> None:
-    """Raise a UserError unless the devices can share every batch."""
-    for config in configs.values():
-        mesh = device_mesh(config.backend.state_parallel)
-        check_divides(mesh, config.training.global_batch_size // config.training.accum_steps)
+    return configs
 
 
 def fit_memory(configs: Mapping[str, Config]) -> dict[str, MemoryPlan]:
@@ -101,14 +94,12 @@ def fit_memory(configs: Mapping[str, Config]) -> dict[str, MemoryPlan]:
     Nothing is refused: training is what is predicted, a variant may only be read, and one that
     finds no room becomes a failed timing.
     """
-    found = {
-        name: choose(config, hardware.find_hardware(config)) for name, config in configs.items()
-    }
-    for name, plan in found.items():
+    plans = {}
+    for name, config in configs.items():
+        plans[name] = plan = choose(config, hardware.find_hardware(config))
         level = logging.INFO if plan.fits else logging.WARNING
-        context = plan.config.training.seq_length
-        logger.log(level, "%s at %d: %s", name, context, plan.describe())
-    return found
+        logger.log(level, "%s at %d: %s", name, config.training.seq_length, plan.describe())
+    return plans
 
 
 # ---- measuring ---------------------------------------------------------------------------
@@ -116,7 +107,7 @@ def fit_memory(configs: Mapping[str, Config]) -> dict[str, MemoryPlan]:
 
 def measure(config: Config, configs: Mapping[str, Config], call: str) -> list[Timing]:
     """One call of all variants at one context; those with wrong numbers are refused."""
-    asked = config.benchmark
+    settings = config.benchmark
     refused: dict[str, Timing] = {}
     for name, variant in configs.items():
         if reason := numerics.fault(variant):
@@ -125,8 +116,8 @@ def measure(config: Config, configs: Mapping[str, Config], call: str) -> list[Ti
     timed = timing.measure(
         {name: variant for name, variant in configs.items() if name not in refused},
         call,
-        warmup=asked.warmup,
-        repetitions=asked.repetitions,
+        warmup=settings.warmup,
+        repetitions=settings.repetitions,
         on_progress=logger.info,
     )
     return [*refused.values(), *timed]
@@ -139,17 +130,16 @@ def save(
     timings: Sequence[Timing],
 ) -> None:
     """Write what is known so far."""
-    found = {
+    known = {
         "variants": dict(config.benchmark.variants),
         "chosen": [
             {"variant": name, "context": plan.config.training.seq_length, **plan.chosen}
-            for fitted in plans
-            for name, plan in fitted.items()
+            for name, plan in chain.from_iterable(fitted.items() for fitted in plans)
             if plan.chosen
         ],
         "results": [t.to_dict() for t in timings],
     }
-    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(known, indent=2, allow_nan=False) + "\n"
     (record.folder / "benchmark.json").write_text(text, encoding="utf-8")
 
 
@@ -157,8 +147,7 @@ def show(record: RunRecord, config: Config, timings: Sequence[Timing]) -> None:
     """Table and picture into the record, the table and one line of JSON to stdout."""
     text = report.table(timings)
     (record.folder / "benchmark.md").write_text(text, encoding="utf-8")
-    timed = {t.context for t in timings if not t.failed}
-    if len(timed) > 1:
+    if len({t.context for t in timings if not t.failed}) > 1:
         picture = record.folder / "benchmark.png"
         device = jax.devices()[0].device_kind
         report.draw(timings, picture, title=f"{config.model.name}, {jax.device_count()} x {device}")

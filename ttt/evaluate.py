@@ -5,8 +5,7 @@ fails leaves a row that says so; the others are still made and kept, and the com
 """
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from ttt.evaluation.loss_by_context import LossByContext
 from ttt.evaluation.needles import Needles
 from ttt.evaluation.resources import LoadedModels
 from ttt.evaluation.result import Row
-from ttt.evaluation.suite import AbstractSuite, Job, OnProgress
+from ttt.evaluation.suite import AbstractSuite
 from ttt.infra import distributed
 from ttt.infra.mesh import device_mesh
-from ttt.infra.progress import Progress
 from ttt.infra.record import RunRecord, write_whole
 from ttt.knobs import Config
 from ttt.model import trained
@@ -71,7 +69,7 @@ def run(config: Config) -> int | None:
 
     status = "failed"
     try:
-        rows = suite.measure(suites, runs, progress=_progress, saved=save)
+        rows = suite.measure(suites, runs, saved=save)
         failed = [row for own in rows.values() for row in own if row.failed]
         title = ", ".join(f"{run.name} (step {run.step})" for run in runs)
         for which in suites:
@@ -121,13 +119,6 @@ def _sentence(run: TrainedModel, known: Mapping[str, Any]) -> str:
         f"{known['parameters'] / 1e6:.2f}M parameters, trained at {known['seq_length']} tokens; "
         f"matrix products in {dtype}, losses and means in float32"
     )
-
-
-@contextmanager
-def _progress(which: AbstractSuite, run: TrainedModel, job: Job) -> Generator[OnProgress]:
-    """A line of progress for each job."""
-    with Progress(job.steps, f"{which.name} {run.name} {job}") as progress:
-        yield progress.update
 
 
 main = hydra_entry(run)

@@ -119,10 +119,17 @@ def path_styles(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
     return looks
 
 
+def grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure of this size in inches, and its axes [rows, columns]."""
+    return pyplot().subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", **options
+    )
+
+
 def panels(widths: Sequence[float], height: float = 4.2, **options: Any) -> tuple[Any, Any]:
     """A figure with a row of panels of these widths in inches, and its axes [panels]."""
-    options |= {"width_ratios": widths, "figsize": (sum(widths) + 1, height)}
-    figure, axes = pyplot().subplots(1, len(widths), squeeze=False, layout="constrained", **options)
+    size = (sum(widths) + 1, height)
+    figure, axes = grid(1, len(widths), size, width_ratios=widths, **options)
     return figure, axes[0]
 
 

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 
 def run(config: Config) -> None:
     """Read the prompt, or load a state, or both; write; say what was learned and what it took."""
-    asked, training = config.generate, config.training
+    request, training = config.generate, config.training
     distributed.start(config.backend)
     inputs = prepare(config)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -51,13 +51,13 @@ def run(config: Config) -> None:
     console.print(f"checkpoint: {inputs.step_folder}")
     for key, (was, now) in changed(config, inputs.step_folder).items():
         console.print(f"note: {key} was {was} in training and is {now} here")
-    context = asked.context or training.seq_length
-    engine = Engine(model, training, context=context, learn=asked.learn)
+    context = request.context or training.seq_length
+    engine = Engine(model, training, context=context, learn=request.learn)
     state, read_seconds = first_state(config, engine, console)
-    engine.check(state, [inputs.prompt], asked.max_new_tokens)
+    engine.check(state, [inputs.prompt], request.max_new_tokens)
     began = time.perf_counter()
     console.print("compiling …")
-    engine.compile(1, inputs.sampling if asked.max_new_tokens else None)
+    engine.compile(1, inputs.sampling if request.max_new_tokens else None)
     console.print(f"compiled in {time.perf_counter() - began:.1f} s")
     if len(inputs.prompt):
         fresh = not int(state.seen[0])
@@ -69,16 +69,23 @@ def run(config: Config) -> None:
             f"{steps} test-time steps taken so far"
         )
         losses = {"as read" + (", learning chunk by chunk" if engine.learns else ""): nll}
-        if engine.learns and fresh and steps and asked.compare:
+        if engine.learns and fresh and steps and request.compare:
             losses |= compare(config, model, engine, state, inputs.prompt)
         if len(nll):
             console.print("loss on the prompt (nats per token)")
             for label, values in losses.items():
                 console.print(f"  {np.mean(values, dtype=np.float64):.4f}  {label}")
-    if asked.max_new_tokens:
+    if request.max_new_tokens:
         state = write(config, engine, state, inputs, console)
-    if asked.save_state:
-        save(config, engine, state, read_seconds, console)
+    if request.save_state:
+        # With what the next reader wants to know.
+        tokens, began = int(state.seen[0]), time.perf_counter()
+        about = {"exp_name": training.exp_name, "tokens": tokens, "read_seconds": read_seconds}
+        size = engine.save(request.save_state, state, about)
+        console.print(
+            f"state saved: {Path(request.save_state).expanduser().absolute()}, {size / 1e6:.1f} MB "
+            f"for {tokens:,} tokens, in {time.perf_counter() - began:.2f} s"
+        )
 
 
 # ---- before anything is compiled -------------------------------------------------------------
@@ -86,25 +93,25 @@ def run(config: Config) -> None:
 
 def prepare(config: Config) -> Inputs:
     """Find everything that is named. Raises UserError for what is not there or does not fit."""
-    asked = config.generate
+    request = config.generate
     tokenizer = find_tokenizer(config)
     try:
         ids = tokenizer.encode(prompt_of(config))
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt is not UTF-8 ({error}), which the tokenizer needs") from error
-    if not asked.load_state:
+    if not request.load_state:
         if not len(ids):
             raise UserError(
                 "the prompt is empty: write generate.prompt=TEXT, generate.prompt_file=FILE, or "
                 "send text to standard input; or go on from a saved state (generate.load_state)"
             )
         ids = np.concatenate([np.array([tokenizer.bos_token_id], np.int32), ids])
-    elif not len(ids) and not asked.max_new_tokens:
+    elif not len(ids) and not request.max_new_tokens:
         raise UserError("nothing to read and nothing to write: give a prompt or new tokens")
-    if asked.save_state and Path(asked.save_state).expanduser().is_dir():
-        raise UserError(f"generate.save_state={asked.save_state} is a folder: name a file")
+    if request.save_state and Path(request.save_state).expanduser().is_dir():
+        raise UserError(f"generate.save_state={request.save_state} is a folder: name a file")
     sampling = Sampling(
-        asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty
+        request.temperature, request.top_k, request.top_p, request.repetition_penalty
     ).check()
     step_folder = find_checkpoint(config)
     checkpoint.check_mode(step_folder, "jax")
@@ -113,24 +120,24 @@ def prepare(config: Config) -> Inputs:
 
 def find_checkpoint(config: Config) -> Path:
     """The step's folder that `generate.checkpoint` and `generate.step` name."""
-    asked, training = config.generate, config.training
-    root = config.deploy_paths.checkpoint
-    if not asked.checkpoint:
+    request, training = config.generate, config.training
+    root = Path(config.deploy_paths.checkpoint).expanduser()
+    if request.checkpoint:
+        named = Path(request.checkpoint).expanduser()
+        folder = named if named.is_dir() else root / named
+    else:
         folder = checkpoint.run_folder(root, training.exp_folder, training.exp_name)
-        return Checkpoints(folder).find(asked.step)
-    named = Path(asked.checkpoint).expanduser()
-    folder = named if named.is_dir() else Path(root).expanduser() / named
     if (folder / "model_weights").is_dir():
         return folder.absolute()
-    return Checkpoints(folder).find(asked.step)
+    return Checkpoints(folder).find(request.step)
 
 
 def find_tokenizer(config: Config) -> AbstractTokenizer:
-    """The one asked for, or the one of the dataset; it must fit the model's vocabulary."""
-    asked, model, name = config.generate, config.model, config.training.dataset_name
+    """The one requested, or the one of the dataset; it must fit the model's vocabulary."""
+    request, model, name = config.generate, config.model, config.training.dataset_name
     root = config.deploy_paths.data.get(name, "")
-    if asked.tokenizer:
-        tokenizer = text.load_tokenizer(asked.tokenizer)
+    if request.tokenizer:
+        tokenizer = text.load_tokenizer(request.tokenizer)
     elif root and Path(root).exists():
         tokenizer = text.store_tokenizer(root)
     elif name == "builtin":
@@ -151,18 +158,18 @@ def find_tokenizer(config: Config) -> AbstractTokenizer:
 
 def prompt_of(config: Config) -> bytes:
     """The prompt's text, from where it comes."""
-    asked = config.generate
-    if asked.prompt:
-        return asked.prompt.encode()
-    if asked.prompt_file not in ("", "-"):
-        path = Path(asked.prompt_file).expanduser()
+    request = config.generate
+    if request.prompt:
+        return request.prompt.encode()
+    if request.prompt_file not in ("", "-"):
+        path = Path(request.prompt_file).expanduser()
         try:
             return path.read_bytes()
         except OSError as error:
             raise UserError(f"generate.prompt_file={path} cannot be read: {error}") from error
-    # A state is enough to go on from: standard input is then read on request alone.
-    wanted = asked.prompt_file == "-" or (not asked.load_state and not sys.stdin.isatty())
-    return sys.stdin.buffer.read() if wanted else b""
+    # A loaded state is enough to go on from: standard input is then read only for `-`.
+    is_read = request.prompt_file == "-" or (not request.load_state and not sys.stdin.isatty())
+    return sys.stdin.buffer.read() if is_read else b""
 
 
 def changed(config: Config, step_folder: Path) -> dict[str, tuple]:
@@ -201,10 +208,10 @@ def read(
     engine: Engine, state: State, prompt: Int[np.ndarray, " T"], what: str = "read"
 ) -> tuple[State, float, np.ndarray]:
     """The state after the prompt, the seconds it took, and −log p of its tokens."""
-    began = time.perf_counter()
-    with Progress(len(prompt), what, console=Console(stderr=True)) as progress:
+    began, count = time.perf_counter(), len(prompt)
+    with Progress(count, what, console=Console(stderr=True)) as progress:
         state, nll = engine.read(
-            state, [prompt], on_progress=lambda tokens: progress.update(min(tokens, len(prompt)))
+            state, [prompt], on_progress=lambda done: progress.update(min(done, count))
         )
     return state, time.perf_counter() - began, nll[0]
 
@@ -226,31 +233,30 @@ def compare(
 
 def write(config: Config, engine: Engine, state: State, inputs: Inputs, console: Console) -> State:
     """Write, each token shown when it is there."""
-    asked = config.generate
-    stream = Stream(inputs.tokenizer, sys.stdout.write)
+    request = config.generate
 
-    def show(new: list[np.ndarray]) -> None:
-        stream.add(new[0])
+    def show(part: str) -> None:
+        sys.stdout.write(part)
         sys.stdout.flush()
 
+    stream = Stream(inputs.tokenizer, show)
     steps = int(engine.steps(state)[0])
     began = time.perf_counter()
     state, written = engine.write(
         state,
-        asked.max_new_tokens,
+        request.max_new_tokens,
         inputs.sampling,
-        seed=asked.seed,
-        stop=asked.stop,
-        on_progress=show,
+        seed=request.seed,
+        stop=request.stop,
+        on_progress=lambda new: stream.add(new[0]),
     )
     seconds = time.perf_counter() - began
     stream.end()
-    sys.stdout.flush()
     count = len(written.tokens[0])
     console.print(
         f"wrote {count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s, "
         f"{int(engine.steps(state)[0]) - steps} test-time steps on the way"
-        + (", up to a stop token" if count < asked.max_new_tokens else "")
+        + (", up to a stop token" if count < request.max_new_tokens else "")
     )
     return state
 
@@ -278,21 +284,6 @@ class Stream:
     def end(self) -> None:
         """Show the rest, and end the line."""
         self._show(self._tokenizer.decode(self._ids)[len(self._shown) :] + "\n")
-
-
-def save(
-    config: Config, engine: Engine, state: State, read_seconds: float, console: Console
-) -> None:
-    """Save the state with what its next reader wants to know."""
-    path, tokens = config.generate.save_state, int(state.seen[0])
-    began = time.perf_counter()
-    name = config.training.exp_name
-    about = {"exp_name": name, "tokens": tokens, "read_seconds": read_seconds}
-    size = engine.save(path, state, about)
-    console.print(
-        f"state saved: {Path(path).expanduser().absolute()}, {size / 1e6:.1f} MB for "
-        f"{tokens:,} tokens, in {time.perf_counter() - began:.2f} s"
-    )
 
 
 main = hydra_entry(run)

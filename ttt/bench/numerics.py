@@ -40,14 +40,11 @@ def fault(config: Config) -> str | None:
         "loss": abs(loss - loss_twin) / abs(loss_twin),
         "gradient": _distance(gradient, gradient_twin),
     }
-    found = [
-        f"{name} {difference:.1e}"
-        for name, difference in differences.items()
-        if not difference <= TOLERANCE  # NaN is no agreement
-    ]
-    if not found:
+    # NaN is no agreement.
+    wrong = [f"{name} {x:.1e}" for name, x in differences.items() if not x <= TOLERANCE]
+    if not wrong:
         return None
-    return f"numerics: {' and '.join(found)} from the plain twin's, more than {TOLERANCE:.0e}"
+    return f"numerics: {' and '.join(wrong)} from the plain twin's, more than {TOLERANCE:.0e}"
 
 
 def _small(model: ModelConfig, training: TrainingConfig) -> tuple[ModelConfig, TrainingConfig]:

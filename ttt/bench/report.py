@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ LABELS = {
     "decode": "decoding, steps included",
     "decode_between_steps": "decoding between steps",
 }
-_NAMES = ["variant", "call"]
-_NUMBERS = ["context", "batch", "median s", "min – max s", "s/1K (ms/token)"]
-_COLUMNS = _NAMES + _NUMBERS + ["tokens/s", "TFLOP/s", "MFU", "temp MB", "compile s"]
+_NAMES = ("variant", "call")
+_NUMBERS = ("context", "batch", "median s", "min – max s", "s/1K (ms/token)", "tokens/s", "TFLOP/s")
+_COLUMNS = (*_NAMES, *_NUMBERS, "MFU", "temp MB", "compile s")
 
 
 def table(timings: Sequence[Timing]) -> str:
@@ -40,20 +42,19 @@ def crossings(timings: Sequence[Timing]) -> dict[tuple[str, str, str], float]:
     straight lines in log-log, as the picture has them. 0 where it is cheaper at every context,
     infinity where it is dearer at the longest. Left out: calls without both at two contexts.
     """
-    latency: dict[tuple[str, str], dict[int, float]] = {}
+    latency: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for t in timings:
         if t.seconds:
-            latency.setdefault((t.call, t.variant), {})[t.context] = t.s_per_1k_tokens
+            latency[t.call, t.variant][t.context] = t.s_per_1k_tokens
+    calls = dict.fromkeys(t.call for t in timings)
     learning = dict.fromkeys(t.variant for t in timings if t.learns)
     growing = dict.fromkeys(t.variant for t in timings if t.grows and not t.learns)
-    return {
-        (call, ours, theirs): found
-        for call in dict.fromkeys(t.call for t in timings)
-        for ours in learning
-        for theirs in growing
-        if (found := _crossing(latency.get((call, ours), {}), latency.get((call, theirs), {})))
-        is not None
-    }
+    result = {}
+    for call, ours, theirs in product(calls, learning, growing):
+        tokens = _crossing(latency[call, ours], latency[call, theirs])
+        if tokens is not None:
+            result[call, ours, theirs] = tokens
+    return result
 
 
 def _crossing(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
@@ -123,13 +124,10 @@ def draw(timings: Sequence[Timing], path: Path, *, title: str) -> None:
     from matplotlib.ticker import LogLocator
 
     calls = list(dict.fromkeys(t.call for t in timings))
-    figure, panels = figures.pyplot().subplots(
-        ncols=len(calls), figsize=(1.5 + 3.2 * len(calls), 4.2), squeeze=False, layout="constrained"
-    )
+    figure, panels = figures.grid(1, len(calls), (1.5 + 3.2 * len(calls), 4.2))
     for axes, call in zip(panels[0], calls, strict=True):
         _draw_call(axes, timings, call)
         axes.set_title(LABELS[call], fontsize=10, loc="left")
-        axes.set_yscale("log")
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
@@ -146,26 +144,27 @@ def _draw_call(axes: Any, timings: Sequence[Timing], call: str) -> None:
     for number, variant in enumerate(dict.fromkeys(t.variant for t in timings)):
         own = [t for t in timings if (t.call, t.variant) == (call, variant) and t.seconds]
         own.sort(key=lambda t: t.context)
-        scale = [t.s_per_1k_tokens / t.median for t in own]
-        below = [(t.median - min(t.seconds)) * s for t, s in zip(own, scale, strict=True)]
-        above = [(max(t.seconds) - t.median) * s for t, s in zip(own, scale, strict=True)]
+        fastest, median, slowest = (
+            np.array([t.per_1k_tokens(of(t.seconds)) for t in own]) for of in (min, np.median, max)
+        )
         axes.errorbar(
             [t.context for t in own],
-            [t.s_per_1k_tokens for t in own],
-            [below, above],
+            median,
+            [median - fastest, slowest - median],
             label=variant,
             capsize=2,
             **figures.style(number),
         )
-    axes.set_xscale("log", base=2)
-    contexts = sorted({t.context for t in timings})
-    figures.log_tokens(axes, contexts)
+    axes.set_yscale("log")
+    figures.log_tokens(axes, sorted({t.context for t in timings}))
     inside = {k: n for k, n in crossings(timings).items() if k[0] == call and 0 < n < math.inf}
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** (0.13 * len(inside)))  # room for the words below
     for row, ((_, ours, theirs), tokens) in enumerate(inside.items()):
         axes.axvline(tokens, color="0.5", lw=1, ls=":")
         axes.annotate(
             f"{ours} below {theirs} \nfrom {tokens:,.0f} ",
-            (tokens, 1 - 0.1 * row),  # left of the lines and above: no curve comes there
+            (tokens, 1 - 0.1 * row),  # left of the line, above all curves
             xycoords=("data", "axes fraction"),
             ha="right",
             va="top",

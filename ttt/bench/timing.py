@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -78,26 +78,25 @@ class Timing:
 
         Of one sequence written token by token, the milliseconds of each.
         """
-        return 1000 / self.tokens_per_s
+        return self.per_1k_tokens(self.median)
+
+    def per_1k_tokens(self, seconds: float) -> float:
+        """The same, for a call that takes so many seconds."""
+        return 1000 * seconds / (self.tokens or self.context) / self.sequences
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the fields, the spread, and what follows from them."""
         names = ("variant", "call", "context", "sequences")
-        what = {name: getattr(self, name) for name in names}
         if self.failed is not None:
-            return {**what, "failed": self.failed}
+            return {name: getattr(self, name) for name in (*names, "failed")}
         low, q1, median, q3, high = np.quantile(self.seconds, (0, 0.25, 0.5, 0.75, 1)).tolist()
+        figures = ("s_per_1k_tokens", "tokens_per_s", "compile_s", "temp_mb", "flops", "mfu")
         return {
-            **what,
+            **{name: getattr(self, name) for name in names},
             "step_s": median,
             "spread_s": {"min": low, "q1": q1, "q3": q3, "max": high},
             "seconds": list(self.seconds),
-            "s_per_1k_tokens": self.s_per_1k_tokens,
-            "tokens_per_s": self.tokens_per_s,
-            "compile_s": self.compile_s,
-            "temp_mb": self.temp_mb,
-            "flops": self.flops,
-            "mfu": self.mfu,
+            **{name: getattr(self, name) for name in figures},
         }
 
 
@@ -105,12 +104,10 @@ class Timing:
 
 
 def _gradient(config: Config, layout: Layout) -> Callable[[MetaModel, Batch], PyTree]:
-    mean_gradient = loop.make_gradient(config.training, layout)
-
-    def gradient(model: MetaModel, batch: Batch) -> PyTree:
-        return mean_gradient(model, jax.tree.map(lambda x: x[None], batch), jnp.ones(()))
-
-    return gradient
+    of_steps = loop.make_gradient(config.training, layout)
+    return lambda model, batch: of_steps(
+        model, jax.tree.map(lambda x: x[None], batch), jnp.ones(())
+    )
 
 
 def _evaluate(config: Config, layout: Layout) -> Callable[[MetaModel, Batch], tuple[Array, Array]]:
@@ -123,8 +120,6 @@ _CALLS = {
     "gradient": _gradient,
     "evaluate": _evaluate,
 }
-
-
 BATCH_CALLS = frozenset(_CALLS)
 """Calls whose batches are divided over all devices."""
 
@@ -176,7 +171,6 @@ class EngineProgram:
     def __init__(self, config: Config, call: str):
         """Compile, unless an earlier context has done so."""
         training, model = config.training, config.model
-        self._call, self._config = call, config
         self._sequences, self._context = training.global_batch_size, training.seq_length
         slots = self._context + 2 * CHUNK_OF_FULL_ATTENTION if mixers.grows(model) else 1
         # The engine reads neither of the two; without them, contexts share it.
@@ -199,7 +193,7 @@ class EngineProgram:
     def __call__(self) -> float:
         """Run once; the seconds until all results are there."""
         engine = self._engine
-        if self._call == "prefill":
+        if self.tokens is None:
             began = time.perf_counter()
             state, _ = engine.read(engine.start(self._sequences), self._prompts, score=False)
             jax.block_until_ready(state)
@@ -209,18 +203,13 @@ class EngineProgram:
         writing, _, _ = engine.advance(writing, 1)
         jax.block_until_ready(writing)
         began = time.perf_counter()
-        for first in range(0, self.tokens or 0, TOKENS_PER_CALL):
-            count = min(TOKENS_PER_CALL, (self.tokens or 0) - first)
-            writing, _, _ = engine.advance(writing, count)
+        for first in range(0, self.tokens, TOKENS_PER_CALL):
+            writing, _, _ = engine.advance(writing, min(TOKENS_PER_CALL, self.tokens - first))
         jax.block_until_ready(writing)
         return time.perf_counter() - began
 
 
 type Program = BatchProgram | EngineProgram
-
-
-def _program(config: Config, call: str) -> Program:
-    return BatchProgram(config, call) if call in _CALLS else EngineProgram(config, call)
 
 
 def _initial(config: Config, call: str) -> PyTree:
@@ -275,7 +264,8 @@ def measure(
     for name, config in configs.items():
         shape = f"{config.training.global_batch_size} x {config.training.seq_length} tokens"
         on_progress(f"{name}: {call} of {shape}, compiling …")
-        if program := _unless_full(lambda config=config: _program(config, call)):
+        kind = BatchProgram if call in BATCH_CALLS else EngineProgram
+        if program := _unless_full(partial(kind, config, call)):
             programs[name] = program
             on_progress(f"{name}: compiled in {program.compile_s:.1f} s")
     # A variant must fit beside the others, so all are there before the first one runs.
@@ -306,7 +296,7 @@ def _unless_full[R](work: Callable[[], R]) -> R | None:
         return None
 
 
-def failed(variant: str, call: str, config: Config, reason: str) -> Timing:
+def failed(variant: str, call: str, config: Config, reason: str | None) -> Timing:
     """Of a variant that has no numbers."""
     training = config.training
     return Timing(variant, call, training.seq_length, training.global_batch_size, failed=reason)
@@ -316,21 +306,20 @@ def _timed(
     variant: str, call: str, config: Config, program: Program, seconds: Sequence[float]
 ) -> Timing:
     model, training = config.model, config.training
-    tokens = training.seq_length * training.global_batch_size
-    flops = None if program.tokens else tokens * _flops_per_token(config, call)
+    if program.tokens:
+        flops = None
+    else:
+        tokens = training.seq_length * training.global_batch_size
+        flops = tokens * _flops_per_token(config, call)
     peak = peak_flops(jax.devices()[0].device_kind, model.compute_dtype)
-    devices = jax.device_count() if call in _CALLS else 1
-    speed = (flops or 0) / float(np.median(seconds)) / devices
-    return Timing(
-        variant,
-        call,
-        training.seq_length,
-        training.global_batch_size,
+    devices = jax.device_count() if call in BATCH_CALLS else 1
+    return replace(
+        failed(variant, call, config, None),
         seconds=tuple(seconds),
         compile_s=program.compile_s,
         temp_mb=program.temp_mb,
         flops=flops,
-        mfu=speed / peak if peak and flops else None,
+        mfu=flops / float(np.median(seconds)) / devices / peak if peak and flops else None,
         tokens=program.tokens,
         learns=training.train_mode == "meta",
         grows=mixers.grows(model),

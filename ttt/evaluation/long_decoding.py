@@ -5,10 +5,10 @@ The paper reads 8K tokens and writes 8K at temperature 1, top-p 0.95 and repetit
 one, judged and measured in the same way.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ttt import figures
 from ttt.errors import UserError
 from ttt.evaluation import repetition, resources
 from ttt.evaluation.judge import FOREIGN, ForeignJudge, Judge, Judged, OwnJudge
-from ttt.evaluation.resources import LoadedModels, in_batches
+from ttt.evaluation.resources import LoadedModels
 from ttt.evaluation.result import Key, Row, estimate, printed
 from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot
 from ttt.inference.sampling import Sampling
@@ -42,25 +42,25 @@ class LongDecoding(AbstractSuite):
 
     def __init__(self, config: Config, runs: Sequence[TrainedModel], models: LoadedModels):
         super().__init__(config, runs, models)
-        self._asked = asked = config.evaluation.long_decoding
-        self._context = asked.prefill + asked.decode
+        self._settings = settings = config.evaluation.long_decoding
+        self._context = settings.prefill + settings.decode
         self._texts = {run.name: self._held_out(run) for run in runs}
         self._judge = self._find_judge()
         self._written: list[tuple[str, bool, int, str]] = []
 
     def _held_out(self, run: TrainedModel) -> list[np.ndarray]:
         """The texts, prefix and what follows it."""
-        source = resources.held_out(self.config, run, self._context)
-        if len(source) < self._asked.sequences:
+        count, context = self._settings.sequences, self._context
+        source = resources.held_out(self.config, run, context)
+        if len(source) < count:
             raise UserError(
-                f"evaluation.long_decoding.sequences={self._asked.sequences}: {source.name} holds "
-                f"{len(source)} stretches of {self._context} tokens; lower it, or prefill and "
-                "decode, or add data"
+                f"evaluation.long_decoding.sequences={count}: {source.name} holds {len(source)} "
+                f"stretches of {context} tokens; lower it, or prefill and decode, or add data"
             )
-        return [source[i][: self._context] for i in range(self._asked.sequences)]
+        return [source[i][:context] for i in range(count)]
 
     def _find_judge(self) -> Judge:
-        name = self._asked.evaluator
+        name = self._settings.evaluator
         if name.startswith(FOREIGN):
             tokenizers = [resources.tokenizer(self.config, run) for run in self.runs]
             return ForeignJudge(name.removeprefix(FOREIGN), tokenizers[0])
@@ -77,51 +77,42 @@ class LongDecoding(AbstractSuite):
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each mode."""
+        steps = 2 * self._settings.sequences
         for reader in self.readers_of(run):
-            keys = {"learning": reader.learning}
-            yield Job(
-                self._context, keys, 2 * self._asked.sequences, partial(self._measure, reader)
-            )
+            work = partial(self._measure, reader)
+            yield Job(self._context, {"learning": reader.learning}, steps, work)
 
     def _measure(self, reader: Reader, on_progress: OnProgress) -> list[Row]:
-        run, prefix = reader.run, self._asked.prefill
-        truth = self._texts[run.name]
+        prefix, count = self._settings.prefill, self._settings.sequences
+        truth = self._texts[reader.run.name]
         written = self._write(reader, on_progress)
         texts = [np.concatenate([t[:prefix], w]) for t, w in zip(truth, written, strict=True)]
-        rows = self._rows(
-            reader, WRITTEN, texts, lambda done: on_progress(self._asked.sequences + done)
-        )
+        rows = self._rows(reader, WRITTEN, texts, lambda done: on_progress(count + done))
         if reader is self.readers[0]:  # the held-out text is the same for all
             rows += self._rows(reader, TRUE, truth, lambda done: None)
         return rows
 
     def _write(self, reader: Reader, on_progress: OnProgress) -> list[np.ndarray]:
-        run, asked, evaluation = reader.run, self._asked, self.config.evaluation
-        engine = self.models.engine(run, self._context, learn=reader.learning)
-        sampling = Sampling(
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            repetition_penalty=asked.repetition_penalty,
+        run, settings, evaluation = reader.run, self._settings, self.config.evaluation
+        written = resources.write_on(
+            self.models.engine(run, self._context, learn=reader.learning),
+            [text[: settings.prefill] for text in self._texts[run.name]],
+            settings.decode,
+            Sampling(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                repetition_penalty=settings.repetition_penalty,
+            ),
+            seed=evaluation.seed,
+            batch_size=evaluation.batch_size,
+            on_progress=on_progress,
         )
-        result: list[np.ndarray] = []
-        for batch, rows in enumerate(in_batches(asked.sequences, evaluation.batch_size)):
-            part = [self._texts[run.name][row][: asked.prefill] for row in rows]
-            state, _ = engine.read(engine.start(len(part)), part)
-            seed = evaluation.seed + batch
-            _, written = engine.write(state, asked.decode, sampling, seed=seed)
-            result += [np.asarray(tokens, np.int32) for tokens in written.tokens]
-            on_progress(min(len(result), asked.sequences))
-        result = result[: asked.sequences]
-        for i, text in enumerate(self._decoded(run, result)):
-            self._written.append((run.name, reader.learning, i, text))
-        return result
-
-    def _decoded(self, run: TrainedModel, written: Sequence[np.ndarray]) -> list[str]:
         try:
-            tokenizer = resources.tokenizer(self.config, run)
+            texts = map(resources.tokenizer(self.config, run).decode, written)
         except UserError:  # a store without a tokenizer: ids are all there is
-            return [" ".join(map(str, ids.tolist())) for ids in written]
-        return [tokenizer.decode(ids) for ids in written]
+            texts = (" ".join(map(str, ids.tolist())) for ids in written)
+        self._written += [(run.name, reader.learning, i, text) for i, text in enumerate(texts)]
+        return written
 
     # ---- rows ----
 
@@ -130,7 +121,7 @@ class LongDecoding(AbstractSuite):
     ) -> list[Row]:
         """Of texts that follow the prefix: log-loss of both halves, repetition in the second."""
         keys: dict[str, Key] = {"learning": reader.learning, "text": text}
-        prefix = self._asked.prefill
+        prefix = self._settings.prefill
         judged = self._judge.read(texts, prefix, on_progress)
         rows = self._loss_rows(reader, judged, keys | {"evaluator": self._judge.name})
         return rows + self._repetition_rows(reader, [t[prefix:] for t in texts], keys)
@@ -138,22 +129,20 @@ class LongDecoding(AbstractSuite):
     def _loss_rows(
         self, reader: Reader, judged: Sequence[Judged], keys: Mapping[str, Key]
     ) -> list[Row]:
-        border, end = self._asked.prefill, self._context
+        border, end = self._settings.prefill, self._context
         rows = []
         for half, start, stop in (("prefill", 0, border), ("decoded", border, end)):
             for measure, bins in (("log_loss", 1), ("log_loss_at", BINS)):
                 edges = np.unique(np.linspace(start, stop, bins + 1).astype(int))
-                parts = np.stack([binned(text, edges) for text in judged])
-                intervals = zip(*self._mean(parts[:, 0], parts[:, 1]), strict=True)
-                places = zip(pairwise(edges.tolist()), parts[:, 1].T, intervals, strict=True)
-                for (low, high), counts, interval in places:
-                    if np.any(counts):
+                sums, counts = np.stack([binned(text, edges) for text in judged], axis=1)
+                starts, stops = edges[:-1].tolist(), edges[1:].tolist()
+                places = zip(starts, stops, counts.T, *self._mean(sums, counts), strict=True)
+                for low, high, of_bin, *interval in places:
+                    if np.any(of_bin):
                         own = {"half": half, "position_from": low, "position_to": high}
                         known = {"keys": {**keys, **own}, "n": len(judged), **estimate(interval)}
-                        unit = self._judge.unit
-                        rows.append(
-                            self.row(reader.run, self._context, measure, unit=unit, **known)
-                        )
+                        known["unit"] = self._judge.unit
+                        rows.append(self.row(reader.run, self._context, measure, **known))
         return rows
 
     def _repetition_rows(
@@ -191,17 +180,16 @@ class LongDecoding(AbstractSuite):
             "what": "log-loss, under one evaluator, of text that was read and of text written on",
             "text": resources.held_out_name(self.config),
             "evaluator": self._judge.name,
-            "settings": asdict(self._asked),
+            "settings": asdict(self._settings),
             "interval": "95 %, bootstrap over sequences",
         }
 
-    def _curves(self, rows: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any], pd.DataFrame]]:
+    def _curves(self, rows: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
         """(label, look, rows) of each text: written by each run and mode, and the held-out one."""
         written, true = rows[rows.text != TRUE], rows[rows.text == TRUE]  # failed rows have none
         curves = [(reader.label, reader.style, reader.own(written)) for reader in self.readers]
         look = figures.style(0) | {"color": "0.5", "marker": "x", "lw": 1.2}
-        curves.append(("held-out text", look, true))
-        yield from (curve for curve in curves if len(curve[2]))
+        return [curve for curve in [*curves, ("held-out text", look, true)] if len(curve[2])]
 
     def table(self, rows: pd.DataFrame) -> Table:
         """Log-loss of both halves, and repetition."""
@@ -213,14 +201,12 @@ class LongDecoding(AbstractSuite):
             (f"repeated_within_{span}", "decoded"): f"seen in last {span}",
             ("longest_repeat", "decoded"): "longest repeat",
         }
-        columns: dict[str, list[str]] = {name: [] for name in ("text", *wanted.values())}
+        columns: dict[str, list[str]] = defaultdict(list)
         for label, _, own in self._curves(rows):
-            known = own.dropna(subset="value")
-            places = zip(known.measure, known.half, strict=True)
-            values = dict(zip(places, known.value, strict=True))
+            known = own.dropna(subset="value").set_index(["measure", "half"]).value.to_dict()
             columns["text"].append(label)
             for key, name in wanted.items():
-                columns[name].append(f"{values[key]:.3f}" if key in values else "failed")
+                columns[name].append(f"{known[key]:.3f}" if key in known else "failed")
         return printed(f"long decoding: log-loss by {self._judge.name}, and repetition", columns)
 
     def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -228,24 +214,17 @@ class LongDecoding(AbstractSuite):
         good = rows[rows.measure == "log_loss_at"]
         if good.empty:
             return []
-        figure, axes = figures.pyplot().subplots(figsize=(7, 4.4), layout="constrained")
-        curves = list(self._curves(good))
+        figure, [[axes]] = figures.grid(1, 1, (7, 4.4))
+        curves = self._curves(good)
         for label, look, own in curves:
             if own is not curves[-1][2]:  # what was read is the same for all: the last one shows it
                 own = own[own.half == "decoded"]
             middle = (own.position_from + own.position_to) / 2
             plot(axes, middle, own, band=0.1, label=label, **look)
-        axes.axvline(self._asked.prefill, color="0.6", lw=1, ls=":")
-        for side, word in (("right", "read "), ("left", " written")):
-            axes.annotate(
-                word,
-                (self._asked.prefill, 1.0),
-                xycoords=("data", "axes fraction"),
-                ha=side,
-                va="top",
-                color="0.4",
-                fontsize=8,
-            )
+        axes.axvline(self._settings.prefill, color="0.6", lw=1, ls=":")
+        look = {"xycoords": ("data", "axes fraction"), "va": "top", "color": "0.4", "fontsize": 8}
+        axes.annotate("read ", (self._settings.prefill, 1.0), ha="right", **look)
+        axes.annotate(" written", (self._settings.prefill, 1.0), ha="left", **look)
         figures.tidy(axes)
         axes.set_xlim(0, self._context)
         axes.set_xlabel("token position")

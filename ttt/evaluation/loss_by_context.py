@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ttt.errors import UserError
 from ttt.evaluation.loss_by_position import PositionLoss
 from ttt.evaluation.resources import LoadedModels, held_out
 from ttt.evaluation.result import Key, Row, printed
-from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot
+from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader
 from ttt.infra.mesh import Layout
 from ttt.knobs import Config
 from ttt.model.loop import Evaluator
@@ -33,53 +34,51 @@ class LossByContext(AbstractSuite):
 
     def __init__(self, config: Config, runs: Sequence[TrainedModel], models: LoadedModels):
         super().__init__(config, runs, models)
-        asked = config.evaluation.loss_by_context
-        self._contexts = asked.contexts or _default_contexts(config.training.seq_length, runs)
+        settings = config.evaluation.loss_by_context
+        self._contexts = settings.contexts or _default_contexts(config.training.seq_length, runs)
         self._evaluators: dict[tuple[str, int], Evaluator] = {}
         self._scored: dict[tuple[Reader, int], PositionLoss] = {}
         full = [reader for reader in self.readers if reader.run.one_chunk]
         still = [reader for reader in self.readers_of(runs[0]) if not reader.learning]
         self._reference = next(iter([*full, *still]), None)
-        for run in runs:
-            for context in self._contexts:
-                run.check_context(context, f"{_KEY}.contexts")
+        pairs = list(product(runs, self._contexts))
+        for run, context in pairs:
+            run.check_context(context, f"{_KEY}.contexts")
         longest = max(self._contexts)
-        if asked.tokens < longest:
+        if settings.tokens < longest:
             raise UserError(
-                f"{_KEY}.tokens={asked.tokens}: less than one sequence of {longest} tokens; raise "
-                "it, or leave out that context"
+                f"{_KEY}.tokens={settings.tokens}: less than one sequence of {longest} tokens; "
+                "raise it, or leave out that context"
             )
-        self._source = {
-            (run.name, context): held_out(config, run, context)
-            for run in runs
-            for context in self._contexts
-        }
+        self._source = {(run.name, c): held_out(config, run, c) for run, c in pairs}
         source = self._source[runs[0].name, longest]
-        if len(source) * longest < asked.tokens:
+        if len(source) * longest < settings.tokens:
             raise UserError(
-                f"{_KEY}.tokens={asked.tokens}: {source.name} holds {len(source)} sequences of "
+                f"{_KEY}.tokens={settings.tokens}: {source.name} holds {len(source)} sequences of "
                 f"{longest} tokens; lower it to at most {len(source) * longest}, or add data"
             )
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each context and mode."""
-        for context in self._contexts:
-            for reader in self.readers_of(run):
-                steps = self._sequences(context) // self._batch_size(context)
-                work = partial(self._measure, reader, context, steps)
-                yield Job(context, {"learning": reader.learning}, steps, work)
+        for context, reader in product(self._contexts, self.readers_of(run)):
+            steps = self._sequences(context) // self._batch_size(context)
+            work = partial(self._measure, reader, context)
+            yield Job(context, {"learning": reader.learning}, steps, work)
 
-    def _measure(
-        self, reader: Reader, context: int, batches: int, on_progress: OnProgress
-    ) -> list[Row]:
+    def _measure(self, reader: Reader, context: int, on_progress: OnProgress) -> list[Row]:
         run, size = reader.run, self._batch_size(context)
+        if (run.name, context) not in self._evaluators:
+            # One program serves both modes; those of other runs and lengths are let go.
+            training = replace(run.training, eval_batch_size=size)
+            evaluator = Evaluator(training, Layout(self.models.mesh))
+            self._evaluators = {(run.name, context): evaluator}
         self._scored[reader, context] = PositionLoss.measure(
-            self._evaluator(run, context, size),
+            self._evaluators[run.name, context],
             self.models.model(run, context),
             lm_dataset.eval_batches(
                 self._source[run.name, context],
                 batch_size=size,
-                max_batches=batches,
+                max_batches=self._sequences(context) // size,
                 bos_token_id=run.config.bos_token_id,
             ),
             learn=reader.learning,
@@ -88,36 +87,23 @@ class LossByContext(AbstractSuite):
         return self._rows(reader, context)
 
     def _rows(self, reader: Reader, context: int, reference: Reader | None = None) -> list[Row]:
-        keys: dict[str, Key] = {"learning": reader.learning}
-        if reference is not None:
-            keys["reference"] = reference.label
+        named: dict[str, Key] = {"reference": reference.label} if reference else {}
         return self._scored[reader, context].rows(
             self.row(reader.run, context, "loss"),
             resamples=self.config.evaluation.resamples,
             seed=self.config.evaluation.seed,
-            keys=keys,
-            reference=None if reference is None else self._scored[reference, context],
+            keys={"learning": reader.learning, **named},
+            reference=self._scored[reference, context] if reference else None,
         )
 
     def comparisons(self) -> list[Row]:
         """Each curve less the reference: full attention if there is some, else not learning."""
         reference, rows = self._reference, []
-        if reference is None:
-            return []
-        for reader in self.readers:
-            for context in self._contexts:
-                both = {(reader, context), (reference, context)}
-                if len(both) == 2 and both <= self._scored.keys():
-                    rows += self._rows(reader, context, reference)
+        for reader, context in product(self.readers, self._contexts):
+            scored = {(reader, context), (reference, context)} <= self._scored.keys()
+            if scored and reader is not reference:
+                rows += self._rows(reader, context, reference)
         return rows
-
-    def _evaluator(self, run: TrainedModel, context: int, size: int) -> Evaluator:
-        """One program serves both modes; those of other runs and lengths are let go."""
-        if (run.name, context) not in self._evaluators:
-            training = replace(run.training, eval_batch_size=size)
-            evaluator = Evaluator(training, Layout(self.models.mesh))
-            self._evaluators = {(run.name, context): evaluator}
-        return self._evaluators[run.name, context]
 
     def _sequences(self, context: int) -> int:
         return self.config.evaluation.loss_by_context.tokens // context
@@ -144,12 +130,9 @@ class LossByContext(AbstractSuite):
     def table(self, rows: pd.DataFrame) -> Table:
         """Loss by run and context, and in brackets what it is less than the reference's."""
         columns = {"run": [reader.label for reader in self.readers]}
-        columns |= {
-            f"{context:,}": [
-                _cell(reader.own(rows[rows.context == context])) for reader in self.readers
-            ]
-            for context in self._contexts
-        }
+        for context in self._contexts:
+            own = rows[rows.context == context]
+            columns[f"{context:,}"] = [_cell(reader.own(own)) for reader in self.readers]
         title = f"held-out loss, nats per token (difference from {self._reference_label()})"
         return printed(title, columns)
 
@@ -169,21 +152,16 @@ class LossByContext(AbstractSuite):
         self, rows: pd.DataFrame, contexts: Sequence[int], path: Path, title: str
     ) -> None:
         measures = self._panels(rows)
-        figure, panels = figures.pyplot().subplots(
-            nrows=len(measures),
-            ncols=len(contexts),
-            figsize=(max(8.0, 1.4 + 3 * len(contexts)), 0.8 + 2.7 * len(measures)),
-            sharey="row",
-            sharex="col",
-            squeeze=False,
-            layout="constrained",
+        size = max(8.0, 1.4 + 3 * len(contexts)), 0.8 + 2.7 * len(measures)
+        figure, panels = figures.grid(
+            len(measures), len(contexts), size, sharey="row", sharex="col"
         )
         for axes_row, (measure, label) in zip(panels, measures.items(), strict=True):
             for axes, context in zip(axes_row, contexts, strict=True):
                 here = rows[(rows.measure == f"{measure}_at") & (rows.context == context)]
                 # The geometric middle of a bin; the first one starts at 0.
                 middle = np.sqrt(here.position_from.clip(8) * here.position_to)
-                self._plot(axes, here.assign(x=middle), band=measure == "difference")
+                self._plot(axes, middle, here, measure)
                 ticks = [4**i for i in range(2, 20)]
                 figures.log_tokens(axes, [n for n in ticks if n <= context])
                 self.mark_windows(axes, 0, context)
@@ -199,15 +177,10 @@ class LossByContext(AbstractSuite):
         self, rows: pd.DataFrame, contexts: Sequence[int], path: Path, title: str
     ) -> None:
         measures = self._panels(rows)
-        figure, panels = figures.pyplot().subplots(
-            ncols=len(measures),
-            figsize=(1 + 4 * len(measures), 4),
-            squeeze=False,
-            layout="constrained",
-        )
+        figure, panels = figures.grid(1, len(measures), (1 + 4 * len(measures), 4))
         for axes, (measure, label) in zip(panels[0], measures.items(), strict=True):
             here = rows[rows.measure == measure]
-            self._plot(axes, here.assign(x=here.context), band=measure == "difference")
+            self._plot(axes, here.context, here, measure)
             figures.log_tokens(axes, contexts)
             for length in {run.training.seq_length for run in self.runs}:
                 figures.mark(axes, length, "trained length")
@@ -224,13 +197,10 @@ class LossByContext(AbstractSuite):
             labels["difference"] = f"difference from {reference}\n(nats per token, 95 % band)"
         return labels
 
-    def _plot(self, axes: Any, rows: pd.DataFrame, *, band: bool) -> None:
-        for reader in self.readers:
-            own = reader.own(rows)
-            plot(axes, own.x, own, band=0.15 * band, label=reader.label, **reader.style)
-        if band:
+    def _plot(self, axes: Any, x: pd.Series, rows: pd.DataFrame, measure: str) -> None:
+        self.plot(axes, x, rows, band=0.15 * (measure == "difference"))
+        if measure == "difference":
             axes.axhline(0, color="0.4", lw=1)
-        figures.tidy(axes)
 
     def _reference_label(self) -> str:
         if self._reference is None or len(self.runs) == 1:

@@ -5,7 +5,6 @@ Of one model at the end of its training; `loss_by_context` compares several, at 
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +99,10 @@ class PositionLoss:
             losses, nll = losses - reference.sequence_loss, nll - reference.bin_nll
         whole = bootstrap(losses, np.ones_like(losses), resamples=resamples, seed=seed)
         bins = bootstrap(nll, self.bin_count, resamples=resamples, seed=seed)
-        stretches = [(measure, 0, len(self.nll), whole)]
-        places = zip(
-            pairwise(self.edges.tolist()), self.bin_count.T, zip(*bins, strict=True), strict=True
-        )
-        for (start, stop), counts, interval in places:
+        stretches: list[tuple[str, int, int, Any]] = [(measure, 0, len(self.nll), whole)]
+        edges = self.edges.tolist()
+        places = zip(edges[:-1], edges[1:], self.bin_count.T, *bins, strict=True)
+        for start, stop, counts, *interval in places:
             if np.any(counts):
                 stretches.append((f"{measure}_at", start, stop, interval))
         return [
@@ -142,11 +140,8 @@ class LearningComparison:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything, for the run record: `<learning|still>_<field>`."""
-        return {
-            f"{name}_{field}": value
-            for name, part in self._parts().items()
-            for field, value in vars(part).items()
-        }
+        parts = self._parts().items()
+        return {f"{name}_{key}": value for name, part in parts for key, value in vars(part).items()}
 
     def rows(self, like: Row, *, resamples: int, seed: int) -> list[Row]:
         """Both in the schema of all suites, told apart by the key `learning`."""
@@ -158,19 +153,17 @@ class LearningComparison:
 
     def summary(self, bins: int = 8) -> dict[str, object]:
         """The figures that a report quotes."""
-        figures: dict[str, object] = {
-            "sequences": len(self.learning.sequence_loss),
-            "seq_length": len(self.learning.nll),
-            "window": self.window,
-        }
+        sequences, length = len(self.learning.sequence_loss), len(self.learning.nll)
+        facts: dict[str, object] = {"sequences": sequences, "seq_length": length}
+        facts["window"] = self.window
         for name, part in self._parts().items():
             ending = "_without_learning" if name == "still" else ""
-            figures[f"loss{ending}"] = part.loss
-            figures[f"token_loss{ending}"] = part.token_loss
-            figures[f"loss_by_bin{ending}"] = part.in_bins(bins).tolist()
+            facts[f"loss{ending}"] = part.loss
+            facts[f"token_loss{ending}"] = part.token_loss
+            facts[f"loss_by_bin{ending}"] = part.in_bins(bins).tolist()
         if self.still is not None:
-            figures["gain_last_half"] = float(self.gains(2)[1])
-        return figures
+            facts["gain_last_half"] = float(self.gains(2)[1])
+        return facts
 
     def table(self, bins: int = 8) -> Table:
         """The loss by position, for a terminal."""
@@ -191,7 +184,7 @@ class LearningComparison:
         """Save the picture; each curve is the mean over each of `points` stretches."""
         length = len(self.learning.nll)
         middles = (np.arange(points) + 0.5) * length / points
-        figure, axes = figures.pyplot().subplots(figsize=(7, 4.2), layout="constrained")
+        figure, [[axes]] = figures.grid(1, 1, (7, 4.2))
         for number, (name, part) in enumerate(self._parts().items()):
             axes.plot(middles, part.in_bins(points), label=LABELS[name], **figures.style(number))
         if self.still is not None:

@@ -1,8 +1,9 @@
 """Recall of needles in haystacks: RULER's tasks over depths and lengths, greedy answers."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from rich.table import Table
 
 from ttt import figures
 from ttt.evaluation import resources, ruler
-from ttt.evaluation.resources import LoadedModels, in_batches
+from ttt.evaluation.resources import LoadedModels
 from ttt.evaluation.result import Key, Row, estimate, printed
 from ttt.evaluation.ruler import Haystack, Prompt
-from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot
+from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader
 from ttt.inference.sampling import Sampling
 from ttt.infra.progress import Progress
 from ttt.intervals import share
@@ -34,39 +35,36 @@ class Needles(AbstractSuite):
 
     def __init__(self, config: Config, runs: Sequence[TrainedModel], models: LoadedModels):
         super().__init__(config, runs, models)
-        self._asked = asked = config.evaluation.needles
-        self._lengths = asked.lengths or (config.training.seq_length,)
-        self._depths = ruler.depths(asked.depths)
+        self._settings = settings = config.evaluation.needles
+        self._lengths = settings.lengths or (config.training.seq_length,)
+        self._depths = ruler.depths(settings.depths)
         self._tokenizers = {run.name: resources.tokenizer(config, run) for run in runs}
         self._haystacks: dict[str, Haystack] = {"noise": ruler.noise()}
-        if "essay" in {ruler.TASKS[task]["haystack"] for task in asked.tasks}:
-            self._haystacks["essay"] = ruler.essays(asked.haystack)
+        if "essay" in {ruler.TASKS[task]["haystack"] for task in settings.tasks}:
+            self._haystacks["essay"] = ruler.essays(settings.haystack)
         self._answers: dict[tuple[Reader, str], list[dict[str, Any]]] = {}
         self._prompts: dict[tuple[str, int], list[Prompt]] = {}
-        cells = [(task, length) for task in asked.tasks for length in self._lengths]
+        cells = list(product(settings.tasks, self._lengths))
         with Progress(len(cells), "needles: prompts") as progress:
             for done, (task, length) in enumerate(cells, start=1):
-                self._prompts[task, length] = self._make(task, length)
+                self._prompts[task, length] = ruler.make_prompts(
+                    task,
+                    self._haystacks[ruler.TASKS[task]["haystack"]],
+                    # All runs answer the same prompts, so they share a tokenizer.
+                    self._tokenizers[runs[0].name],
+                    length=length,
+                    tokens_to_generate=settings.tokens_to_generate,
+                    depths=self._depths,
+                    samples=settings.samples,
+                    seed=config.evaluation.seed,
+                )
                 progress.update(done)
-
-    def _make(self, task: str, length: int) -> list[Prompt]:
-        """All runs answer the same prompts, so they share a tokenizer: that of the first."""
-        return ruler.make_prompts(
-            task,
-            self._haystacks[ruler.TASKS[task]["haystack"]],
-            self._tokenizers[self.runs[0].name],
-            length=length,
-            tokens_to_generate=self._asked.tokens_to_generate,
-            depths=self._depths,
-            samples=self._asked.samples,
-            seed=self.config.evaluation.seed,
-        )
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each length, mode and task."""
         for length in self._lengths:
             for reader in self.readers_of(run):
-                for task in self._asked.tasks:
+                for task in self._settings.tasks:
                     keys = {"task": task, "learning": reader.learning}
                     work = partial(self._measure, reader, task, length)
                     yield Job(length, keys, len(self._prompts[task, length]), work)
@@ -100,8 +98,8 @@ class Needles(AbstractSuite):
             for octave in sorted(set(octaves)):
                 place = {"distance_from": 2 ** (octave - 1), "distance_to": 2**octave}
                 keys = {"task": task, "learning": reader.learning, **place}
-                found = _recall(answers[octaves == octave])
-                rows.append(self.row(reader.run, length, measure, keys=keys, **found))
+                recall = _recall(answers[octaves == octave])
+                rows.append(self.row(reader.run, length, measure, keys=keys, **recall))
         return rows
 
     def _ask(
@@ -110,39 +108,34 @@ class Needles(AbstractSuite):
         """The lines of `needles-answers.csv` for these prompts."""
         run, evaluation = reader.run, self.config.evaluation
         tokenizer, prompts = self._tokenizers[run.name], self._prompts[task, length]
-        engine = self.models.engine(run, length, learn=reader.learning)
-        stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        answers: list[dict[str, Any]] = []
-        for rows in in_batches(len(prompts), evaluation.batch_size):
-            part = [prompts[row] for row in rows]
-            state, _ = engine.read(engine.start(len(part)), [p.tokens for p in part])
-            _, written = engine.write(
-                state,
-                self._asked.tokens_to_generate,
-                Sampling(temperature=0.0),
-                seed=evaluation.seed,
-                stop=stop,
+        written = resources.write_on(
+            self.models.engine(run, length, learn=reader.learning),
+            [prompt.tokens for prompt in prompts],
+            self._settings.tokens_to_generate,
+            Sampling(temperature=0.0),
+            seed=evaluation.seed,
+            batch_size=evaluation.batch_size,
+            stop=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+            on_progress=on_progress,
+        )
+        keys = {"run": run.name, "task": task, "learning": reader.learning, "context": length}
+        answers = []
+        for prompt, ids in zip(prompts, written, strict=True):
+            said = tokenizer.decode(ids)
+            # The first token of the answer is predicted at the prompt's last one.
+            inside = run.window is None or prompt.distance < run.window
+            answers.append(
+                {
+                    **keys,
+                    "depth": prompt.depth,
+                    "distance": prompt.distance,
+                    "reach": INSIDE if inside else BEYOND,
+                    "right": int(ruler.holds(said, prompt.answer)),
+                    "answer": prompt.answer,
+                    "said": said,
+                }
             )
-            for prompt, ids in zip(part, written.tokens, strict=True):
-                said = tokenizer.decode(np.asarray(ids))
-                # The first token of the answer is predicted at the prompt's last one.
-                inside = run.window is None or prompt.distance < run.window
-                answers.append(
-                    {
-                        "run": run.name,
-                        "task": task,
-                        "learning": reader.learning,
-                        "context": length,
-                        "depth": prompt.depth,
-                        "distance": prompt.distance,
-                        "reach": INSIDE if inside else BEYOND,
-                        "right": int(ruler.holds(said, prompt.answer)),
-                        "answer": prompt.answer,
-                        "said": said,
-                    }
-                )
-            on_progress(min(len(answers), len(prompts)))
-        return answers[: len(prompts)]
+        return answers
 
     # ---- what people see ----
 
@@ -158,8 +151,8 @@ class Needles(AbstractSuite):
             "after": "RULER, arXiv 2404.06654: templates, needles, noise, answer length, scoring",
             "haystacks": {name: haystack.source for name, haystack in self._haystacks.items()},
             "depths": self._depths,
-            "samples": self._asked.samples,
-            "tokens_to_generate": self._asked.tokens_to_generate,
+            "samples": self._settings.samples,
+            "tokens_to_generate": self._settings.tokens_to_generate,
             "distance": "tokens from the needle's start to the prompt's end; inside: < window",
             "windows": {run.name: run.window for run in self.runs},
             "interval": "95 %, Wilson",
@@ -167,18 +160,20 @@ class Needles(AbstractSuite):
 
     def table(self, rows: pd.DataFrame) -> Table:
         """Accuracy by task, run and length, and of all lengths inside and beyond the window."""
-        titles = ["task", "run", *(f"{n:,}" for n in self._lengths), "in window", "beyond"]
-        lines = []
+        columns: dict[str, list[str]] = defaultdict(list)
         rows = rows[(rows.measure == "accuracy") & (rows.depth == ALL)]
-        for task in self._asked.tasks:
-            for reader in self.readers:
-                own = reader.own(rows[rows.task == task])
-                whole = own[own.reach == ALL]
-                values = dict(zip(whole.context, whole.value, strict=True))
-                cells = [f"{values[n]:.2f}" if n in values else "failed" for n in self._lengths]
-                cells += [_pooled(own[own.reach == reach]) for reach in (INSIDE, BEYOND)]
-                lines.append([task.removeprefix("niah_"), reader.label, *cells])
-        columns = dict(zip(titles, zip(*lines, strict=True), strict=True))
+        for task, reader in product(self._settings.tasks, self.readers):
+            own = reader.own(rows[rows.task == task])
+            whole = own[own.reach == ALL]
+            values = dict(zip(whole.context, whole.value, strict=True))
+            columns["task"].append(task.removeprefix("niah_"))
+            columns["run"].append(reader.label)
+            for n in self._lengths:
+                columns[f"{n:,}"].append(f"{values[n]:.2f}" if n in values else "failed")
+            for name, reach in (("in window", INSIDE), ("beyond", BEYOND)):
+                part = own[own.reach == reach]
+                value = f"{np.average(part.value, weights=part.n):.2f}" if len(part) else "-"
+                columns[name].append(value)
         return printed("needles found (share of prompts)", columns, names=2)
 
     def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -196,22 +191,15 @@ class Needles(AbstractSuite):
 
     def _draw_distances(self, rows: pd.DataFrame, path: Path, title: str) -> None:
         """A panel for each task, a line for each run and mode."""
-        tasks = [task for task in self._asked.tasks if task in set(rows.task)]
-        figure, panels = figures.pyplot().subplots(
-            ncols=len(tasks),
-            figsize=(max(8.0, 1 + 3 * len(tasks)), 3.4),
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
+        tasks = [task for task in self._settings.tasks if task in set(rows.task)]
+        figure, panels = figures.grid(
+            1, len(tasks), (max(8.0, 1 + 3 * len(tasks)), 3.4), sharey=True
         )
         starts = sorted(map(int, set(rows.distance_from)))
         for axes, task in zip(panels[0], tasks, strict=True):
-            for reader in self.readers:
-                own = reader.own(rows[rows.task == task])
-                middle = own.distance_from * 2**0.5
-                plot(axes, middle, own, band=0.1, label=reader.label, **reader.style)
+            own = rows[rows.task == task]
+            self.plot(axes, own.distance_from * 2**0.5, own, band=0.1)
             self.mark_windows(axes, starts[0], 2 * starts[-1])
-            figures.tidy(axes)
             figures.log_tokens(axes, [*starts, 2 * starts[-1]])
             axes.set_ylim(-0.03, 1.03)
             axes.set_title(ruler.TASKS[task]["label"], fontsize=9, loc="left")
@@ -223,17 +211,10 @@ class Needles(AbstractSuite):
     def _draw_depths(self, rows: pd.DataFrame, path: Path, title: str) -> None:
         """A heat map of depth and length for every run, mode and task."""
         readers = [reader for reader in self.readers if len(reader.own(rows))]
-        tasks = [task for task in self._asked.tasks if task in set(rows.task)]
+        tasks = [task for task in self._settings.tasks if task in set(rows.task)]
         width, height = 0.55 * len(self._lengths) + 1.7, 0.22 * len(self._depths) + 1.0
-        figure, panels = figures.pyplot().subplots(
-            nrows=len(readers),
-            ncols=len(tasks),
-            figsize=(max(6.0, len(tasks) * max(width, 2.6) + 1.2), len(readers) * height + 0.8),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
-        )
+        size = max(6.0, len(tasks) * max(width, 2.6) + 1.2), len(readers) * height + 0.8
+        figure, panels = figures.grid(len(readers), len(tasks), size, sharex=True, sharey=True)
         image = None
         for axes_row, reader in zip(panels, readers, strict=True):
             for axes, task in zip(axes_row, tasks, strict=True):
@@ -281,8 +262,3 @@ def _recall(answers: pd.DataFrame) -> dict[str, Any]:
     """The share of right answers, as the fields of a row."""
     interval = share(int(answers.right.sum()), len(answers))
     return {**estimate(interval), "n": len(answers), "unit": "share of prompts"}
-
-
-def _pooled(rows: pd.DataFrame) -> str:
-    """The share over all prompts of several rows."""
-    return f"{np.average(rows.value, weights=rows.n):.2f}" if len(rows) else "-"

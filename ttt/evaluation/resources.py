@@ -2,8 +2,10 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 
 from ttt import mixers
@@ -12,6 +14,7 @@ from ttt.dataloader.lm_dataset import Source
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
 from ttt.inference.engine import Engine
+from ttt.inference.sampling import Sampling
 from ttt.infra.mesh import replicate
 from ttt.knobs import Config
 from ttt.model.trained import TrainedModel
@@ -64,6 +67,27 @@ def in_batches(count: int, most: int) -> list[list[int]]:
     size = -(-count // batches)
     rows = [min(i, count - 1) for i in range(batches * size)]
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def write_on(
+    engine: Engine,
+    prompts: Sequence[np.ndarray],
+    tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int,
+    batch_size: int,
+    stop: tuple[int, ...] = (),
+    on_progress: Callable[[int], None],
+) -> list[np.ndarray]:
+    """The ids [M] written after each prompt [N], at most `tokens`; batches draw by own seeds."""
+    result: list[np.ndarray] = []
+    for batch, rows in enumerate(in_batches(len(prompts), batch_size)):
+        state, _ = engine.read(engine.start(len(rows)), [prompts[row] for row in rows])
+        _, written = engine.write(state, tokens, sampling, seed=seed + batch, stop=stop)
+        result += [np.asarray(ids, np.int32) for ids in written.tokens]
+        on_progress(min(len(result), len(prompts)))
+    return result[: len(prompts)]
 
 
 def store_folder(config: Config) -> Path:

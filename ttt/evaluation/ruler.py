@@ -104,15 +104,15 @@ def _read(path: Path) -> str:
 
 def _docstrings() -> str:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = []
+    docs = []
     for path in text.builtin_corpus(seed=0).val:
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # some modules are there to be broken
             continue
         nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
-        found += [doc for node in nodes if (doc := ast.get_docstring(node))]
-    return " ".join(found)
+        docs += [doc for node in nodes if (doc := ast.get_docstring(node))]
+    return " ".join(docs)
 
 
 # ---- prompts -----------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from ttt import figures
 from ttt.evaluation.resources import LoadedModels
 from ttt.evaluation.result import Key, Row
+from ttt.infra.progress import Progress
 from ttt.knobs import Config
 from ttt.model.trained import TrainedModel
 
@@ -49,19 +50,18 @@ class Reader:
     """Of the run, which gives the curve its colour."""
 
     @property
-    def is_off(self) -> bool:
-        """Whether it could learn and does not."""
-        return self.run.learns and not self.learning
-
-    @property
     def label(self) -> str:
         """Its name in tables and pictures."""
-        return f"{self.run.name}, not learning" if self.is_off else self.run.name
+        return f"{self.run.name}, not learning" if self._is_off else self.run.name
 
     @property
     def style(self) -> dict[str, Any]:
         """How its curve looks."""
-        return figures.style(self.number, learns=not self.is_off)
+        return figures.style(self.number, learns=not self._is_off)
+
+    @property
+    def _is_off(self) -> bool:
+        return self.run.learns and not self.learning
 
     def own(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Its lines of a table of rows."""
@@ -117,6 +117,13 @@ class AbstractSuite(ABC):
         """A row of this suite."""
         return Row(self.name, run.name, run.method, run.step, context, measure, **fields)
 
+    def plot(self, axes: Any, x: pd.Series, rows: pd.DataFrame, *, band: float) -> None:
+        """A curve for each reader of its rows' values over x [rows], with their intervals."""
+        for reader in self.readers:
+            own = reader.own(rows)
+            plot(axes, x[own.index], own, band=band, label=reader.label, **reader.style)
+        figures.tidy(axes)
+
     def mark_windows(self, axes: Any, least: int, most: int) -> None:
         """Lines at the attention windows that lie between two numbers of tokens."""
         for window in {run.window for run in self.runs if run.window}:
@@ -128,36 +135,28 @@ def measure(
     suites: Sequence[AbstractSuite],
     runs: Iterable[TrainedModel],
     *,
-    progress: Callable[[AbstractSuite, TrainedModel, Job], AbstractContextManager[OnProgress]],
     saved: Callable[[AbstractSuite, Sequence[Row]], None],
 ) -> dict[str, list[Row]]:
-    """Do every job of every run; returns rows by suite, failed ones included.
+    """Do every job of every run; returns rows by suite, with one for each job that failed.
 
     saved: called with all rows of a suite after each job, so that an end by force loses one job.
     """
     rows: dict[str, list[Row]] = {suite.name: [] for suite in suites}
-    for run in runs:
-        for suite in suites:
-            for job in suite.jobs(run):
-                with progress(suite, run, job) as on_progress:
-                    rows[suite.name] += attempt(suite, run, job, on_progress)
-                saved(suite, rows[suite.name])
+    for run, suite in product(runs, suites):
+        for job in suite.jobs(run):
+            with Progress(job.steps, f"{suite.name} {run.name} {job}") as progress:
+                try:
+                    done = [row.checked() for row in job.work(progress.update)]
+                except Exception as error:
+                    logger.exception("%s of %s at %s failed", suite.name, run.name, job)
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    done = [suite.row(run, job.context, "failed", keys=job.keys, failed=reason)]
+            rows[suite.name] += done
+            saved(suite, rows[suite.name])
     for suite in suites:
         rows[suite.name] += [row.checked() for row in suite.comparisons()]
         saved(suite, rows[suite.name])
     return rows
-
-
-def attempt(
-    suite: AbstractSuite, run: TrainedModel, job: Job, on_progress: OnProgress
-) -> list[Row]:
-    """The job's rows, or one that says why there are none."""
-    try:
-        return [row.checked() for row in job.work(on_progress)]
-    except Exception as error:
-        logger.exception("%s of %s at %s failed", suite.name, run.name, job)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [suite.row(run, job.context, "failed", keys=job.keys, failed=reason)]
 
 
 def plot(axes: Any, x: pd.Series, rows: pd.DataFrame, *, band: float, **style: Any) -> None:

@@ -60,7 +60,7 @@ class Engine:
         """Bind to the parameters; nothing is compiled.
 
         context: most tokens of a sequence, written ones included; binding (and the size of the
-            caches) under full attention alone.
+            caches) where the state grows with the context, as under full attention.
         learn: take the test-time steps that a model of `train_mode` meta is trained for; at the
             full inner rate, as evaluation does.
         """
@@ -109,7 +109,7 @@ class Engine:
 
     def pretend(self, sequences: int, tokens: int) -> State:
         """A state as large as after `tokens` tokens, all zeros: for timings, nothing else."""
-        self._check_room(tokens, "the context")
+        self._check_context(tokens, "the context")
         opened = (tokens - 1) % self.chunk + 1
         state = self.start(sequences)
 
@@ -275,7 +275,7 @@ class Engine:
         """Raise what `read` of the prompts, and then `write` of so many tokens, would raise."""
         for row, piece in enumerate(self._pieces(state, prompts)):
             before = int(state.seen[row]) - int(state.open[row])
-            self._check_room(before + len(piece) + tokens, f"prompt {row} with what is to come")
+            self._check_context(before + len(piece) + tokens, f"prompt {row} with what is to come")
 
     def _pieces(self, state: State, prompts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Each sequence's tokens from the border of its open chunk on, checked."""
@@ -289,7 +289,7 @@ class Engine:
             if not len(piece):
                 raise UserError(f"prompt {row} is empty: give it at least one token, such as BOS")
             self._check_ids(prompt, f"prompt {row}")
-            self._check_room(int(state.seen[row]) + len(prompt), f"prompt {row}")
+            self._check_context(int(state.seen[row]) + len(prompt), f"prompt {row}")
             pieces.append(piece)
         return pieces
 
@@ -301,7 +301,7 @@ class Engine:
                 f"{self.config.vocab_size - 1}: use the tokenizer that the model was trained with"
             )
 
-    def _check_room(self, tokens: int, what: str) -> None:
+    def _check_context(self, tokens: int, what: str) -> None:
         if self.grows and tokens > self.context:
             raise UserError(
                 f"{what} comes to {tokens} tokens, and full attention has caches for "
@@ -332,7 +332,7 @@ class Engine:
         stops = self._stops(stop)
         writing = self.begin(state)
         for row, seen in enumerate(np.asarray(state.seen)):
-            self._check_room(int(seen) + tokens, f"sequence {row}")
+            self._check_context(int(seen) + tokens, f"sequence {row}")
         sequences = len(state.open)
         given = given or [np.zeros(0, np.int32)] * sequences
         for row, ids in enumerate(given):

@@ -54,9 +54,9 @@ def main() -> None:
         if check_only and (request.force or dry_run):
             raise UserError("--check-only changes nothing: leave out --force and --dry-run.")
         if check_only:
-            check(request, say=bar.say, progress=bar)
+            check(request, on_message=bar.say, on_progress=bar)
         else:
-            fetch(request, dry_run=dry_run, say=bar.say, progress=bar)
+            fetch(request, dry_run=dry_run, on_message=bar.say, on_progress=bar)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import zarr
 from bucket_emulator import PROJECT, Emulator, serving
 
-from ttt.dataloader import bucket, fetch, token_store
+from ttt.dataloader import fetch, token_store
 from ttt.errors import RunError, UserError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "00_data_fetch.py"
@@ -199,7 +199,7 @@ def test_interrupted_fetch_goes_on_where_it_was(script, store, source, tmp_path)
     code, said = script("--billing-project", PROJECT, "--threads", 1)
     root = tmp_path / "data" / "books3"
     assert code == 1
-    assert "the same command goes on" in said.err
+    assert "the same command continues" in said.err
     assert not (root / "zarr.json").exists()
     whole = {f"data.zarr/{name}" for name in files(root) if ".partial" not in name}
     assert whole == set(CHUNKS[:3])
@@ -271,9 +271,9 @@ def test_check_without_a_network_finds_damage_by_the_record(ask, store, tmp_path
 def test_check_tells_what_it_could_not_check(ask, source, tmp_path):
     shutil.copytree(source, tmp_path / "data" / "books3")
     said = []
-    fetch.check(ask(billing_project=None, endpoint_url=None), say=said.append)
-    assert "not checked against an earlier fetch" in said[0]
-    assert "checksums not checked" in said[1]
+    fetch.check(ask(billing_project=None, endpoint_url=None), on_message=said.append)
+    assert "not compared with an earlier fetch" in said[0]
+    assert "checksums not checked" in said[0]
     assert token_store.fingerprint(source, "val") in said[-1]
 
 
@@ -293,8 +293,8 @@ def test_files_that_the_store_has_not_are_told_and_left(ask, tmp_path):
     stray = tmp_path / "data" / "books3" / "train" / "c" / "77"
     stray.write_text("mine")
     said = []
-    fetch.fetch(ask(), say=said.append)
-    assert "1 files that the store has not: train/c/77" in said[0]
+    fetch.fetch(ask(), on_message=said.append)
+    assert "1 files are not in the store: train/c/77" in said[0]
     assert stray.read_text() == "mine"
 
 
@@ -358,7 +358,7 @@ def test_object_outside_the_store_is_not_written(ask, store, tmp_path):
 
 def test_two_fetches_into_one_folder_do_not_mix(ask, store):
     root = ask().dest_root / "books3"
-    with fetch._only_one(root), pytest.raises(UserError, match="Another process fetches"):
+    with fetch._locked(root), pytest.raises(UserError, match="Another process fetches"):
         fetch.fetch(ask())
     assert store.reads == []
 
@@ -369,12 +369,13 @@ def test_emulator_of_the_environment_is_used(ask, store, source, tmp_path, monke
     assert files(tmp_path / "data" / "books3") == files(source)
 
 
-def test_listing_without_crc32c_is_checked_by_md5():
-    stored = bucket.Stored("a", 3, "", "kAFQmDzST7DWlj99KOF/cg==", None)  # of b"abc"
-    for data, right in ((b"abc", True), (b"abd", False)):
-        sums = fetch._Sums(stored)
-        sums.add(data)
-        assert sums.right == right
+def test_listing_without_crc32c_is_checked_by_md5(ask, store, source, tmp_path):
+    store.without_crc32c = True
+    store.faults[CHUNKS[2]] = ["spoil"]
+    fetch.fetch(ask())
+    assert store.reads.count(CHUNKS[2]) > store.reads.count(CHUNKS[1])
+    assert files(tmp_path / "data" / "books3") == files(source)
+    fetch.check(ask(billing_project=None, endpoint_url=None))
 
 
 def test_ctrl_c_ends_with_130_and_a_hint(store, tmp_path):
@@ -401,5 +402,5 @@ def test_ctrl_c_ends_with_130_and_a_hint(store, tmp_path):
             process.kill()
             ended.set()
     assert process.returncode == 130
-    assert "the same command goes on" in said
+    assert "the same command continues" in said
     assert "Traceback" not in said

@@ -18,6 +18,7 @@ Exit codes: 0 all in order, warnings aside; 1 the data has a fault, or a failure
 import json
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -31,9 +32,9 @@ from ttt.infra.progress import Bar
 
 def show(report: Report) -> None:
     """Print the findings as a table."""
-    table = Table("split", "check", "", "found")
+    table = Table("split", "check", "verdict", "message")
     for row in report.findings:
-        table.add_row(row.split, row.check, row.verdict, row.said)
+        table.add_row(row.split, row.check, row.verdict, row.message)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -59,9 +60,9 @@ def main() -> None:
                 print(line)
             return
         with Bar() as bar:
-            report = validate(path, **args, progress=bar)
+            report = validate(path, **args, on_progress=bar)
         if form == "json":
-            print(json.dumps(report.as_dict(), indent=2))
+            print(json.dumps(asdict(report), indent=2))
         else:
             show(report)
         if faults := report.having("fault"):

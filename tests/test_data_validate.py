@@ -78,20 +78,20 @@ def test_numbers_are_those_of_the_tokens(look, sound, in_many_blocks):
 def test_absent_split_is_a_fault_of_the_data(look):
     report = look({"val": None})
     assert told(report, "fault") == {("val", "opens")}
-    assert "it has train" in report.having("fault")[0].said
+    assert "it has train" in report.having("fault")[0].message
 
 
 @pytest.mark.parametrize("tokens", [np.zeros((9, 9), np.int32), np.zeros(9000, np.float32)])
 def test_split_of_wrong_shape_or_type_is_a_fault(look, tokens):
     report = look({"val": tokens})
     assert told(report, "fault") == {("val", "opens")}
-    assert "1-D and of integers" in report.having("fault")[0].said
+    assert "1-D and of integers" in report.having("fault")[0].message
 
 
 def test_too_short_a_split_is_a_fault(look, sound):
     report = look({"val": sound["val"][:LENGTH]})
     assert told(report, "fault") == {("val", "samples")}
-    assert "lower --seq-length" in report.having("fault")[0].said
+    assert "lower --seq-length" in report.having("fault")[0].message
 
 
 @pytest.mark.parametrize("value", [VOCABULARY, -1])
@@ -100,7 +100,7 @@ def test_id_outside_the_vocabulary_is_a_fault_with_its_place(look, sound, value,
     tokens[1234] = value
     report = look({"train": tokens})
     assert told(report, "fault") == {("train", "ids")}
-    assert f"id {value} at token 1,234 is outside [0, 500)" in report.having("fault")[0].said
+    assert f"id {value} at token 1,234 is outside [0, 500)" in report.having("fault")[0].message
 
 
 def test_vocabulary_of_the_options_goes_before_the_stores(look):
@@ -110,7 +110,7 @@ def test_vocabulary_of_the_options_goes_before_the_stores(look):
 def test_vocabulary_that_nobody_states_is_not_made_up(look):
     report = look(attributes={"bos_token_id": BOS})
     assert told(report, "not checked") == {("train", "ids"), ("val", "ids")}
-    assert "--vocab-size (128256 for the published" in report.having("not checked")[0].said
+    assert "--vocab-size (128256 for the published" in report.having("not checked")[0].message
 
 
 def test_documents_without_a_beginning_are_a_fault_where_all_was_read(look, sound):
@@ -132,7 +132,7 @@ def test_other_bos_than_the_stores_is_a_fault(look):
 def test_unknown_bos_is_told(look):
     report = look(attributes={"vocab_size": VOCABULARY})
     assert told(report, "warning") == {("train", "BOS"), ("val", "BOS")}
-    assert "--bos-token-id" in report.having("warning")[0].said
+    assert "--bos-token-id" in report.having("warning")[0].message
 
 
 @pytest.mark.parametrize(("length", "verdict"), [(300, "warning"), (1100, "fault")])
@@ -223,7 +223,7 @@ def test_damaged_chunk_outside_the_fingerprint_is_a_fault_too(
     (tmp_path / "store" / "train" / "c" / "20").write_bytes(b"damage")
     report = validate.validate(tmp_path / "store", seq_length=LENGTH, samples=0)
     assert told(report, "fault") == {("train", "samples")}
-    assert "cannot be read, the first: tokens 19," in report.having("fault")[0].said
+    assert "cannot be read, the first: tokens 19," in report.having("fault")[0].message
 
 
 def test_samples_follow_the_seed(look, tmp_path):

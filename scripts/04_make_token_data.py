@@ -47,7 +47,7 @@ def main() -> None:
     unit = "tokens" if options["source"] == "random" else "documents"
     with exit_codes():
         with Bar() as bar:
-            made = make_store(out, **options, progress=partial(bar, f"making {out}", unit=unit))
+            made = make_store(out, **options, on_progress=partial(bar, f"making {out}", unit=unit))
         print(f"{'would make' if dry_run else 'made'} {out}: {made}")
         for split in () if dry_run else ("train", "val"):
             length = token_store.open_split(out, split).shape[0]

@@ -166,7 +166,7 @@ def test_order_is_shuffled_by_seed_and_independent_of_place(notes, tmp_path):
 def test_token_bounds_cut_each_split(tmp_path, notes):
     seen = []
     make_text(
-        tmp_path / "s", notes, train_tokens=100, val_tokens=5, progress=lambda *w: seen.append(w)
+        tmp_path / "s", notes, train_tokens=100, val_tokens=5, on_progress=lambda *w: seen.append(w)
     )
     assert token_store.open_split(tmp_path / "s", "train").shape == (100,)
     assert token_store.open_split(tmp_path / "s", "val").shape == (5,)
@@ -241,7 +241,7 @@ def test_racing_process_keeps_the_first_builtin_store(tmp_path, small_stdlib):
         if done == 1:
             text.ensure_builtin(root)
 
-    text.ensure_builtin(root, progress=other_finishes_first)
+    text.ensure_builtin(root, on_progress=other_finishes_first)
     assert len(documents(root, "train", 256)) == 9
     assert [p.name for p in tmp_path.glob("*builtin*")] == ["builtin"]
 

@@ -164,7 +164,7 @@ def test_random_store_has_its_lengths_and_follows_its_seed(tmp_path, monkeypatch
             {"train": 40, "val": 20},
             vocab_size=50,
             seed=seed,
-            progress=lambda *work: seen.append(work),
+            on_progress=lambda *work: seen.append(work),
         )
     a, b, c = (token_store.open_split(tmp_path / name, "train")[:] for name in "abc")
     assert a.shape == (40,)

@@ -29,7 +29,7 @@ MAKE_REMEDY = "Make one with `uv run --exact python scripts/04_make_token_data.p
 PUBLISHED = {"dclm_filter_8k": "gs://llama3-dclm-filter-8k", "books3": "gs://llama3-books3"}
 """Buckets of the published stores; whoever reads them pays."""
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the work done and all of it, in tokens or documents."""
 
 _FINGERPRINT_SPANS = 16
@@ -156,7 +156,7 @@ def write_random(
     *,
     vocab_size: int,
     seed: int,
-    progress: Progress = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> None:
     """Make a store of uniform random ids of [0, vocab_size); `lengths`: split -> tokens, from 1."""
     attributes = {"source": f"uniform random ids, seed {seed}", "vocab_size": vocab_size}
@@ -168,7 +168,7 @@ def write_random(
                 count = min(CHUNK_TOKENS, length - start)
                 writer.append(split, rng.integers(0, vocab_size, count, dtype=np.int32))
                 done += count
-                progress(done, total)
+                on_progress(done, total)
 
 
 def open_split(root: Path | str, split: str, *, remedy: str = MAKE_REMEDY) -> zarr.Array:

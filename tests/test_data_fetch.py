@@ -161,7 +161,7 @@ def test_absent_login_tells_how_to_get_one(ask, tmp_path, monkeypatch):
         fetch.fetch(ask(endpoint_url=None))
 
 
-def test_expired_login_is_told_from_an_absent_one(ask, monkeypatch):
+def test_expired_login_is_named_and_tells_how_to_get_one(ask, monkeypatch):
     import google.auth
     from google.auth.exceptions import RefreshError
 
@@ -171,12 +171,14 @@ def test_expired_login_is_told_from_an_absent_one(ask, monkeypatch):
     monkeypatch.setattr(
         google.auth, "default", lambda scopes: (SimpleNamespace(refresh=refresh), None)
     )
-    with pytest.raises(UserError, match=r"refused or expired \(Reauthentication is needed"):
+    with pytest.raises(
+        UserError, match=r"Reauthentication is needed.*gcloud auth application-default login"
+    ):
         fetch.fetch(ask(endpoint_url=None))
 
 
 def test_dead_network_is_a_failure_and_not_a_mistake(ask):
-    with pytest.raises(RunError, match="does not answer, after six tries"):
+    with pytest.raises(RunError, match="does not answer"):
         fetch.fetch(ask(endpoint_url="http://127.0.0.1:9"))
 
 

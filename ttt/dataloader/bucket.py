@@ -153,25 +153,11 @@ class Bucket:
 
     def _credentials(self) -> Any:
         import google.auth
-        from google.auth import exceptions
         from google.auth.transport.requests import Request
 
-        try:
+        with self._explained():
             credentials, _ = google.auth.default(scopes=[SCOPE])
             credentials.refresh(Request())  # an expired login is reported here, once
-        except exceptions.TransportError as error:
-            raise UnreachableError(
-                f"Google's login cannot be reached: {_first_line(error)}"
-            ) from error
-        except exceptions.RefreshError as error:
-            raise UserError(
-                f"The Google credentials are refused or expired ({_first_line(error)}): {LOGIN}."
-            ) from error
-        except (exceptions.GoogleAuthError, OSError, ValueError) as error:
-            raise UserError(
-                f"{self.source} is read with Google credentials, and none are usable "
-                f"({_first_line(error)}): {LOGIN}."
-            ) from error
         return credentials
 
     @contextmanager
@@ -183,7 +169,7 @@ class Bucket:
             raise self._explanation(error) from error
 
     def _explanation(self, error: Exception) -> UserError | RunError:
-        from google.auth.exceptions import GoogleAuthError
+        from google.auth.exceptions import GoogleAuthError, TransportError
 
         first, *rest = str(error).splitlines() or [type(error).__name__]
         code = getattr(error, "code", None)
@@ -201,8 +187,9 @@ class Bucket:
                 "serviceusage.services.use): use another account, or another --billing-project.",
             ),
             (
-                code == 401 or isinstance(error, GoogleAuthError),
-                f"access denied (401): {first}; {LOGIN}.",
+                (code == 401 or isinstance(error, GoogleAuthError | PermissionError))
+                and not isinstance(error, TransportError),
+                f"no Google credentials that are valid (401): {first}; {LOGIN}.",
             ),
             (
                 code == 400 or isinstance(error, ValueError),
@@ -213,7 +200,7 @@ class Bucket:
         for applies, message in causes:
             if applies:
                 return UserError(f"{self.source}: {message}")
-        return UnreachableError(f"{self.source} does not answer, after six tries: {first}")
+        return UnreachableError(f"{self.source} does not answer: {first}")
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -233,7 +220,3 @@ def _endpoint(url: str | None) -> str | None:
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
         raise UserError(f"{url}: an endpoint is http://HOST:PORT or https://HOST, no path.")
     return full
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -46,7 +46,7 @@ class Writer:
     def __init__(self, folder: Path, attributes: Mapping[str, Any]):
         """Start an empty store in `folder`; ids stay below `attributes["vocab_size"]`, if any."""
         self._group = zarr.create_group(folder, attributes=dict(attributes))
-        self._id_bound = int(attributes.get("vocab_size", 1 << 31))
+        self._vocab_size = int(attributes.get("vocab_size", 1 << 31))
         self._arrays: dict[str, zarr.Array] = {}
         self._pending: dict[str, np.ndarray] = {}
 
@@ -70,9 +70,9 @@ class Writer:
                 config={"write_empty_chunks": True},
             )
             self._pending[split] = np.zeros(0, np.int32)
-        if outside := ids_outside(tokens, self._id_bound):
+        if outside := ids_outside(tokens, self._vocab_size):
             raise StoreError(
-                f"{split}: token id {outside[0]} is outside [0, {self._id_bound}): "
+                f"{split}: token id {outside[0]} is outside [0, {self._vocab_size}): "
                 "check the tokenizer and vocab_size."
             )
         pending = np.concatenate([self._pending[split], tokens.astype(np.int32)])
@@ -100,10 +100,7 @@ def create(
     """
     root = Path(root)
     refuse_existing(root)
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unusable(root, str(error)) from error
+    root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f".{root.name}.{uuid.uuid4().hex}.partial")
     try:
         writer = Writer(partial, attributes)
@@ -130,11 +127,10 @@ def refuse_existing(root: Path | str) -> None:
         )
     place = next(parent for parent in root.absolute().parents if parent.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise _unusable(root, f"{place} is no folder that you may write to")
-
-
-def _unusable(root: Path, why: str) -> StoreError:
-    return StoreError(f"{root} cannot be made ({why}): choose another destination.")
+        raise StoreError(
+            f"{root} cannot be made ({place} is no folder that you may write to): "
+            "choose another destination."
+        )
 
 
 def write(
@@ -213,9 +209,9 @@ def remedy(name: str, root: Path | str) -> str:
 
 
 def read_attributes(root: Path | str, *, remedy: str = MAKE_REMEDY) -> dict[str, Any]:
-    """Return what the store says about itself; empty for the published stores.
+    """The store's attributes, empty for the published ones; raises `StoreError` if there is none.
 
-    Raises `StoreError`, which ends with `remedy`, if there is no store.
+    The error's message ends with `remedy`.
     """
     _split_names(Path(root), remedy)
     return dict(zarr.open_group(root, mode="r").attrs)

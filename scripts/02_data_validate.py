@@ -7,12 +7,11 @@ For example:
   uv run --exact python scripts/02_data_validate.py --dataset-path data/mine --samples 0 \
       --format json
 
-Looked at are --samples of each split, evenly drawn; 0: all. The vocabulary and the BOS are the
-store's own where no option gives them; the published stores say nothing of them. Nothing is
-changed.
+--samples of each split, evenly drawn, are looked at; 0: all. The vocabulary and the BOS are the
+store's own where no option gives them; the published stores do not state them. Nothing is changed.
 
 Exit codes: 0 all in order, warnings aside; 1 the data has a fault, or a failure under way;
-2 a mistake in the request, or a vocabulary that nobody states
+2 a mistake in the request, or an unknown vocabulary
 """
 
 import json
@@ -49,7 +48,7 @@ def main() -> None:
     add("--vocab-size", type=int, help="the model's; default: the store's")
     add("--bos-token-id", type=int, help="the model's; default: the store's")
     add("--seed", type=int, default=0, help="which samples are looked at; default: %(default)s")
-    add("--dry-run", action="store_true", help="open the splits, say what would be looked at")
+    add("--dry-run", action="store_true", help="open the splits, show what would be looked at")
     add("--format", choices=["table", "json"], default="table", help="default: %(default)s")
     args = vars(parser.parse_args())
     path, form, dry_run = (args.pop(name) for name in ("dataset_path", "format", "dry_run"))

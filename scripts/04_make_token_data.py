@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Read the command line; make, and tell what was made."""
+    """Read the command line; make the store and describe it."""
     options = vars(parse_arguments())
     out, dry_run = options.pop("out"), options["dry_run"]
     unit = "tokens" if options["source"] == "random" else "documents"

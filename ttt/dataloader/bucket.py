@@ -141,7 +141,7 @@ class Bucket:
     def _objects_of(self, page: dict[str, Any]) -> Iterator[StoredObject]:
         for item in page.get("items", []):
             name = item["name"].removeprefix(self._prefix)
-            if not name or name.endswith("/"):  # stands for a folder
+            if not name or name.endswith("/"):  # a marker of a folder
                 continue
             if {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name:
                 raise UserError(

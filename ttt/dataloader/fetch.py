@@ -82,7 +82,7 @@ class Request:
             raise UserError(f"--threads {self.threads}: must be at least 1.")
 
     def bucket(self, name: str) -> Bucket:
-        """The store of a dataset; raises `UserError` if nobody is named to pay for it."""
+        """The store of a dataset; raises `UserError` if no project to bill is named."""
         if self.source_root:
             source = f"{self.source_root.rstrip('/')}/{name}"
         else:
@@ -169,9 +169,9 @@ def check(
             more = "" if online else "; checksums not checked: that takes --billing-project PROJECT"
             on_message(f"{name}: not compared with an earlier fetch: no {root / RECORD}{more}")
         for split in request.splits:
-            text, found = _check_split(root, split, record, not online, on_progress)
+            text, wrong = _check_split(root, split, record, not online, on_progress)
             on_message(f"{name}/{split}: {text}")
-            faults += [f"{root / split}: {fault}" for fault in found]
+            faults += [f"{root / split}: {fault}" for fault in wrong]
     if faults:
         raise RunError(
             f"{len(faults)} faults found:\n  {_few(faults)}\nThe same command with --force in "
@@ -326,7 +326,7 @@ def _get(
         count(-stored.size)
     raise RunError(
         f"{bucket.source}/{stored.name} arrived {_CHECKSUM_TRIES} times with another checksum than "
-        "the store's listing has: it is damaged there or on the way."
+        "the store's listing has: it is damaged in the store or on the way."
     )
 
 

@@ -55,8 +55,8 @@ class TokenSource:
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
             raise StoreError(
                 f"{self.name}, sample {index}: tokens {start} to {start + self.seq_length} cannot "
-                f"be read ({cause}): a file there is damaged or gone; bring the store back from a "
-                "good copy."
+                f"be read ({cause}): a file is damaged or missing; restore the store from a good "
+                "copy."
             ) from error
         if outside := token_store.ids_outside(sample, self.vocab_size):
             raise StoreError(

@@ -1,6 +1,6 @@
 """Text files to tokens to a token store, and the corpus that every Python installation holds.
 
-A document is one file; BOS stands before each. Documents are put in a seeded order, and the first
+A document is one file; BOS comes before each. Documents are put in a seeded order, and the first
 share of them is held out as `val`, so that no document is in both splits.
 """
 

@@ -27,7 +27,7 @@ CHUNK_TOKENS = 1 << 16
 MAKE_REMEDY = "Make one with `uv run --exact python scripts/04_make_token_data.py`."
 
 PUBLISHED = {"dclm_filter_8k": "gs://llama3-dclm-filter-8k", "books3": "gs://llama3-books3"}
-"""Buckets of the published stores; whoever reads them pays."""
+"""Buckets of the published stores; the reader pays."""
 
 OnProgress = Callable[[int, int], None]
 """Called with the work done and all of it, in tokens or documents."""
@@ -37,7 +37,7 @@ _FINGERPRINT_SPAN_TOKENS = 1 << 16
 
 
 class StoreError(UserError):
-    """A token store that is absent, broken, not what was asked for, or in the way."""
+    """A token store that is absent, broken, unsuited, or in the way of a new one."""
 
 
 class Writer:
@@ -204,7 +204,7 @@ def remedy(name: str, root: Path | str) -> str:
     return (
         "Fetch it (the reader pays, through a Google Cloud project) with `uv run --exact python "
         f"scripts/00_data_fetch.py --datasets {name} --billing-project PROJECT{where}`, or set "
-        f"deploy_paths.data.{name} to where it lies."
+        f"deploy_paths.data.{name} to its folder."
     )
 
 

@@ -135,19 +135,18 @@ def validate(
             continue
         message = f"{array.shape[0]:,} tokens of {array.dtype}, {fingerprint}"
         report.add(split, ("opens", "ok", message))
-        total, wanted = _amounts(array, seq_length, samples)
+        total, chosen = _amounts(array, seq_length, samples)
         numbers = {"tokens": array.shape[0], "samples": total, "fingerprint": fingerprint}
         report.numbers[split] = numbers
         job = partial(on_progress, f"looking at {split}")
-        seen[split] = _read(report, array, total, wanted, seed, job)
+        seen[split] = _read(report, array, total, chosen, seed, job)
         report.add(split, _samples(seen[split], report, numbers))
         if seen[split].looked_at:
             numbers |= _numbers(seen[split], report)
             report.add(split, *_contents(seen[split], report, numbers))
             report.add(split, *_repetition(seen[split], report, numbers))
     if all(split in seen and seen[split].looked_at for split in ("train", "val")):
-        report.numbers["val"] |= _in_train(seen["train"], seen["val"])
-        report.add("val", _held_out(report))
+        report.add("val", _held_out(report, seen["train"], seen["val"]))
     return report
 
 
@@ -158,9 +157,9 @@ def plan(root: Path | str, splits: Sequence[str], seq_length: int, samples: int)
     lines = []
     for split in splits:
         array = token_store.open_split(root, split, remedy=remedy)
-        total, wanted = _amounts(array, seq_length, samples)
+        total, chosen = _amounts(array, seq_length, samples)
         lines.append(
-            f"{split}: would look at {wanted:,} of {total:,} samples of {seq_length} tokens"
+            f"{split}: would look at {chosen:,} of {total:,} samples of {seq_length} tokens"
         )
     return lines
 
@@ -206,15 +205,15 @@ def _read(
     report: Report,
     array: zarr.Array,
     total: int,
-    wanted: int,
+    chosen: int,
     seed: int,
     on_progress: Callable[[int, int, str], None],
 ) -> _Seen:
-    """Read `wanted` of the `total` samples."""
+    """Read `chosen` of the `total` samples and count what they hold."""
     length, done = report.seq_length, 0
-    sparsity = max(1, wanted * length / _KEPT_STRETCHES)
+    sparsity = max(1, chosen * length / _KEPT_STRETCHES)
     seen = _Seen(keep_one_of=1 << math.ceil(math.log2(sparsity)))
-    for first, count in _blocks(wanted, total, length, seed):
+    for first, count in _blocks(chosen, total, length, seed):
         start = first * length
         try:
             tokens = np.asarray(array[start : start + count * length + 1])
@@ -223,25 +222,25 @@ def _read(
         else:
             _count(seen, report, tokens, start)
         done += count
-        on_progress(done, wanted, "samples")
+        on_progress(done, chosen, "samples")
     return seen
 
 
-def _blocks(wanted: int, total: int, seq_length: int, seed: int) -> Iterator[tuple[int, int]]:
+def _blocks(chosen: int, total: int, seq_length: int, seed: int) -> Iterator[tuple[int, int]]:
     """First sample and number of samples to read at once: all in order, or one of each stratum."""
-    if wanted == total:
+    if chosen == total:
         step = max(1, _BLOCK_TOKENS // seq_length)
         for first in range(0, total, step):
             yield first, min(step, total - first)
         return
-    edges = np.linspace(0, total, wanted + 1).astype(np.int64)
+    edges = np.linspace(0, total, chosen + 1).astype(np.int64)
     rng = np.random.default_rng(seed)
     for first in rng.integers(edges[:-1], edges[1:]).tolist():
         yield first, 1
 
 
 def _count(seen: _Seen, report: Report, tokens: np.ndarray, start: int) -> None:
-    """Add whole samples, and the one token behind them, which lie at `start` of the split."""
+    """Add whole samples and the one token behind them; `start` is their place in the split."""
     seen.least_id = min(seen.least_id, int(tokens.min()))
     seen.most_id = max(seen.most_id, int(tokens.max()))
     bound = report.vocab_size or np.iinfo(np.int64).max
@@ -377,22 +376,15 @@ def _repetition(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iter
         yield "repeats", "not checked", message
 
 
-def _in_train(train: _Seen, val: _Seen) -> dict[str, Any]:
-    """How many of val's samples, and which share of its stretches, were also seen in train."""
+def _held_out(report: Report, train: _Seen, val: _Seen) -> Result:
+    """Check how many of val's samples, and which share of its stretches, are in train too."""
     copies = set(train.hashes)
-    stretches = np.concatenate(val.stretches)
-    stretches = stretches[_kept(stretches, train.keep_one_of)]
-    shared = np.isin(stretches, np.concatenate(train.stretches))
-    return {
-        "samples_in_train": sum(sample in copies for sample in val.hashes),
-        "stretches_in_train": float(shared.mean()) if shared.size else 0.0,
-    }
-
-
-def _held_out(report: Report) -> Result:
-    numbers = report.numbers["val"]
-    samples, stretches = numbers["samples_in_train"], numbers["stretches_in_train"]
-    share = samples / numbers["looked_at"]
+    samples = sum(sample in copies for sample in val.hashes)
+    share = samples / val.looked_at
+    own = np.concatenate(val.stretches)
+    shared = np.isin(own[_kept(own, train.keep_one_of)], np.concatenate(train.stretches))
+    stretches = float(shared.mean()) if shared.size else 0.0
+    report.numbers["val"] |= {"samples_in_train": samples, "stretches_in_train": stretches}
     verdicts = _by_copies(share, report), _by_share(stretches, REPEAT_WARNING, REPEAT_FAULT)
     message = (
         f"{samples:,} samples ({share:.2%}) and {stretches:.1%} of the stretches of {_STRETCH} "

@@ -1,7 +1,8 @@
 r"""Make a token store (zarr, splits `train` and `val`) from text, built-in text or random ids.
 
 For example:
-  uv run --exact python scripts/04_make_token_data.py --out data/builtin --source builtin
+  uv run --exact python scripts/04_make_token_data.py --out data/builtin_bpe --source builtin \
+      --tokenizer bpe
   uv run --exact python scripts/04_make_token_data.py --out data/mine --source text \
       --text 'notes/**/*.txt' --tokenizer tokenizer.json
   uv run --exact python scripts/04_make_token_data.py --out data/smoke
@@ -29,12 +30,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", required=True, help="folder of the new store; must not exist")
     add("--source", choices=list(DEFAULTS), default="random", help="default: %(default)s")
     add("--text", nargs="+", metavar="GLOB", help="files, one document each; ** is any folders")
-    add("--tokenizer", metavar="bytes|FILE.json", help="default: bytes, 258 ids")
+    add("--tokenizer", metavar="bytes|bpe|FILE.json", help="default: bytes; bpe: trained on it")
     add("--bos-token", help="starts each document; default: the usual names are tried")
     add("--val-share", type=float, help="share of the documents held out as val; default: 0.1")
     add("--train-tokens", type=int, help="default: all; random: 1000000")
     add("--val-tokens", type=int, help="default: all; random: 100000")
-    add("--vocab-size", type=int, help="of random ids; default: 258")
+    add("--vocab-size", type=int, help="of random ids (258) or of bpe (2048)")
     add("--seed", type=int, default=0, help="of the documents' order, or of random ids")
     add("--dry-run", action="store_true", help="check, show what would be made, write nothing")
     return parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
         with Bar() as bar:
             made = make_store(out, **options, on_progress=partial(bar, f"making {out}", unit=unit))
         print(f"{'would make' if dry_run else 'made'} {out}: {made}")
-        for split in () if dry_run else ("train", "val"):
+        for split in () if dry_run else token_store.splits(out):
             length = token_store.open_split(out, split).shape[0]
             print(f"{out}/{split}: {length} tokens, {token_store.fingerprint(out, split)}")
 

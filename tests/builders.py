@@ -88,6 +88,7 @@ TRAINING = TrainingConfig(
     eval_batches=1,
     eval_start_batches=1,
     count_model_tokens=0,
+    sample_tokens=0,
     save_every_steps=0,
     save_every_minutes=0.0,
     save_milestone_freq=0,

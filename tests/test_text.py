@@ -1,6 +1,5 @@
 """Text: documents become tokens and come back; train and val share no document."""
 
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -156,11 +155,26 @@ def test_order_is_shuffled_by_seed_and_independent_of_place(notes, tmp_path):
         text.text_corpus([pattern], seed=seed, val_share=0.3)
         for pattern, seed in ((f"{moved}/**/*.txt", 0), (f"{moved}/?/*", 0), (f"{moved}/?/*", 1))
     ]
-    first, again, other = ([path.name for path in c.val + c.train] for c in corpora)
+    first, again, other = ([path.name for path in c.paths] for c in corpora)
     assert first == again
     assert first != other
     assert first != sorted(first)
-    assert len(corpora[0].val) == 3
+    assert len(corpora[0].splits["val"]) == 3
+
+
+def test_a_tokenizer_is_trained_on_the_text_it_is_for(tmp_path, notes):
+    make_text(tmp_path / "s", notes, tokenizer="bpe", vocab_size=280)
+    tokenizer = text.store_tokenizer(tmp_path / "s")
+    assert tokenizer.vocab_size == 280
+    ids = tokenizer.encode(NOTES[3])
+    assert tokenizer.decode(ids) == NOTES[3]
+    assert len(ids) < 0.5 * len(NOTES[3].encode())
+    unseen = "x = 'é\n\t0' # \u4e16 \r\n"
+    assert tokenizer.decode(tokenizer.encode(unseen)) == unseen
+    lengths = token_store.read_attributes(tmp_path / "s")["bytes_per_token"]
+    stored = documents(tmp_path / "s", "val", tokenizer.bos_token_id)
+    size = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in stored)
+    assert lengths["val"] == pytest.approx(size / sum(len(ids) - 1 for ids in stored))
 
 
 def test_token_bounds_cut_each_split(tmp_path, notes):
@@ -190,7 +204,9 @@ def test_files_that_are_no_utf8_are_all_named_and_nothing_is_made(tmp_path, note
         ("text", {"text": [__file__]}, "1 document"),
         ("text", {"text": ["{notes}/**"], "val_share": 1.0}, "between 0 and 1"),
         ("random", {"tokenizer": "bytes"}, "tokenizer: not for source random"),
-        ("builtin", {"vocab_size": 9}, "vocab_size: not for source builtin"),
+        ("builtin", {"text": ["{notes}/**"]}, "text: not for source builtin"),
+        ("text", {"text": ["{notes}/**"], "vocab_size": 300}, "the tokenizer bytes has its own"),
+        ("text", {"text": ["{notes}/**"], "tokenizer": "bpe", "bos_token": "<s>"}, "its own BOS"),
         ("random", {"val_tokens": 0}, "val_tokens=0 must be at least 1"),
         ("random", {"vocab_size": 1 << 32}, "vocab_size=4294967296 must be at most 2147483648"),
         ("random", {"seed": -1}, "seed=-1 must be at least 0"),
@@ -202,48 +218,6 @@ def test_mistaken_option_is_told(tmp_path, notes, source, options, message):
     with pytest.raises(UserError, match=message):
         make_store(tmp_path / "s", source, **options)
     assert not (tmp_path / "s").exists()
-
-
-def test_builtin_corpus_is_the_standard_library_with_an_exact_tenth_held_out():
-    corpus = text.builtin_corpus(seed=0)
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    both = set(corpus.train) | set(corpus.val)
-    assert {stdlib / "ast.py", stdlib / "json" / "decoder.py"} <= both
-    assert not [p for p in both if {"site-packages", "__pycache__"} & set(p.parts)]
-    assert len(both) == len(corpus.train) + len(corpus.val)
-    assert len(corpus.val) == round(len(both) / 10)
-
-
-@pytest.fixture
-def small_stdlib(notes, monkeypatch):
-    """Ten modules in place of the standard library, and one that is not of it."""
-    for path in notes.rglob("*.txt"):
-        path.rename(path.with_suffix(".py"))
-    (notes / "site-packages").mkdir()
-    (notes / "site-packages" / "foreign.py").touch()
-    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(notes))
-
-
-def test_builtin_store_is_made_once(tmp_path, small_stdlib):
-    root = tmp_path / "data" / "builtin"
-    text.ensure_builtin(root)
-    assert len(documents(root, "train", 256)) == 9
-    assert len(documents(root, "val", 256)) == 1
-    before = (root / "zarr.json").stat().st_ino
-    text.ensure_builtin(root)
-    assert (root / "zarr.json").stat().st_ino == before
-
-
-def test_racing_process_keeps_the_first_builtin_store(tmp_path, small_stdlib):
-    root = tmp_path / "builtin"
-
-    def other_finishes_first(done, total):
-        if done == 1:
-            text.ensure_builtin(root)
-
-    text.ensure_builtin(root, on_progress=other_finishes_first)
-    assert len(documents(root, "train", 256)) == 9
-    assert [p.name for p in tmp_path.glob("*builtin*")] == ["builtin"]
 
 
 def test_script_makes_a_store_once_and_prints_its_fingerprints(tmp_path, run_script):

@@ -414,6 +414,7 @@ _NEUTRAL = frozenset(
         "training.wandb_*",
         "training.eval_*",
         "training.count_model_*",
+        "training.sample_*",
         "training.save_*",
         "training.keep_checkpoints",
         # what to do where the run would end otherwise

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ttt.config import differences, to_dict
 from ttt.dataloader import text
-from ttt.dataloader.text import AbstractTokenizer, ByteTokenizer
+from ttt.dataloader.text import AbstractTokenizer
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
 from ttt.inference.engine import Engine
@@ -140,8 +140,6 @@ def find_tokenizer(config: Config) -> AbstractTokenizer:
         tokenizer = text.load_tokenizer(request.tokenizer)
     elif root and Path(root).exists():
         tokenizer = text.store_tokenizer(root)
-    elif name == "builtin":
-        tokenizer = ByteTokenizer()
     else:
         raise UserError(
             f"the dataset {name}, which knows the tokenizer, is not at {root or 'any place'}: set "

@@ -274,6 +274,8 @@ class TrainingConfig:
     count_model_tokens: Natural
     """A count model of so many tokens, the first of the training order, is scored beside the
     trained model in the end; 0: none is."""
+    sample_tokens: Natural
+    """Tokens that the trained model writes in the end after a held-out document; 0: none."""
     save_every_steps: Natural
     """0: only at the end."""
     save_every_minutes: NotNegative

@@ -4,26 +4,34 @@ The order matters: everything that a user can have got wrong is found before the
 """
 
 import logging
+import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from ttt import mixers
+from ttt.config import experiments
 from ttt.entry import hydra_entry
+from ttt.errors import UserError
 from ttt.evaluation import result
 from ttt.evaluation.loss_by_position import LearningComparison, PositionLoss
 from ttt.evaluation.result import Row
+from ttt.evaluation.sample import write_sample
 from ttt.infra import distributed
 from ttt.infra.mesh import check_divides
 from ttt.infra.progress import Progress
-from ttt.infra.record import RunRecord, write_whole
+from ttt.infra.record import RunRecord, masked_arguments, write_whole
 from ttt.knobs import Config
 from ttt.model import loop
 from ttt.model.loop import Evaluator, Score
 from ttt.model.trained import learns, method_of
+from ttt.model.transformer import MetaModel
 from ttt.training import light
 from ttt.training.run import (
     TrainingRun,
@@ -86,6 +94,10 @@ def train_network(config: Config) -> None:
                 speed=partial(speed, config),
             )
             evaluate(run, state, evaluator, window, learning=learns(training))
+            if training.sample_tokens and jax.process_count() == 1:
+                show_sample(run, state.model)
+    if distributed.is_first():
+        show_next(config)
 
 
 def train_light(config: Config) -> None:
@@ -244,6 +256,38 @@ def evaluate(run: TrainingRun, state: Any, scores: Score, window: int, *, learni
             summary["gain_last_half"],
         )
     logger.info("picture: %s\nnumbers: %s", picture, path)
+
+
+def show_sample(run: TrainingRun, model: MetaModel) -> None:
+    """Print what the model writes after a held-out document, if the store names its tokenizer."""
+    with run.spent("sample"):
+        try:
+            sample = write_sample(run.config, model)
+        except UserError as error:
+            logger.info("no sample was written: %s", error)
+            return
+    console = Console(highlight=False, markup=False)
+    console.rule(f"written by the model after {sample.read:,} tokens of a held-out document")
+    console.print(sample.text, soft_wrap=True)
+    console.rule(f"{sample.known} of these {sample.lines} lines occur in the training text")
+    path = run.record.folder / f"sample-{run.config.training.total_steps}.txt"
+    write_whole(path, sample.text + "\n")
+
+
+def show_next(config: Config) -> None:
+    """Print the commands that a user may want next, as far as the command line tells them."""
+    if not HydraConfig.initialized():
+        return
+    settings = shlex.join(word for word in masked_arguments(sys.argv[1:]) if "=" in word)
+    lines = [
+        f"uv run generate {settings} generate.prompt_file=FILE   # read a text of yours, write on",
+        f"uv run evaluate {settings}   # loss by context, needles, long decoding",
+    ]
+    experiment = HydraConfig.get().runtime.choices.get("experiment") or ""
+    extension = experiment.replace("pretrain", "extension", 1).replace("pretrain-", "ext-", 1)
+    if longer := [name for name in experiments() if name.startswith(f"{extension}-")]:
+        lines.append(f"uv run train +experiment={min(longer, key=len)}   # on to longer contexts")
+    Console(highlight=False, markup=False).print("next:", *lines, sep="\n  ", soft_wrap=True)
 
 
 def summary_path(record: RunRecord, step: int) -> Path:

@@ -4,15 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ttt.dataloader import text, token_store
+from ttt.dataloader import builtin, text, token_store
 from ttt.dataloader.token_store import OnProgress
 from ttt.errors import UserError
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "builtin": {"train_tokens": None, "val_tokens": None},
+    "builtin": {
+        "tokenizer": "bytes",
+        "vocab_size": None,
+        "train_tokens": None,
+        "val_tokens": None,
+    },
     "text": {
         "text": None,
         "tokenizer": "bytes",
+        "vocab_size": None,
         "bos_token": None,
         "val_share": 0.1,
         "train_tokens": None,
@@ -51,14 +57,22 @@ def make_store(
             )
         return f"random ids below {vocab_size}, {lengths['train']} train and {lengths['val']} val"
     if source == "builtin":
-        tokenizer, corpus = text.ByteTokenizer(), text.builtin_corpus(seed=seed)
+        corpus = builtin.corpus(seed=seed)
     else:
-        tokenizer = text.load_tokenizer(options["tokenizer"], options["bos_token"])
         corpus = text.text_corpus(options["text"], seed=seed, val_share=options["val_share"])
+    name, vocab_size = options["tokenizer"], options["vocab_size"]
+    if vocab_size and name != "bpe":
+        raise UserError(
+            f"vocab_size={vocab_size}: the tokenizer {name} has its own; give tokenizer bpe, or "
+            "leave it out."
+        )
+    vocab_size, bos_token = vocab_size or text.BPE_VOCAB_SIZE, options.get("bos_token")
     if dry_run:
+        tokenizer = None if name == "bpe" else text.load_tokenizer(name, bos_token)
         text.check_readable(corpus, tokenizer)
     else:
-        text.write_corpus(root, corpus, tokenizer, **bounds, on_progress=on_progress)
+        with text.tokenizer_for(name, corpus, vocab_size, bos_token) as tokenizer:
+            text.write_corpus(root, corpus, tokenizer, **bounds, on_progress=on_progress)
     return f"{corpus.source}, from {corpus.size / 1e6:.1f} MB of text"
 
 

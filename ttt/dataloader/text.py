@@ -1,4 +1,4 @@
-"""Text files to tokens to a token store, and the corpus that every Python installation holds.
+"""Text files to tokens to a token store.
 
 A document is one file; BOS comes before each. Documents are put in a seeded order, and the first
 share of them is held out as `val`, so that no document is in both splits.
@@ -7,18 +7,20 @@ share of them is held out as `val`, so that no document is in both splits.
 import glob
 import hashlib
 import os
-import platform
 import sys
-import sysconfig
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ttt.dataloader import token_store
 from ttt.dataloader.token_store import OnProgress
@@ -27,8 +29,9 @@ from ttt.errors import UserError
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
 TOKENIZER_FILE = "tokenizer.json"
-BUILTIN_VAL_SHARE = 0.1
+BPE_VOCAB_SIZE = 2048
 
+_BPE_BYTES = 12_000_000
 _GROUP_BYTES = 8 << 20
 """Text tokenized at a time: enough documents to occupy all cores, and little memory."""
 
@@ -132,19 +135,82 @@ def store_tokenizer(root: Path | str) -> AbstractTokenizer:
     return load_tokenizer(file, attributes.get("bos_token"))
 
 
+@contextmanager
+def tokenizer_for(
+    name: str,
+    corpus: "Corpus",
+    vocab_size: int = BPE_VOCAB_SIZE,
+    bos_token: str | None = None,
+) -> Generator[AbstractTokenizer]:
+    """`bytes`, a JSON file, or `bpe`: byte pairs counted in the corpus's training text.
+
+    The file of a new tokenizer goes when the block ends; a store that is made inside keeps a copy.
+    Raises `UserError`.
+    """
+    if name != "bpe":
+        yield load_tokenizer(name, bos_token)
+        return
+    if bos_token:
+        raise UserError(f"A new tokenizer has its own BOS: leave out {bos_token!r}.")
+    check_readable(corpus)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / TOKENIZER_FILE
+        train_bpe(corpus, vocab_size).save(str(file))
+        yield FileTokenizer(file)
+
+
+def train_bpe(corpus: "Corpus", vocab_size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE, from the first 12 MB of the corpus's training text.
+
+    Merges stay inside a line break with the blanks that follow it, a word with the blank before
+    it, up to three digits, or a run of other signs. Any text survives encoding and decoding.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    words = tokenizers.Regex(r"\n[ \t\n]*| ?[^\W\d]+|\d{1,3}| ?[^\s\w]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS_NAMES[0], EOS_NAMES[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def documents() -> Iterator[str]:
+        size = 0
+        for path in corpus.splits["train"]:
+            data = path.read_bytes()
+            yield data.decode()
+            size += len(data)
+            if size > _BPE_BYTES:
+                return
+
+    tokenizer.train_from_iterator(documents(), trainer)
+    return tokenizer
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents, in the order in which they are stored."""
 
     source: str
     """A description for the store's attributes."""
-    train: tuple[Path, ...]
-    val: tuple[Path, ...]
+    splits: Mapping[str, tuple[Path, ...]]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The documents of all splits."""
+        return tuple(chain.from_iterable(self.splits.values()))
 
     @property
     def size(self) -> int:
-        """Bytes of text in both splits."""
-        return sum(path.stat().st_size for path in self.train + self.val)
+        """Bytes of text."""
+        return sum(path.stat().st_size for path in self.paths)
 
 
 def text_corpus(patterns: Sequence[str], *, seed: int, val_share: float) -> Corpus:
@@ -160,15 +226,6 @@ def text_corpus(patterns: Sequence[str], *, seed: int, val_share: float) -> Corp
             raise UserError(f"No file matches {pattern!r} from {Path.cwd()}.")
         paths |= files
     return _corpus(f"text files {shorten(' '.join(patterns), 120)}", paths, seed, val_share)
-
-
-def builtin_corpus(*, seed: int) -> Corpus:
-    """Collect the modules of the running Python's standard library, a tenth of them held out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    foreign = {"site-packages", "dist-packages", "__pycache__"}
-    paths = {p for p in root.rglob("*.py") if not foreign & set(p.relative_to(root).parts)}
-    name = f"standard library of Python {platform.python_version()}"
-    return _corpus(name, paths, seed, BUILTIN_VAL_SHARE)
 
 
 def _corpus(source: str, paths: set[Path], seed: int, val_share: float) -> Corpus:
@@ -188,13 +245,16 @@ def _corpus(source: str, paths: set[Path], seed: int, val_share: float) -> Corpu
     ordered = tuple(sorted(paths, key=key))
     held_out = min(max(1, round(len(ordered) * val_share)), len(ordered) - 1)
     source += f"; seed {seed}; {held_out} of {len(ordered)} documents held out"
-    return Corpus(source, ordered[held_out:], ordered[:held_out])
+    return Corpus(source, {"train": ordered[held_out:], "val": ordered[:held_out]})
 
 
-def check_readable(corpus: Corpus, tokenizer: AbstractTokenizer) -> None:
-    """Raise `UserError` that names every file `tokenizer` cannot take, before hours of work."""
+def check_readable(corpus: Corpus, tokenizer: AbstractTokenizer | None = None) -> None:
+    """Raise `UserError` that names every file `tokenizer` cannot take, before hours of work.
+
+    tokenizer: None stands for one that takes UTF-8.
+    """
     bad = []
-    for path in () if isinstance(tokenizer, ByteTokenizer) else corpus.train + corpus.val:
+    for path in () if isinstance(tokenizer, ByteTokenizer) else corpus.paths:
         try:
             path.read_bytes().decode()
         except UnicodeDecodeError:
@@ -236,43 +296,36 @@ def write_corpus(
     if isinstance(tokenizer, FileTokenizer):  # what `store_tokenizer` needs
         attributes |= {"tokenizer": TOKENIZER_FILE, "bos_token": tokenizer.bos_token}
         files = {TOKENIZER_FILE: tokenizer.path}
-    done, total = 0, len(corpus.train) + len(corpus.val)
-    splits = (("train", corpus.train, train_tokens), ("val", corpus.val, val_tokens))
+    done, total = 0, len(corpus.paths)
+    bytes_per_token = {}
     with token_store.create(root, attributes=attributes, files=files) as writer:
-        for split, paths, bound in splits:
+        for split, paths in corpus.splits.items():
+            bound = train_tokens if split == "train" else val_tokens
             left = sys.maxsize if bound is None else bound
-            for document in _documents(paths, tokenizer):
+            size = tokens = 0
+            for letters, document in _documents(paths, tokenizer):
                 writer.append(split, document[:left])
                 left -= min(left, document.size)
+                size, tokens = size + letters, tokens + document.size - 1
                 done += 1
                 on_progress(done, total)
                 if not left:
                     break
+            bytes_per_token[split] = size / max(tokens, 1)
+        writer.describe(bytes_per_token=bytes_per_token)
     on_progress(total, total)
 
 
-def ensure_builtin(root: Path | str, *, on_progress: OnProgress = lambda done, total: None) -> None:
-    """Make the built-in store at `root`, as bytes, unless it exists: seconds of work, once.
-
-    Several processes may do so at once: each builds its own, and the first to finish stays.
-    """
-    if Path(root).exists():
-        return
-    try:
-        write_corpus(root, builtin_corpus(seed=0), ByteTokenizer(), on_progress=on_progress)
-    except token_store.StoreError:
-        if not Path(root).exists():
-            raise
-
-
-def _documents(paths: Sequence[Path], tokenizer: AbstractTokenizer) -> Iterator[np.ndarray]:
-    """BOS and ids of each file, tokenized in groups of about `_GROUP_BYTES`."""
+def _documents(
+    paths: Sequence[Path], tokenizer: AbstractTokenizer
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Bytes of each file, and BOS with its ids; tokenized in groups of about `_GROUP_BYTES`."""
     bos = np.array([tokenizer.bos_token_id], np.int32)
     group, size = [], 0
     for path in paths:
         group.append(path.read_bytes())
         size += len(group[-1])
         if size >= _GROUP_BYTES or path == paths[-1]:
-            for ids in tokenizer.encode_many(group):
-                yield np.concatenate([bos, ids])
+            for data, ids in zip(group, tokenizer.encode_many(group), strict=True):
+                yield len(data), np.concatenate([bos, ids])
             group, size = [], 0

@@ -81,6 +81,10 @@ class Writer:
             self._arrays[split].append(pending[:whole])
         self._pending[split] = pending[whole:]
 
+    def describe(self, **attributes: Any) -> None:
+        """Add to what the store says about itself."""
+        self._group.attrs.update(attributes)
+
     def flush(self) -> None:
         """Write the last, partial chunks. Nothing may be appended afterwards."""
         for split, pending in self._pending.items():
@@ -239,6 +243,11 @@ def ids_outside(tokens: np.ndarray, vocab_size: int) -> tuple[int, int] | None:
         return None
     position = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
     return int(tokens[position]), position
+
+
+def splits(root: Path | str) -> list[str]:
+    """Names of the splits of the store at `root`; raises `StoreError` if there is none."""
+    return _split_names(Path(root), MAKE_REMEDY)
 
 
 def _split_names(root: Path, remedy: str) -> list[str]:

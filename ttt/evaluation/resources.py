@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ttt import mixers
-from ttt.dataloader import lm_dataset, text, token_store
+from ttt.dataloader import builtin, lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
@@ -99,9 +99,9 @@ def store_folder(config: Config) -> Path:
             f"+deploy_paths.data.{name}=FOLDER, or name one of {', '.join(places)}"
         )
     root = Path(places[name])
-    if name == "builtin" and not root.exists():
-        logger.info("making the built-in corpus (the standard library's source) in %s", root)
-        text.ensure_builtin(root)
+    if name in builtin.DATASETS and not root.exists():
+        logger.info("making the built-in corpus (Python source) in %s", root)
+        builtin.ensure(name, root)
     return root
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from ttt.dataloader import text
+from ttt.dataloader import builtin
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
 
@@ -105,7 +105,7 @@ def _read(path: Path) -> str:
 def _docstrings() -> str:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docs = []
-    for path in text.builtin_corpus(seed=0).val:
+    for path in builtin.corpus().splits["val"]:
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # some modules are there to be broken

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ttt.dataloader import text, token_store
+from ttt.dataloader import builtin, token_store
 from ttt.entry import UNUSED_GPU, cuda_extra, gpu_is_visible
 from ttt.runs import compose, matching, registry, request
 from ttt.runs.execute import TRAIN, Execution
@@ -159,7 +159,7 @@ def check_data(plan: Plan) -> None:
     """Raise UserError for a token store that a run will not find; `train` makes the built-in."""
     for name, (root, run) in _stores(plan).items():
         training = compose.config_of(run).training
-        if name != "builtin" or Path(root).exists():
+        if name not in builtin.DATASETS or Path(root).exists():
             for split in (training.data_split, training.eval_split):
                 token_store.open_split(root, split, remedy=token_store.remedy(name, root))
 
@@ -169,9 +169,9 @@ def bootstrap(plan: Plan, console: Console) -> None:
     for name, (root, run) in _stores(plan).items():
         if Path(root).exists():
             continue
-        if name == "builtin":
+        if name in builtin.DATASETS:
             console.print(f"making the built-in corpus in {root}", soft_wrap=True)
-            text.ensure_builtin(root)
+            builtin.ensure(name, root)
             continue
         longest = max(one.seq_length for one in plan.runs)
         vocab_size = compose.config_of(run).model.vocab_size

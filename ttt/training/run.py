@@ -14,7 +14,7 @@ import jax
 from jaxtyping import PyTree
 
 from ttt.config import differences, to_dict
-from ttt.dataloader import lm_dataset, text, token_store
+from ttt.dataloader import builtin, lm_dataset, token_store
 from ttt.dataloader.lm_dataset import Source
 from ttt.errors import RunError, Stopped, UserError
 from ttt.infra import checkpoint, distributed
@@ -64,10 +64,10 @@ def open_data(config: Config) -> Data:
 
     def make_builtin() -> None:
         if not Path(root).exists():
-            logger.info("making the built-in corpus (the standard library's source) in %s", root)
-            text.ensure_builtin(root)
+            logger.info("making the built-in corpus (Python source) in %s", root)
+            builtin.ensure(name, root)
 
-    if name == "builtin" and not training.dummy_dataset:
+    if name in builtin.DATASETS and not training.dummy_dataset:
         distributed.first_does(make_builtin)
     train, evaluation = (
         lm_dataset.open_source(

@@ -224,11 +224,13 @@ def test_part_of_a_file_is_continued(make_request, store, source, tmp_path):
     assert files(tmp_path / "data" / "books3") == files(source)
 
 
-def test_part_of_another_version_is_not_trusted(make_request, source, tmp_path):
+@pytest.mark.parametrize(("size", "tries"), [(500, 2), (50_000, 1)])
+def test_part_of_another_version_is_not_kept(make_request, store, source, tmp_path, size, tries):
     part = tmp_path / "data" / "books3" / "train" / "c" / ".1.partial"
     part.parent.mkdir(parents=True)
-    part.write_bytes(b"other" * 100)
+    part.write_bytes(bytes(size))
     fetch.fetch(make_request())
+    assert store.reads.count(CHUNKS[1]) == tries * store.reads.count(CHUNKS[0])
     assert files(tmp_path / "data" / "books3") == files(source)
 
 

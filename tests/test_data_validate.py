@@ -227,7 +227,7 @@ def test_damaged_chunk_outside_the_fingerprint_is_a_fault_too(
     (tmp_path / "store" / "train" / "c" / "20").write_bytes(b"damage")
     report = validate.validate(tmp_path / "store", seq_length=LENGTH, samples=0)
     assert checks(report, "fault") == {("train", "samples")}
-    assert "cannot be read, the first: tokens 19," in report.having("fault")[0].message
+    assert "store: tokens 19712 to 20608 cannot be read" in report.having("fault")[0].message
 
 
 def test_samples_follow_the_seed(validated, tmp_path):

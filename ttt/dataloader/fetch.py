@@ -382,8 +382,6 @@ def _check_split(
         facts = _describe(root, split)
     except StoreError as error:
         return "unusable", [str(error)]
-    except Exception as error:  # of zarr or of any of its codecs, at a damaged chunk
-        return "unreadable", [f"cannot be read ({type(error).__name__}: {error})"]
     text = _text(facts)
     faults = [] if facts["tokens"] else ["holds no tokens"]
     recorded = record.get("splits", {}).get(split)

@@ -222,15 +222,28 @@ def fingerprint(root: Path | str, split: str) -> str:
 
     The first and the last span are among them, and a split of up to 16 spans is hashed whole; so it
     reads a few MB of a store of any size. It does not depend on chunks or compression, and does not
-    see a change outside the spans.
+    see a change outside the spans. Raises `StoreError`.
     """
     array = open_split(root, split)
     digest = hashlib.sha256(f"{array.shape} {array.dtype.str}".encode())
     last = max(0, array.shape[0] - _FINGERPRINT_SPAN_TOKENS)
     count = min(_FINGERPRINT_SPANS, -(-array.shape[0] // _FINGERPRINT_SPAN_TOKENS))
     for start in np.linspace(0, last, count, dtype=np.int64).tolist():
-        digest.update(np.asarray(array[start : start + _FINGERPRINT_SPAN_TOKENS]).tobytes())
+        stop = min(start + _FINGERPRINT_SPAN_TOKENS, array.shape[0])
+        digest.update(read(array, start, stop, f"{root}/{split}").tobytes())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def read(tokens: zarr.Array | np.ndarray, start: int, stop: int, name: str) -> np.ndarray:
+    """Read [start, stop) of a split; raises `StoreError`, which begins with `name`, at damage."""
+    try:
+        return np.asarray(tokens[start:stop])
+    except Exception as error:  # of the disk, of zarr, or of any of its codecs
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StoreError(
+            f"{name}: tokens {start} to {stop - 1} cannot be read ({cause}): a file is damaged or "
+            "missing; restore the store from a good copy."
+        ) from error
 
 
 def ids_outside(tokens: np.ndarray, vocab_size: int) -> tuple[int, int] | None:

@@ -237,17 +237,23 @@ def write_corpus(
         attributes |= {"tokenizer": TOKENIZER_FILE, "bos_token": tokenizer.bos_token}
         files = {TOKENIZER_FILE: tokenizer.path}
     done, total = 0, len(corpus.train) + len(corpus.val)
-    splits = (("train", corpus.train, train_tokens), ("val", corpus.val, val_tokens))
-    with token_store.create(root, attributes=attributes, files=files) as writer:
-        for split, paths, bound in splits:
-            left = sys.maxsize if bound is None else bound
-            for document in _documents(paths, tokenizer):
-                writer.append(split, document[:left])
-                left -= min(left, document.size)
-                done += 1
-                on_progress(done, total)
-                if not left:
-                    break
+
+    def documents(paths: Sequence[Path], bound: int | None) -> Iterator[np.ndarray]:
+        nonlocal done
+        left = sys.maxsize if bound is None else bound
+        for document in _documents(paths, tokenizer):
+            yield document[:left]
+            done += 1
+            on_progress(done, total)
+            left -= document.size
+            if left <= 0:
+                return
+
+    splits = {
+        "train": documents(corpus.train, train_tokens),
+        "val": documents(corpus.val, val_tokens),
+    }
+    token_store.write(root, splits, attributes=attributes, files=files)
     on_progress(total, total)
 
 

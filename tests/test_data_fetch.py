@@ -71,6 +71,12 @@ def make_request(store, tmp_path):
 
 
 @pytest.fixture
+def root(tmp_path):
+    """Where the dataset goes."""
+    return tmp_path / "data" / "books3"
+
+
+@pytest.fixture
 def script(store, tmp_path, run_script):
     def run(*options, datasets="books3"):
         common = ["--dest-root", tmp_path / "data", "--datasets", datasets]
@@ -87,9 +93,8 @@ def files(folder):
     }
 
 
-def test_what_arrives_is_the_source_bit_for_bit_and_a_store(script, store, source, tmp_path):
+def test_what_arrives_is_the_source_bit_for_bit_and_a_store(script, store, source, root):
     code, output = script("--billing-project", PROJECT)
-    root = tmp_path / "data" / "books3"
     assert (code, output.err) == (0, "")
     assert files(root) == files(source)
     np.testing.assert_array_equal(
@@ -183,23 +188,22 @@ def test_dead_network_is_a_failure_and_not_a_mistake(make_request):
 
 
 @pytest.mark.parametrize("faults", [[503, 429], ["cut"], ["spoil", "spoil"], [503] * 7])
-def test_temporary_failures_are_retried(make_request, store, source, tmp_path, faults):
+def test_temporary_failures_are_retried(make_request, store, source, root, faults):
     store.faults[CHUNKS[2]] = faults
     fetch.fetch(make_request())
-    assert files(tmp_path / "data" / "books3") == files(source)
+    assert files(root) == files(source)
 
 
-def test_object_that_never_has_its_checksum_is_not_kept(make_request, store, tmp_path):
+def test_object_that_never_has_its_checksum_is_not_kept(make_request, store, root):
     store.faults[CHUNKS[2]] = ["spoil"] * 100
     with pytest.raises(RunError, match=r"train/c/2 arrived 3 times with another checksum"):
         fetch.fetch(make_request())
-    assert not (tmp_path / "data" / "books3" / "train" / "c" / "2").exists()
+    assert not (root / "train" / "c" / "2").exists()
 
 
-def test_interrupted_fetch_reads_only_what_is_missing(script, store, source, tmp_path):
+def test_interrupted_fetch_reads_only_what_is_missing(script, store, source, root):
     store.faults[CHUNKS[3]] = [503] * 100
     code, output = script("--billing-project", PROJECT, "--threads", 1)
-    root = tmp_path / "data" / "books3"
     assert code == 1
     assert "the same command continues" in output.err
     assert not (root / "zarr.json").exists()
@@ -212,26 +216,26 @@ def test_interrupted_fetch_reads_only_what_is_missing(script, store, source, tmp
     assert files(root) == files(source)
 
 
-def test_part_of_a_file_is_continued(make_request, store, source, tmp_path):
+def test_part_of_a_file_is_continued(make_request, store, source, root):
     chunk = source / "train" / "c" / "1"
     size = chunk.stat().st_size
-    part = tmp_path / "data" / "books3" / "train" / "c" / ".1.partial"
+    part = root / "train" / "c" / ".1.partial"
     part.parent.mkdir(parents=True)
     part.write_bytes(chunk.read_bytes()[: size - 10])
     fetch.fetch(make_request())
     assert store.reads.count(CHUNKS[1]) == 1
     assert store.reads.count(CHUNKS[0]) > 1
-    assert files(tmp_path / "data" / "books3") == files(source)
+    assert files(root) == files(source)
 
 
 @pytest.mark.parametrize(("size", "tries"), [(500, 2), (50_000, 1)])
-def test_part_of_another_version_is_not_kept(make_request, store, source, tmp_path, size, tries):
-    part = tmp_path / "data" / "books3" / "train" / "c" / ".1.partial"
+def test_part_of_another_version_is_not_kept(make_request, store, source, root, size, tries):
+    part = root / "train" / "c" / ".1.partial"
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(size))
     fetch.fetch(make_request())
     assert store.reads.count(CHUNKS[1]) == tries * store.reads.count(CHUNKS[0])
-    assert files(tmp_path / "data" / "books3") == files(source)
+    assert files(root) == files(source)
 
 
 def test_second_fetch_reads_nothing(make_request, store):
@@ -241,10 +245,10 @@ def test_second_fetch_reads_nothing(make_request, store):
     assert store.reads == []
 
 
-def test_damaged_file_is_reported_and_replaced_only_with_force(script, source, tmp_path):
+def test_damaged_file_is_reported_and_replaced_only_with_force(script, source, root):
     pays = ("--billing-project", PROJECT)
     assert script(*pays)[0] == 0
-    chunk = tmp_path / "data" / "books3" / "train" / "c" / "2"
+    chunk = root / "train" / "c" / "2"
     damaged = bytes([*chunk.read_bytes()[:-1], chunk.read_bytes()[-1] ^ 1])
     chunk.write_bytes(damaged)
     code, output = script("--check-only", *pays)
@@ -256,24 +260,24 @@ def test_damaged_file_is_reported_and_replaced_only_with_force(script, source, t
     assert "add --force" in output.err
     assert chunk.read_bytes() == damaged
     assert script("--force", *pays)[0] == 0
-    assert files(tmp_path / "data" / "books3") == files(source)
+    assert files(root) == files(source)
     assert script("--check-only", *pays)[0] == 0
 
 
-def test_check_without_a_network_finds_damage_by_the_record(make_request, store, tmp_path):
+def test_check_without_a_network_finds_damage_by_the_record(make_request, store, root):
     fetch.fetch(make_request())
     store.queries.clear()
     alone = make_request(billing_project=None, endpoint_url=None)
     fetch.check(alone)
-    attributes = tmp_path / "data" / "books3" / "val" / "zarr.json"
+    attributes = root / "val" / "zarr.json"
     attributes.write_text(attributes.read_text() + " ")  # no token, no length, no type changes
     with pytest.raises(RunError, match="checksums is sha256:"):
         fetch.check(alone)
     assert store.queries == []
 
 
-def test_check_reports_what_it_could_not_check(make_request, source, tmp_path):
-    shutil.copytree(source, tmp_path / "data" / "books3")
+def test_check_reports_what_it_could_not_check(make_request, source, root):
+    shutil.copytree(source, root)
     lines = []
     fetch.check(make_request(billing_project=None, endpoint_url=None), on_message=lines.append)
     assert "not compared with an earlier fetch" in lines[0]
@@ -281,20 +285,19 @@ def test_check_reports_what_it_could_not_check(make_request, source, tmp_path):
     assert token_store.fingerprint(source, "val") in lines[-1]
 
 
-def test_check_of_a_lost_chunk_and_of_no_store(make_request, source, tmp_path):
+def test_check_of_a_lost_chunk_and_of_no_store(make_request, source, root):
     alone = make_request(billing_project=None, endpoint_url=None)
     with pytest.raises(UserError, match=r"00_data_fetch\.py --datasets books3"):
         fetch.check(alone)
-    root = tmp_path / "data" / "books3"
     shutil.copytree(source, root)
     (root / "train" / "c" / "0").unlink()
     with pytest.raises(RunError, match="5 of its 6 chunks"):
         fetch.check(alone)
 
 
-def test_files_that_are_not_in_the_store_are_reported_and_kept(make_request, tmp_path):
+def test_files_that_are_not_in_the_store_are_reported_and_kept(make_request, root):
     fetch.fetch(make_request())
-    stray = tmp_path / "data" / "books3" / "train" / "c" / "77"
+    stray = root / "train" / "c" / "77"
     stray.write_text("mine")
     lines = []
     fetch.fetch(make_request(), on_message=lines.append)
@@ -302,9 +305,8 @@ def test_files_that_are_not_in_the_store_are_reported_and_kept(make_request, tmp
     assert stray.read_text() == "mine"
 
 
-def test_one_split_alone_and_the_other_later(make_request, store, source, tmp_path):
+def test_one_split_alone_and_the_other_later(make_request, store, source, root):
     fetch.fetch(make_request(splits=["val"]))
-    root = tmp_path / "data" / "books3"
     assert token_store.open_split(root, "val").shape == (700,)
     assert not (root / "train").exists()
     fetch.fetch(make_request(splits=["train"]))
@@ -360,25 +362,24 @@ def test_object_outside_the_store_is_not_written(make_request, store, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_two_fetches_into_one_folder_do_not_mix(make_request, store):
-    root = make_request().dest_root / "books3"
+def test_two_fetches_into_one_folder_do_not_mix(make_request, store, root):
     with fetch._locked(root), pytest.raises(UserError, match="Another process fetches"):
         fetch.fetch(make_request())
     assert store.reads == []
 
 
-def test_emulator_of_the_environment_is_used(make_request, store, source, tmp_path, monkeypatch):
+def test_emulator_of_the_environment_is_used(make_request, store, source, root, monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.url.removeprefix("http://"))
     fetch.fetch(make_request(endpoint_url=None))
-    assert files(tmp_path / "data" / "books3") == files(source)
+    assert files(root) == files(source)
 
 
-def test_listing_without_crc32c_is_checked_by_md5(make_request, store, source, tmp_path):
+def test_listing_without_crc32c_is_checked_by_md5(make_request, store, source, root):
     store.without_crc32c = True
     store.faults[CHUNKS[2]] = ["spoil"]
     fetch.fetch(make_request())
     assert store.reads.count(CHUNKS[2]) > store.reads.count(CHUNKS[1])
-    assert files(tmp_path / "data" / "books3") == files(source)
+    assert files(root) == files(source)
     fetch.check(make_request(billing_project=None, endpoint_url=None))
 
 

@@ -182,12 +182,12 @@ def test_id_outside_the_vocabulary_names_split_sample_and_value(bad):
         next(batches)
 
 
-def test_too_few_samples_for_a_batch_is_told():
+def test_too_few_samples_for_a_batch_are_refused():
     with pytest.raises(UserError, match=r"3 samples of .*seq_length=4, .*global_batch_size=5"):
         train_batches(numbered(3), global_batch_size=5, seed=0, bos_token_id=BOS)
 
 
-def test_batch_that_hosts_cannot_share_is_told():
+def test_batch_that_hosts_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"global_batch_size=4 .* hosts, 3"):
         train_batches(numbered(9), global_batch_size=4, seed=0, bos_token_id=BOS, hosts=3)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -209,18 +210,17 @@ def _compare(request: Request, name: str, bucket: Bucket, on_progress: OnProgres
 
 
 def _summary(dataset: _Dataset) -> str:
-    parts = [
-        f"{dataset.name}: {dataset.bucket.source}: {len(dataset.objects)} objects, "
-        f"{decimal(_size(dataset.objects))}",
-        f"{len(dataset.crcs)} are on the disk, {len(dataset.absent)} missing, "
-        f"{len(dataset.differing)} differ",
-        f"{decimal(dataset.bytes_to_fetch)} to fetch",
-    ]
-    if extra := dataset.extra:
-        parts.append(f"{len(extra)} files are not in the store: {_few(extra, ', ')}")
-    if unlisted := sum(not (stored.crc32c or stored.md5) for stored in dataset.objects):
-        parts.append(f"{unlisted} have no checksum in the store: compared by size alone")
-    return "; ".join(parts)
+    objects, extra = dataset.objects, dataset.extra
+    text = (
+        f"{dataset.name}: {dataset.bucket.source}: {len(objects)} objects, "
+        f"{decimal(_size(objects))}; {len(dataset.crcs)} are on the disk, {len(dataset.absent)} "
+        f"missing, {len(dataset.differing)} differ; {decimal(dataset.bytes_to_fetch)} to fetch"
+    )
+    if extra:
+        text += f"; {len(extra)} files are not in the store: {_few(extra, ', ')}"
+    if unlisted := sum(not (stored.crc32c or stored.md5) for stored in objects):
+        text += f"; {unlisted} have no checksum in the store: compared by size alone"
+    return text
 
 
 def _refuse_differing(datasets: Iterable[_Dataset]) -> None:
@@ -283,19 +283,18 @@ def _resume_hint() -> Generator[None]:
 
 
 def _transfer(dataset: _Dataset, threads: int, on_progress: OnProgress) -> None:
-    """Fetch what is absent or differs; the files that make it a store come last."""
+    """Fetch what is absent or differs: chunks, then each split's zarr.json, then the group's."""
     count = _counter(f"fetching {dataset.name}", dataset.bytes_to_fetch, on_progress)
 
     def get(stored: StoredObject, stop: threading.Event) -> None:
         dataset.crcs[stored.name] = _get(dataset.bucket, stored, dataset.root, stop, count)
 
-    for depth in (None, 1, 0):  # chunks; each split's zarr.json; the group's
-        batch = [
-            stored
-            for stored in dataset.absent + dataset.differing
-            if depth == (stored.name.count("/") if stored.name.endswith("zarr.json") else None)
-        ]
-        _in_threads(get, batch, threads)
+    def rank(stored: StoredObject) -> int:
+        return max(0, 2 - stored.name.count("/")) if stored.name.endswith("zarr.json") else 0
+
+    objects = sorted(dataset.absent + dataset.differing, key=rank)
+    for _, batch in groupby(objects, key=rank):
+        _in_threads(get, list(batch), threads)
 
 
 def _get(
@@ -312,7 +311,8 @@ def _get(
     for _ in range(_CHECKSUM_TRIES):
         with part.open("ab") as file:
             if file.tell() > stored.size:  # of another version
-                file.truncate(0)
+                file.seek(0)
+                file.truncate()
             for start in range(file.tell(), stored.size, BLOCK_BYTES):
                 if stop.is_set():
                     return ""
@@ -382,8 +382,6 @@ def _check_split(
         facts = _describe(root, split)
     except StoreError as error:
         return "unusable", [str(error)]
-    except Exception as error:  # of zarr or of any of its codecs, at a damaged chunk
-        return "unreadable", [f"cannot be read ({type(error).__name__}: {error})"]
     text = _text(facts)
     faults = [] if facts["tokens"] else ["holds no tokens"]
     recorded = record.get("splits", {}).get(split)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -285,7 +286,7 @@ def write_corpus(
     """
     token_store.refuse_existing(root)
     check_readable(corpus, tokenizer)
-    attributes = {
+    attributes: dict[str, Any] = {
         "source": corpus.source,
         "tokenizer": "bytes",
         "vocab_size": tokenizer.vocab_size,
@@ -297,22 +298,25 @@ def write_corpus(
         attributes |= {"tokenizer": TOKENIZER_FILE, "bos_token": tokenizer.bos_token}
         files = {TOKENIZER_FILE: tokenizer.path}
     done, total = 0, len(corpus.paths)
-    bytes_per_token = {}
-    with token_store.create(root, attributes=attributes, files=files) as writer:
-        for split, paths in corpus.splits.items():
-            bound = train_tokens if split == "train" else val_tokens
-            left = sys.maxsize if bound is None else bound
-            size = tokens = 0
-            for letters, document in _documents(paths, tokenizer):
-                writer.append(split, document[:left])
-                left -= min(left, document.size)
-                size, tokens = size + letters, tokens + document.size - 1
-                done += 1
-                on_progress(done, total)
-                if not left:
-                    break
-            bytes_per_token[split] = size / max(tokens, 1)
-        writer.describe(bytes_per_token=bytes_per_token)
+    lengths = attributes["bytes_per_token"] = {}
+
+    def documents(split: str) -> Iterator[np.ndarray]:
+        nonlocal done
+        bound = train_tokens if split == "train" else val_tokens
+        left = sys.maxsize if bound is None else bound
+        size = tokens = 0
+        for letters, document in _documents(corpus.splits[split], tokenizer):
+            yield document[:left]
+            size, tokens = size + letters, tokens + document.size - 1
+            lengths[split] = size / max(tokens, 1)
+            done += 1
+            on_progress(done, total)
+            left -= document.size
+            if left <= 0:
+                return
+
+    splits = {split: documents(split) for split in corpus.splits}
+    token_store.write(root, splits, attributes=attributes, files=files)
     on_progress(total, total)
 
 

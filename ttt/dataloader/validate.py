@@ -81,6 +81,8 @@ class Report:
 class _Seen:
     """What was read of one split."""
 
+    samples: int
+    """In the whole split."""
     keep_one_of: int
     """How sparsely stretches are kept; a power of 2."""
     looked_at: int = 0
@@ -128,23 +130,16 @@ def validate(
         try:
             array = token_store.open_split(root, split)
             fingerprint = token_store.fingerprint(root, split)
-        except Exception as error:  # of zarr or of any of its codecs, at a damaged chunk
-            known = isinstance(error, StoreError)
-            message = str(error) if known else f"cannot be read: {_cause(error)}"
-            report.add(split, ("opens", "fault", message))
+        except StoreError as error:
+            report.add(split, ("opens", "fault", str(error)))
             continue
-        message = f"{array.shape[0]:,} tokens of {array.dtype}, {fingerprint}"
-        report.add(split, ("opens", "ok", message))
-        total, chosen = _amounts(array, seq_length, samples)
-        numbers = {"tokens": array.shape[0], "samples": total, "fingerprint": fingerprint}
-        report.numbers[split] = numbers
+        tokens = array.shape[0]
+        report.add(split, ("opens", "ok", f"{tokens:,} tokens of {array.dtype}, {fingerprint}"))
         job = partial(on_progress, f"looking at {split}")
-        seen[split] = _read(report, array, total, chosen, seed, job)
-        report.add(split, _samples(seen[split], report, numbers))
-        if seen[split].looked_at:
-            numbers |= _numbers(seen[split], report)
-            report.add(split, *_contents(seen[split], report, numbers))
-            report.add(split, *_repetition(seen[split], report, numbers))
+        look = seen[split] = _read(report, array, samples, seed, job)
+        numbers = {"tokens": tokens, "fingerprint": fingerprint, **_numbers(look, report)}
+        report.numbers[split] = numbers
+        report.add(split, *_contents(look, report, numbers), *_degenerate(look, report, numbers))
     if all(split in seen and seen[split].looked_at for split in ("train", "val")):
         report.add("val", _held_out(report, seen["train"], seen["val"]))
     return report
@@ -204,23 +199,22 @@ def _amounts(array: zarr.Array, seq_length: int, samples: int) -> tuple[int, int
 def _read(
     report: Report,
     array: zarr.Array,
-    total: int,
-    chosen: int,
+    samples: int,
     seed: int,
     on_progress: Callable[[int, int, str], None],
 ) -> _Seen:
-    """Read `chosen` of the `total` samples and count what they hold."""
+    """Read so many samples, 0 for all, and count what they hold."""
     length, done = report.seq_length, 0
+    total, chosen = _amounts(array, length, samples)
     sparsity = max(1, chosen * length / _KEPT_STRETCHES)
-    seen = _Seen(keep_one_of=1 << math.ceil(math.log2(sparsity)))
+    seen = _Seen(total, keep_one_of=1 << math.ceil(math.log2(sparsity)))
     for first, count in _blocks(chosen, total, length, seed):
         start = first * length
         try:
-            tokens = np.asarray(array[start : start + count * length + 1])
-        except Exception as error:  # of the disk, of zarr, or of any of its codecs
-            seen.unreadable.append(f"tokens {start:,} and on: {_cause(error)}")
-        else:
+            tokens = token_store.read(array, start, start + count * length + 1, report.path)
             _count(seen, report, tokens, start)
+        except StoreError as error:
+            seen.unreadable.append(str(error))
         done += count
         on_progress(done, chosen, "samples")
     return seen
@@ -249,7 +243,8 @@ def _count(seen: _Seen, report: Report, tokens: np.ndarray, start: int) -> None:
     tokens = tokens[:-1]
     rows = tokens.reshape(-1, report.seq_length)
     seen.looked_at += len(rows)
-    np.add.at(seen.counts, tokens[(tokens >= 0) & (tokens < _COUNTED_IDS)], 1)
+    countable = tokens[(tokens >= 0) & (tokens < _COUNTED_IDS)]
+    np.add.at(seen.counts, countable.astype(np.int64), 1)
     if report.bos_token_id is not None:
         begins = rows == report.bos_token_id
         seen.documents += int(begins.sum())
@@ -265,7 +260,9 @@ def _count(seen: _Seen, report: Report, tokens: np.ndarray, start: int) -> None:
 
 def _numbers(seen: _Seen, report: Report) -> dict[str, Any]:
     """What the checks compare, JSON-able; a number without tokens to take it from is left out."""
-    names = ("looked_at", "least_id", "most_id", "longest_run", "flat_samples")
+    if not seen.looked_at:
+        return {"samples": seen.samples, "looked_at": 0}
+    names = ("samples", "looked_at", "least_id", "most_id", "longest_run", "flat_samples")
     numbers = {name: getattr(seen, name) for name in names}
     if report.bos_token_id is not None:
         tokens = seen.looked_at * report.seq_length
@@ -286,24 +283,20 @@ def _numbers(seen: _Seen, report: Report) -> dict[str, Any]:
     return numbers
 
 
-def _samples(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Result:
-    total, length = numbers["samples"], report.seq_length
-    if not total:
-        return (
-            "samples",
-            "fault",
-            (
-                f"{numbers['tokens']} tokens, and one sample of {length} takes {length + 1}: "
-                "lower --seq-length or add data"
-            ),
-        )
-    if bad := seen.unreadable:
-        return "samples", "fault", f"{len(bad)} cannot be read, the first: {bad[0]}"
-    return "samples", "ok", f"{total:,} of {length} tokens; looked at {seen.looked_at:,}"
-
-
 def _contents(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iterator[Result]:
-    """Check the ids, the beginnings of documents and the frequencies."""
+    """Check the number of samples, the ids and the beginnings of documents."""
+    length = report.seq_length
+    if not seen.samples:
+        message = f"{numbers['tokens']} tokens, and one sample of {length} takes {length + 1}"
+        yield "samples", "fault", f"{message}: lower --seq-length or add data"
+    elif bad := seen.unreadable:
+        yield "samples", "fault", f"{len(bad)} places cannot be read; the first: {bad[0]}"
+    else:
+        message = f"{seen.samples:,} of {length} tokens; looked at {seen.looked_at:,}"
+        yield "samples", "ok", message
+    if not seen.looked_at:
+        return
+
     vocab_size, bos = report.vocab_size, report.bos_token_id
     message = f"{seen.least_id:,} to {seen.most_id:,}"
     if seen.outside:
@@ -317,7 +310,7 @@ def _contents(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iterat
         message += ": give --vocab-size (128256 for the published stores, of Llama 3's tokenizer)"
         yield "ids", "not checked", message
 
-    tokens = seen.looked_at * report.seq_length
+    tokens = seen.looked_at * length
     message = f"id {bos} is not among {tokens:,} tokens"
     if bos is None:
         message = "not checked: neither the store nor --bos-token-id says which id it is"
@@ -329,36 +322,19 @@ def _contents(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iterat
             "samples hold the beginning of one"
         )
         yield "BOS", "ok", message
-    elif seen.looked_at == numbers["samples"] or tokens >= CERTAIN_BOS_TOKENS:
+    elif seen.looked_at == seen.samples or tokens >= CERTAIN_BOS_TOKENS:
         message += ": documents are joined without a mark, or it is another tokenizer's id"
         yield "BOS", "fault", message
     else:
         yield "BOS", "warning", f"{message}: look at more (--samples 0 is all)"
 
-    if "unigram_entropy" not in numbers:
-        yield "frequencies", "not checked", "no countable ids"
+
+def _degenerate(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iterator[Result]:
+    """Check for long runs, copied samples, repeated stretches and odd frequencies."""
+    if not seen.looked_at:
         return
-    entropy = numbers["unigram_entropy"]
-    message = f"{entropy:.2f} nats per token, {numbers['different_ids']:,} different ids"
-    # With fewer tokens, chance alone makes the frequencies differ.
-    enough = vocab_size and seen.counts.sum() >= 20 * vocab_size
-    if entropy < ENTROPY_FAULT:
-        yield "frequencies", "fault", f"{message}: hardly anything but one token"
-    elif entropy < ENTROPY_WARNING:
-        yield "frequencies", "warning", f"{message}: far less than text has"
-    elif enough and entropy > UNIFORM_SHARE * math.log(vocab_size):
-        yield "frequencies", "warning", f"{message}: as random ids, which teach nothing"
-    else:
-        yield "frequencies", "ok", message
-
-
-def _repetition(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iterator[Result]:
-    """Check for long runs, copied samples and repeated stretches."""
     run, flat = seen.longest_run, seen.flat_samples / seen.looked_at
-    message = (
-        f"at most {run:,} in a row; {seen.flat_samples:,} samples ({flat:.2%}) are one token "
-        "throughout"
-    )
+    message = f"{run:,} in a row at most; {seen.flat_samples:,} samples ({flat:.2%}) are one token"
     if run >= RUN_FAULT or flat >= FLAT_FAULT:
         yield "equal tokens", "fault", message
     else:
@@ -374,6 +350,23 @@ def _repetition(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iter
     else:
         message = f"no stretch of {_STRETCH} tokens that is not one token throughout"
         yield "repeats", "not checked", message
+
+    if "unigram_entropy" not in numbers:
+        yield "frequencies", "not checked", "no countable ids"
+        return
+    entropy = numbers["unigram_entropy"]
+    message = f"{entropy:.2f} nats per token, {numbers['different_ids']:,} different ids"
+    # With fewer tokens, chance alone makes the frequencies differ.
+    vocab_size = report.vocab_size or 0
+    enough = seen.counts.sum() >= 20 * vocab_size > 0
+    if entropy < ENTROPY_FAULT:
+        yield "frequencies", "fault", f"{message}: hardly anything but one token"
+    elif entropy < ENTROPY_WARNING:
+        yield "frequencies", "warning", f"{message}: far less than text has"
+    elif enough and entropy > UNIFORM_SHARE * math.log(vocab_size):
+        yield "frequencies", "warning", f"{message}: as of random ids, and nothing to learn"
+    else:
+        yield "frequencies", "ok", message
 
 
 def _held_out(report: Report, train: _Seen, val: _Seen) -> Result:
@@ -431,7 +424,3 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ttt.dataloader.validate import Report, plan, validate
+from ttt.dataloader.validate import Report, preview, validate
 from ttt.entry import exit_codes
 from ttt.errors import RunError, UserError
 from ttt.infra.progress import Bar
@@ -55,7 +55,7 @@ def main() -> None:
     args["splits"] = [part.strip() for part in args["splits"].split(",")]
     with exit_codes():
         if dry_run:
-            for line in plan(path, args["splits"], args["seq_length"], args["samples"]):
+            for line in preview(path, args["splits"], args["seq_length"], args["samples"]):
                 print(line)
             return
         with Bar() as bar:

@@ -166,19 +166,25 @@ def test_missing_login_is_reported_with_how_to_get_one(make_request, tmp_path, m
         fetch.fetch(make_request(endpoint_url=None))
 
 
-def test_expired_login_is_reported_with_how_to_get_one(make_request, monkeypatch):
-    import google.auth
-    from google.auth.exceptions import RefreshError
+@pytest.mark.parametrize(
+    ("cause", "error", "message"),
+    [
+        ("RefreshError", UserError, "Reauthenticate.*gcloud auth application-default login"),
+        ("TransportError", RunError, "does not answer: Reauthenticate"),
+    ],
+)
+def test_expired_login_and_dead_network_are_different_errors(
+    make_request, monkeypatch, cause, error, message
+):
+    import google.auth.exceptions
 
     def refresh(request):
-        raise RefreshError("Reauthentication is needed.")
+        raise getattr(google.auth.exceptions, cause)("Reauthenticate.")
 
     monkeypatch.setattr(
         google.auth, "default", lambda scopes: (SimpleNamespace(refresh=refresh), None)
     )
-    with pytest.raises(
-        UserError, match=r"Reauthentication is needed.*gcloud auth application-default login"
-    ):
+    with pytest.raises(error, match=message):
         fetch.fetch(make_request(endpoint_url=None))
 
 

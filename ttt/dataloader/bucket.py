@@ -25,7 +25,7 @@ PAYER_MISSING = (
     "the reader pays for requests to this bucket, and no project to bill is named: give "
     "--billing-project PROJECT, a Google Cloud project of yours with billing switched on."
 )
-# A tenth of what gcsfs's own `find` keeps of each object; a store may have a million of them.
+# gcsfs's own `find` asks for every field, and reports no progress, over any number of objects.
 _FIELDS = "items(name,size,crc32c,md5Hash,generation),prefixes,nextPageToken"
 
 

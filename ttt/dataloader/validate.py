@@ -145,7 +145,7 @@ def validate(
     return report
 
 
-def plan(root: Path | str, splits: Sequence[str], seq_length: int, samples: int) -> list[str]:
+def preview(root: Path | str, splits: Sequence[str], seq_length: int, samples: int) -> list[str]:
     """Say what `validate` would look at, a line per split; no token is read. Raises as it does."""
     _check_request(splits, seq_length, samples)
     remedy = token_store.remedy(Path(root).name, root)

@@ -12,7 +12,7 @@ from rich.console import Console
 from ttt.config import compose, resolve
 from ttt.dataloader import token_store
 from ttt.errors import UserError
-from ttt.runs import pilot
+from ttt.runs import execute, pilot
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 MATRIX, PILOT = "03_pretrained_matrix.py", "06_phase1_pilot.py"
@@ -110,10 +110,12 @@ def test_commands_keep_the_cuda_plugin_that_is_installed(call, monkeypatch, argu
 
 def test_a_pilot_without_the_plugin_of_its_gpu_warns(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ttt.runs.pilot.gpu_is_visible", lambda: True)
+    monkeypatch.setattr("ttt.runs.execute.gpu_is_visible", lambda: True)
+    flags = {"size": "tiny", "exp_folder": "f", "runtime_mode": "jax"}
+    flags |= {"paths": "B1", "dclm_root": "x"}
     said = StringIO()
     with pytest.raises(UserError, match="No token store"):
-        pilot.run(pilot.prepare(pilot.Flags(paths="B1", dclm_root="x")), Console(file=said))
+        execute.run(pilot.prepare(flags), Console(file=said))
     assert "uv run --exact --extra cuda13" in said.getvalue()
 
 

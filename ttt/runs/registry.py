@@ -27,10 +27,6 @@ _FOLDERS = {"pretrain": "pretrain", "adapt": "adapt", "extend": "extension"}
 _PREFIXES = {"pretrain": "pretrain", "adapt": "adapt", "extend": "ext"}
 
 
-class RegistryError(UserError):
-    """A registry that cannot be used; all its faults."""
-
-
 @dataclass(frozen=True)
 class Budget:
     """What a plan is to take; None: as the experiments have it."""
@@ -45,6 +41,10 @@ class Budget:
     """Sequences of pretraining; the extension's batch follows from it."""
     window: int | None = None
     chunk: int | None = None
+
+
+BUDGET = tuple(field.name for field in fields(Budget))
+_LISTS = ("paths", "seeds", "matchings", "overrides")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Size:
             node = OmegaConf.create({**self.pilot_rules, **stated})
             values: Any = OmegaConf.to_container(node, resolve=True)
         except OmegaConfBaseException as error:
-            raise RegistryError(f"sizes.{self.name}.pilot: {error}; correct it") from error
-        numbers = {name: values[name] for name in _BUDGET}
+            raise UserError(f"sizes.{self.name}.pilot: {error}; correct it") from error
+        numbers = {name: values[name] for name in BUDGET}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}={value}: must be a whole number from 1; change it")
@@ -149,13 +149,13 @@ def one_of(name: str, names: Iterable[str], what: str) -> str:
 def load(path: Path | None = None) -> Registry:
     """Read and check the registry at `path`, that of the configs by default.
 
-    Raises RegistryError with every unknown key, missing key and path without experiments.
+    Raises UserError with every unknown key, missing key and path without experiments.
     """
     path = path or config_dir() / "research" / "warmstart_registry.yaml"
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, OmegaConfBaseException, ValueError) as error:
-        raise RegistryError(f"{path}: cannot be read ({error}); repair it") from error
+        raise UserError(f"{path}: cannot be read ({error}); repair it") from error
     faults = list(_faults(content))
     if not faults:
         sizes = {name: _size(name, each, content) for name, each in content["sizes"].items()}
@@ -164,7 +164,7 @@ def load(path: Path | None = None) -> Registry:
         if not faults:
             return registry
     listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, 1))
-    raise RegistryError(f"{path}:\n{listed}")
+    raise UserError(f"{path}:\n{listed}")
 
 
 def _path(name: str, entry: Mapping[str, Any], percent: int) -> LadderPath:
@@ -199,9 +199,6 @@ def _size(name: str, entry: Mapping[str, Any], content: Mapping[str, Any]) -> Si
 
 # ---- what must hold ----------------------------------------------------------------------
 
-_LISTS = ("paths", "seeds", "matchings", "overrides")
-_BUDGET = tuple(field.name for field in fields(Budget))
-
 
 def _faults(content: Any) -> Iterator[str]:
     """Everything wrong with the registry's content, as value, rule and remedy."""
@@ -215,7 +212,7 @@ def _faults(content: Any) -> Iterator[str]:
     if content["reference"] not in paths:
         yield _dangling("reference", content["reference"], paths)
     pilots = {"pilot": content["pilot"]}
-    yield from _keys("pilot", content["pilot"], (*_LISTS, *_BUDGET))
+    yield from _keys("pilot", content["pilot"], (*_LISTS, *BUDGET))
     sizes = choices("model")
     for name, entry in content["sizes"].items():
         if name not in sizes:
@@ -223,7 +220,7 @@ def _faults(content: Any) -> Iterator[str]:
         yield from _keys(f"sizes.{name}", entry, ("extension",), "pilot")
         if isinstance(entry, dict) and "pilot" in entry:
             pilots[f"sizes.{name}.pilot"] = entry["pilot"]
-            yield from _keys(f"sizes.{name}.pilot", entry["pilot"], (), *_LISTS, *_BUDGET)
+            yield from _keys(f"sizes.{name}.pilot", entry["pilot"], (), *_LISTS, *BUDGET)
     for where, pilot in pilots.items():
         for key, names in {"paths": paths, "matchings": MATCHINGS}.items():
             for name in pilot.get(key, ()) if isinstance(pilot, dict) else ():

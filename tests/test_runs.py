@@ -65,7 +65,7 @@ def test_only_a_path_with_an_adaptation_has_shares(name):
 
 
 @pytest.mark.parametrize(
-    ("size", "paths"), [("tiny", (*BOOK.paths, "P1-5pct")), ("760m", ("B1", "P1"))]
+    ("size", "paths"), [("tiny", (*BOOK.entries, "P1-5pct")), ("760m", ("B1", "P1"))]
 )
 def test_an_experiment_alone_says_all_that_its_stage_says(size, paths):
     own = BOOK.size(size)

@@ -7,7 +7,7 @@
                                           eval/<name>-<step>.json  its summary
 
 `RunRecord` writes these files and reads one of them at a time; a file that cannot be read is an
-error. `read_run` reads them all, and says which are missing or broken. Nothing else reads them.
+error. `read_run` reads them all, and lists which are missing or broken. Nothing else reads them.
 
 Every line of `metrics.jsonl` has `step` (outer steps done) and metrics of that step: one line of
 its training, with `loss` (nats per token), and another one of an evaluation after it. JSON has no
@@ -71,7 +71,7 @@ class RunRecord:
     def start(
         self, config: Mapping[str, Any], *, devices: Sequence[str], data: Mapping[str, str]
     ) -> None:
-        """Open a new record, or reopen the one that is there for another attempt.
+        """Open a new record, or reopen an existing one for another attempt.
 
         config: resolved settings, masked here once more.
         devices: kinds of the accelerators, one per device.
@@ -90,7 +90,7 @@ class RunRecord:
         if self._run_json.exists():
             run = self.run()
             for earlier in run["attempts"]:
-                if earlier["status"] == "running":  # killed before it could say so
+                if earlier["status"] == "running":  # killed
                     earlier["status"] = "interrupted"
         machine = {"platform": platform.platform(), "cpus": os.cpu_count()}
         attempt = {
@@ -138,7 +138,7 @@ class RunRecord:
             if not isinstance(content.get("training"), dict):
                 raise ValueError("no settings of a training in it")
             return upgraded(content)
-        except Exception as error:  # there is no telling what a broken file makes a parser raise
+        except Exception as error:  # a parser of a broken file may raise anything
             message = " ".join(f"{type(error).__name__}: {error}".split())
             raise RecordError(f"{path} cannot be read ({message}): move the folder away") from error
 
@@ -235,7 +235,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What the record of a training run holds; what is not there is empty."""
+    """The record of a training run; missing parts are empty."""
 
     folder: Path
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -249,7 +249,7 @@ class StoredRun:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the same, such as `learning_nll` [positions], the sum of −log p over sequences."""
     faults: tuple[str, ...] = ()
-    """Files that should be there and are not, or cannot be read."""
+    """Files that are missing or cannot be read."""
 
     @property
     def status(self) -> str:
@@ -272,7 +272,7 @@ class StoredRun:
         return self.training.get("runtime_mode", "jax")
 
     def noted(self, key: str) -> list[Mapping[str, Any]]:
-        """What the attempts say under `key`, without those that say nothing."""
+        """The attempts' values under `key`, without empty ones."""
         return [attempt[key] for attempt in self.attempts if attempt.get(key)]
 
 
@@ -291,7 +291,7 @@ def read_run(folder: Path) -> StoredRun:
             return load()
         except RecordError as error:
             fault(str(error))
-        except Exception as error:  # there is no telling what a broken file makes a parser raise
+        except Exception as error:  # a parser of a broken file may raise anything
             fault(f"{folder / name} cannot be read: {type(error).__name__}: {error}")
         return empty
 
@@ -337,7 +337,7 @@ def disk_fault(error: OSError) -> str:
 
 
 def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which the text of every secret, told by its name, is replaced by ***.
+    """A copy in which the text of every secret, known by its name, is replaced by ***.
 
     Secret is what is named `…key`, `…token`, `…password` or `…secret…` (not `bos_token_id`).
     """

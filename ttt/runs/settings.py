@@ -8,7 +8,8 @@ from typing import Any
 from ttt.config import config_dir
 from ttt.errors import UserError
 from ttt.experiment_rules import size_setting
-from ttt.runs.registry import MATCHINGS, Size, one_of
+from ttt.infra.plan_manifest import MATCHINGS
+from ttt.runs.registry import Size, one_of
 
 _SETTINGS = {
     "exp_folder": "training.exp_folder",

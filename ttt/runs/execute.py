@@ -172,9 +172,9 @@ class _Execution:
         for gate in verdicts:
             if gate.holds is False:
                 raise RunError(
-                    f"{run.name}: the gate {gate.name!r} does not hold: {gate.said}. Nothing is "
-                    f"built upon it. Look at {record.folder} and {self._log(run)}; the "
-                    f"verdicts are in {self._manifest.path}."
+                    f"{run.name}: the gate {gate.name!r} does not hold: {gate.said}. No run starts "
+                    f"from it. Look at {record.folder} and {self._log(run)}; the verdicts are in "
+                    f"{self._manifest.path}."
                 )
 
     def _train(self, run: PlannedRun) -> None:
@@ -195,8 +195,8 @@ class _Execution:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
         raise RunError(
             f"{run.name} ended with exit code {code}, its record says {recorded}. The plan stops "
-            f"here. The whole output is in {log}; its end:\n{end}\nMend the cause and give the "
-            "same command again: it goes on from here."
+            f"here. The whole output is in {log}; its end:\n{end}\nCorrect the cause and give "
+            "the same command again: it continues from here."
         )
 
     def _watch(self, run: PlannedRun, log: IO[bytes]) -> int:
@@ -225,7 +225,7 @@ class _Execution:
                     if code is not None:
                         return code
         finally:
-            if self._child.poll() is None:  # an error of our own: leave nobody behind
+            if self._child.poll() is None:  # an error of our own: leave no process behind
                 self._child.terminate()
                 self._child.wait()
             self._child = None
@@ -234,14 +234,14 @@ class _Execution:
     def _listening(self) -> Generator[None]:
         """Hand requests to stop on to the run that is under way."""
 
-        def hear(number: int, frame: Any) -> None:
+        def receive(number: int, frame: Any) -> None:
             if self._signal is None:
                 self._print(f"{signal.Signals(number).name}: the run is asked to save and stop …")
             self._signal = self._signal or number
             if self._child is not None and self._child.poll() is None:
                 self._child.send_signal(number)
 
-        before = {number: signal.signal(number, hear) for number in _SIGNALS}
+        before = {number: signal.signal(number, receive) for number in _SIGNALS}
         try:
             yield
         finally:
@@ -249,10 +249,10 @@ class _Execution:
                 signal.signal(number, handler)
 
     def _stop(self, run: PlannedRun) -> None:
-        """Leave as a signal asked, with a word on how to go on."""
+        """End as the signal demands, with a message on how to continue."""
         message = (
             f"the plan stopped in {run.name}; its output is in {self._log(run)}. The same command "
-            "goes on from there."
+            "continues from there."
         )
         if self._signal == signal.SIGINT:
             self._print(message)

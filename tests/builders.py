@@ -68,10 +68,12 @@ TRAINING = TrainingConfig(
     optimizer_inner=OptimizerInnerConfig(optimizer_type="sgd", lr=0.5, clip_gradient=0.5),
     optimizer_outer=OptimizerOuterConfig(
         optimizer_type="adamw",
+        schedule="cosine",
         lr=3e-3,
         init_lr=1e-3,
         end_lr=1e-5,
         lr_warmup_steps=2,
+        lr_decay_start=6,
         lr_decay_steps=8,
         b1=0.9,
         b2=0.95,

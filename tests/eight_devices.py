@@ -34,11 +34,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 META = replace(TRAINING, global_batch_size=16, accum_steps=2, eval_batch_size=7)
 PLAIN = replace(META, train_mode="pretrain")
+MUON = replace(PLAIN, optimizer_outer=replace(PLAIN.optimizer_outer, optimizer_type="muon"))
 METHODS = {
     "fa": (full_attention(MODEL), PLAIN),
     "swa": (replace(MODEL, suffix_len=0, prime=False), PLAIN),
     "hybrid": (replace(HYBRID, **GROUPED, num_hidden_layers=4), PLAIN),
     "e2e": (MODEL, META),
+    "muon": (replace(MODEL, suffix_len=0, prime=False), MUON),
 }
 # (backend.sharding, backend.state_parallel); the last of a method also evaluates.
 WAYS = {
@@ -46,6 +48,7 @@ WAYS = {
     "swa": {"tensors": ("replicated", 2), "fsdp": ("fsdp", 1)},
     "hybrid": {"both": ("fsdp", 2)},
     "e2e": {"replicated": ("replicated", 1), "fsdp": ("fsdp", 1), "both": ("fsdp", 2)},
+    "muon": {"both": ("fsdp", 2)},
 }
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(.*"

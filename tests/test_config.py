@@ -30,6 +30,7 @@ from ttt.config import (
     narrowed_width,
     resolve,
     to_dict,
+    with_stored,
 )
 from ttt.entry import Job, exit_codes, hydra_entry
 from ttt.errors import RunError, Stopped, UserError
@@ -94,6 +95,14 @@ def faults(changes, name=E2E):
         ({"training.optimizer_outer.lr": float("nan")}, ["finite number"]),
         ({"training.optimizer_outer.b2": 1.0}, ["b2=1.0", "[0, 1)"]),
         ({"training.optimizer_outer.lr_warmup_steps": 5000}, ["lr_warmup_steps=5000", "warm-up"]),
+        ({"training.optimizer_outer.schedule": "wds"}, ["did you mean wsd?"]),
+        (
+            {
+                "training.optimizer_outer.schedule": "wsd",
+                "training.optimizer_outer.lr_decay_start": 3,
+            },
+            ["lr_decay_start=3", "between lr_warmup_steps and lr_decay_steps"],
+        ),
         ({"training.optimizer_inner.lr": -1}, ["optimizer_inner.lr=-1", "above 0"]),
         ({"training.ilr_warmup_steps": -1}, ["ilr_warmup_steps=-1"]),
         ({"training.ilr_init": -0.1}, ["ilr_init=-0.1"]),
@@ -341,10 +350,24 @@ def test_longer_runs_differ_by_their_schedule_alone():
     longer = to_dict(resolve(changed({"training.total_steps": 300})))
     assert set(differences(before, longer)) == {
         "training.optimizer_outer.lr_warmup_steps",
+        "training.optimizer_outer.lr_decay_start",
         "training.optimizer_outer.lr_decay_steps",
         "training.ilr_warmup_steps",
     }
     assert differences({"model": {}}, {"model": {"new": 1}}) == {"model.new": (None, 1)}
+
+
+def test_a_record_from_before_there_were_schedules_is_of_a_cosine():
+    now = to_dict(resolve(composed(E2E)))
+    then = copy.deepcopy(now)
+    for key in ("schedule", "lr_decay_start"):
+        del then["training"]["optimizer_outer"][key]
+    assert differences(then, now) == {}
+    wsd = resolve(changed({"training.optimizer_outer.schedule": "wsd"}))
+    assert differences(then, to_dict(wsd)) == {
+        "training.optimizer_outer.schedule": ("cosine", "wsd")
+    }
+    assert with_stored(wsd, then).training.optimizer_outer.schedule == "cosine"
 
 
 def test_every_neutral_glob_selects_a_setting():

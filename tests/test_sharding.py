@@ -58,6 +58,15 @@ def test_eight_devices_train_and_evaluate_as_one_does(reports, method):
 
 
 @pytest.mark.slow
+def test_eight_devices_orthogonalise_shared_matrices_as_one_does(reports):
+    report = reports("muon")["both"]
+    assert report["parameters"] < 1e-5
+    # Parameters, one moment of all, and another of the embedding and the norms.
+    assert report["held"] == report["predicted"]
+    assert report["arguments"] < 0.9 * 3 * 4 * report["predicted"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fa", "e2e"])
 def test_whole_copies_average_their_gradients_once_and_do_nothing_else(reports, method):
     report = reports(method)["replicated"]

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -263,6 +264,69 @@ def test_loading_all_goes_on_where_the_other_run_stopped(configure):
     train.run(branch)
     assert losses_of(branch) == losses_of(straight)[3:]
     jax.tree.map(np.testing.assert_array_equal, weights_of(branch), weights_of(straight))
+
+
+WSD = ["training.optimizer_outer.schedule=wsd"]
+BRANCH = ["training.load_part=all", "training.resume_exp_name=stable", "training.exp_name=branch"]
+
+
+def test_a_decay_branch_of_a_stable_run_is_the_straight_run_even_if_killed(configure, monkeypatch):
+    configure = partial(configure, experiment="pretrain/pretrain-tiny-swa")
+    muon = [*WSD, "training.optimizer_outer.optimizer_type=muon", "model.suffix_len=0"]
+    stable = configure(
+        *muon, "training.exp_name=stable", "training.optimizer_outer.lr_decay_start=6"
+    )
+    train.run(stable)
+    decayed = [*muon, "training.optimizer_outer.lr_decay_start=3"]
+    straight = configure(*decayed, "training.exp_name=straight")
+    train.run(straight)
+    assert losses_of(straight)[:4] == losses_of(stable)[:4]
+    assert losses_of(straight)[5] != losses_of(stable)[5]
+
+    branch = configure(*decayed, *BRANCH, "training.resume_step=3", "training.save_every_steps=1")
+    log = RunRecord.log
+
+    def die_at_five(record, step, **metrics):
+        if step == 5:
+            raise KeyboardInterrupt
+        log(record, step, **metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "log", die_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(branch)
+    train.run(branch)
+    assert record_of(branch).run()["attempts"][1]["restored"]["from"].endswith("branch/4")
+    assert losses_of(branch) == losses_of(straight)[3:]
+    jax.tree.map(np.testing.assert_array_equal, weights_of(branch), weights_of(straight))
+
+
+@pytest.mark.parametrize(
+    ("parent", "branch", "message"),
+    [
+        (["lr_decay_start=4"], [], r"resume_step=-1: .*stable/6 .* stable part, steps 1 to 4; set"),
+        (["schedule=cosine"], [], r"trained with schedule=cosine, which has no stable part"),
+        ([], ["training.optimizer_outer.lr_decay_start=5"], r"lr_decay_start=5 .* at least 6"),
+        ([], ["training.optimizer_outer.lr=1e-2"], r"optimizer_outer.lr: 0.003 -> 0.01"),
+        (
+            [],
+            ["training.seq_length=32", "training.global_batch_size=2", "training.data_seed=1"],
+            r"data_seed: 0 -> 1\n.*global_batch_size: 4 -> 2\n.*seq_length: 64 -> 32\n"
+            r".*load_part=params.*allow_config_change=true",
+        ),
+        ([], ["training.dummy_dataset=true"], r"data \(train\): sha256:\w+ -> random tokens"),
+        ([], ["training.optimizer_outer.optimizer_type=muon"], r"state of adamw.* set it to adamw"),
+    ],
+)
+def test_a_branch_that_would_not_go_on_as_its_parent_is_refused(configure, parent, branch, message):
+    simulated = [*WSD, "training.runtime_mode=simulate"]
+    whole = "training.optimizer_outer.lr_decay_start=6"
+    settings = [f"training.optimizer_outer.{setting}" for setting in parent]
+    train.run(configure(*simulated, whole, *settings, "training.exp_name=stable"))
+    longer = ["training.total_steps=8", "training.optimizer_outer.lr_decay_steps=8"]
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        train.run(configure(*simulated, whole, *longer, *BRANCH, *branch))
+    assert not record_of(configure(*BRANCH)).folder.exists()
 
 
 def test_all_of_a_run_that_is_at_its_end_already_is_refused(configure):

@@ -120,6 +120,15 @@ _RELATIONS = (
         lambda warmup, decay: warmup < decay,
         "the warm-up must end before the decay does; lower lr_warmup_steps or raise lr_decay_steps",
     ),
+    Relation(
+        tuple(
+            f"{_OUTER}.{key}"
+            for key in ("schedule", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps")
+        ),
+        lambda schedule, warmup, start, end: schedule != "wsd" or warmup <= start <= end,
+        "the decay must begin after the warm-up and before its own end; set lr_decay_start between "
+        "lr_warmup_steps and lr_decay_steps",
+    ),
     *(
         Relation(
             (f"{_OUTER}.{end}", f"{_OUTER}.lr"),
@@ -468,7 +477,12 @@ def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
     if heads := model.get("num_attention_heads"):
         since = {"layer_types": [], "num_key_value_heads": heads, "attention_bias": False}
         model = since | {"head_dim": model["hidden_size"] // heads} | model
-    return {**stored, "model": model}
+    training = dict(stored.get("training", {}))
+    outer = dict(training.get("optimizer_outer", {}))
+    if steps := outer.get("lr_decay_steps"):
+        since = {"schedule": "cosine", "lr_decay_start": share_of_steps(steps, 0.8)}
+        training["optimizer_outer"] = since | outer
+    return {**stored, "model": model, "training": training}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

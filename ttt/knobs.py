@@ -24,7 +24,8 @@ REMAT_POLICIES = ("none", "dots", "attention", "block", "chunk")
 REMAT_CHOICES = ("auto", *REMAT_POLICIES)
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 SHARDINGS = ("replicated", "fsdp")
-OUTER_OPTIMIZERS = ("adamw",)
+OUTER_OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
 INNER_OPTIMIZERS = ("sgd",)
 BENCHMARK_CALLS = (
     "train_step",
@@ -128,6 +129,7 @@ Platform = Annotated[str, _one_of(PLATFORMS)]
 Sharding = Annotated[str, _one_of(SHARDINGS)]
 EvaluationDType = Annotated[str, _one_of(("model", *DTYPES))]
 OuterOptimizer = Annotated[str, _one_of(OUTER_OPTIMIZERS)]
+Schedule = Annotated[str, _one_of(SCHEDULES)]
 InnerOptimizer = Annotated[str, _one_of(INNER_OPTIMIZERS)]
 
 
@@ -213,11 +215,17 @@ class OptimizerOuterConfig:
     """The training step (METHOD.md, section 4)."""
 
     optimizer_type: OuterOptimizer
+    """`muon`: matrices of the blocks by Muon, all else by AdamW, with the same settings."""
+    schedule: Schedule
+    """After the warm-up. `cosine`: decays at once; `wsd`: stable up to `lr_decay_start`."""
     lr: Positive
     init_lr: NotNegative
     end_lr: NotNegative
     lr_warmup_steps: Natural
+    lr_decay_start: Natural
+    """The step from which `wsd` decays; the same as `lr_decay_steps`: it does not."""
     lr_decay_steps: Count
+    """The step at which the rate has come down to `end_lr`."""
     b1: Fraction
     b2: Fraction
     weight_decay: NotNegative
@@ -295,7 +303,8 @@ class TrainingConfig:
     resume_step: Step
     """-1: the latest."""
     allow_config_change: bool
-    """Continue this run's own checkpoint though settings that change its numbers differ."""
+    """Continue this run's own checkpoint, or branch from a parent's, though settings that change
+    its numbers differ."""
     log_wandb: bool
     wandb_entity: str
     wandb_project: str

@@ -52,6 +52,11 @@ def without_place(name: str) -> str:
     return _PLACE.sub("", name)
 
 
+def is_single(name: str) -> bool:
+    """Whether a leaf of a stack is of one layer, and has no axis of layers."""
+    return without_place(name) != name and ".rest." in name
+
+
 _PLACE = re.compile(r"\.(?:period|rest)\.\d+")
 
 

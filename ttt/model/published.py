@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from ttt.core.batch import AnyArray
-from ttt.core.tree import named_leaves, nested, with_leaves, without_place
+from ttt.core.tree import is_single, named_leaves, nested, with_leaves, without_place
 from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import RestoreAccount
@@ -40,7 +40,7 @@ def to_published(tree: PyTree) -> dict[str, AnyArray]:
     def array(names: Sequence[str]) -> AnyArray:
         if names[0] not in layers:
             return leaves[names[0]]
-        parts = [leaves[name][None] if _is_single(name) else leaves[name] for name in names]
+        parts = [leaves[name][None] if is_single(name) else leaves[name] for name in names]
         order = np.argsort(np.concatenate([layers[name] for name in names]))
         return joined(parts, None if np.all(np.diff(order) == 1) else order)
 
@@ -63,7 +63,7 @@ def from_published(like: PyTree, published: Mapping[str, AnyArray]) -> PyTree:
             step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
             even = np.all(np.diff(rows) == step)  # a slice takes no second copy in host memory
             part = published[target][slice(rows[0], rows[-1] + 1, step) if even else rows]
-            taken[name] = part[0] if _is_single(name) else part
+            taken[name] = part[0] if is_single(name) else part
     return with_leaves(like, taken)
 
 
@@ -99,11 +99,6 @@ def _layers(leaves: Mapping[str, Any]) -> dict[str, Int[np.ndarray, " N"]]:
             layers[name] = first + numbers
         first = 1 + max((int(layers[name][-1]) for name in places), default=-1)
     return layers
-
-
-def _is_single(name: str) -> bool:
-    """Whether a leaf is of one layer, and has no axis of layers."""
-    return without_place(name) != name and ".rest." in name
 
 
 def to_stored(tree: PyTree) -> PyTree:

@@ -26,7 +26,7 @@ class Memory:
 
     parameters: int
     optimizer: int
-    """Both moments."""
+    """Both moments of AdamW; of matrices that Muon trains, the one."""
     gradients: int
     """Of the outer loop: sum and latest part."""
     gathered: int
@@ -94,14 +94,16 @@ def memory(
     tokens = sequences * training.seq_length
     meta = training.train_mode == "meta"
     by_turns = [kind for kind in block_kinds(model) if not meta or kind.stack == "prefix"]
-    trained = devices.held(selected(model, training.spec_outer))
+    outer, chosen = training.optimizer_outer, selected(model, training.spec_outer)
+    trained = devices.held(chosen)
+    squared = devices.held(p for p in chosen if outer.optimizer_type != "muon" or not p.in_muon)
     # Under `chunk` a block that sees the whole sequence keeps its input alone.
     policy = "block" if model.remat_prefix == "chunk" else model.remat_prefix
     size = _BYTES[model.param_dtype]
-    moment = _BYTES["bf16" if training.optimizer_outer.bf16_momentum else "fp32"]
+    moment = _BYTES["bf16" if outer.bf16_momentum else "fp32"]
     return Memory(
         parameters=devices.held(parameters(model)) * size,
-        optimizer=trained * (moment + size),
+        optimizer=trained * moment + squared * size,
         gradients=trained * size * (1 + (training.accum_steps > 1 or meta)),
         gathered=_gathered(model, by_turns, devices),
         kept_blocks=tokens * sum(kind.layers * _kept(model, policy, kind) for kind in by_turns),

@@ -45,6 +45,11 @@ class Parameter(NamedTuple):
         """Numbers in it, over all its layers."""
         return self.layers * math.prod(self.weight.shape)
 
+    @property
+    def in_muon(self) -> bool:
+        """Whether Muon trains it where it can: a matrix of a block (`ttt.optimizers`)."""
+        return "_blocks." in self.name and len(self.weight.shape) == 2
+
 
 def blocks(model: ModelConfig) -> list[BlockKind]:
     """One kind for each layer, from the first to the last."""

@@ -13,7 +13,7 @@ import grain
 import jax
 from jaxtyping import PyTree
 
-from ttt.config import differences, to_dict
+from ttt.config import to_dict
 from ttt.dataloader import builtin, lm_dataset, token_store
 from ttt.dataloader.lm_dataset import Source
 from ttt.errors import RunError, Stopped, UserError
@@ -25,7 +25,13 @@ from ttt.infra.progress import Spent
 from ttt.infra.record import RunRecord, disk_fault, masked_arguments
 from ttt.infra.tracking import Tracker
 from ttt.knobs import Config
-from ttt.training.start import StartPoint, check_parent
+from ttt.training.start import (
+    StartPoint,
+    changed_settings,
+    check_optimizer,
+    check_parent,
+    listed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +133,7 @@ def opened(
         own = checkpoints.newest_good()
         distributed.first_does(lambda: check_continues(config, data, checkpoints, record, own))
         if own is None and training.load_part != "none":
-            distributed.first_does(lambda: check_parent(config))
+            distributed.first_does(lambda: check_parent(config, data.fingerprints))
         parts = (Tracker(record), lock, StopRequest(), Spent(), as_items)
         yield TrainingRun(config, data, checkpoints, own, record, *parts)
 
@@ -151,17 +157,12 @@ def check_continues(
             f"{step} already. Choose another training.exp_name, or at least {step} steps."
         )
     manifest = checkpoints.manifest(step)
-    changed = differences(manifest["config"], to_dict(config))
-    changed |= {
-        f"data ({split})": (manifest["data"].get(split), fingerprint)
-        for split, fingerprint in data.fingerprints.items()
-        if manifest["data"].get(split) != fingerprint
-    }
+    check_optimizer(config, manifest)
+    changed = changed_settings(manifest, config, data.fingerprints)
     if changed and not config.training.allow_config_change:
-        listed = "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in changed.items())
         raise UserError(
             f"{name} has a checkpoint of step {step} in {checkpoints.folder}, trained with other "
-            f"settings:\n{listed}\n"
+            f"settings:\n{listed(changed)}\n"
             "Choose another training.exp_name for a new run, undo the change, or set "
             "training.allow_config_change=true to continue all the same. In a sweep, put "
             "what varies into the name, with the quotes: "

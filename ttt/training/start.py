@@ -7,7 +7,7 @@ loss on the tokens on which the child must be able to do the same.
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt import mixers
-from ttt.config import with_stored
+from ttt.config import differences, to_dict, upgraded, with_stored
 from ttt.core import tree
 from ttt.core.batch import Batch
 from ttt.dataloader import lm_dataset
 from ttt.dataloader.lm_dataset import Source
 from ttt.errors import UserError
+from ttt.globs import matches
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.infra.mesh import Layout
@@ -130,8 +131,11 @@ def parents_checkpoints(config: Config) -> Checkpoints:
     )
 
 
-def check_parent(config: Config) -> None:
-    """Refuse a parent that is not there, of another runtime mode, or done with all the steps."""
+def check_parent(config: Config, data: Mapping[str, str]) -> None:
+    """Refuse a parent that is not there, of another runtime mode, or done with all the steps.
+
+    And a branch (`check_branch`) that would not go on as its parent. data: split -> fingerprint.
+    """
     training = config.training
     step_folder = parents_checkpoints(config).find(training.resume_step)
     checkpoint.check_mode(step_folder, training.runtime_mode)
@@ -141,6 +145,95 @@ def check_parent(config: Config) -> None:
             "already, and with training.load_part=all they count; raise it, or take the "
             "parameters alone (training.load_part=params)"
         )
+    if training.load_part == "all":
+        manifest = checkpoint.read_json(step_folder, "manifest")
+        check_optimizer(config, manifest)
+        if training.optimizer_outer.schedule == "wsd":
+            check_branch(config, step_folder, manifest, data)
+
+
+def check_optimizer(config: Config, manifest: Mapping[str, Any]) -> None:
+    """Refuse the state of another outer optimizer."""
+    was = manifest["config"]["training"]["optimizer_outer"]["optimizer_type"]
+    own = config.training.optimizer_outer.optimizer_type
+    if was != own:
+        raise UserError(
+            f"training.optimizer_outer.optimizer_type={own}: the checkpoint holds the state of "
+            f"{was}, which {own} cannot use; set it to {was}, or, in a new run, take the "
+            "parameters alone (training.load_part=params)"
+        )
+
+
+# In what a branch may differ from its parent: where it starts, and its decay.
+_OWN_OF_BRANCH = (
+    "training.load_part",
+    "training.resume_*",
+    "training.model_seed",
+    "training.prime_init",
+    "training.optimizer_outer.lr_*",
+    "training.optimizer_outer.init_lr",
+    "training.optimizer_outer.end_lr",
+)
+
+
+def check_branch(
+    config: Config, step_folder: Path, manifest: Mapping[str, Any], data: Mapping[str, str]
+) -> None:
+    """Refuse a branch that does not equal one straight run with its decay.
+
+    step_folder, manifest: of the parent's checkpoint. data: split -> fingerprint.
+    """
+    was = upgraded(manifest["config"])["training"]["optimizer_outer"]
+    training, step = config.training, int(step_folder.name)
+    own = training.optimizer_outer
+    if was["schedule"] != "wsd":
+        raise UserError(
+            f"training.optimizer_outer.schedule=wsd: {step_folder} was trained with schedule="
+            f"{was['schedule']}, which has no stable part to go on from; take the parameters alone "
+            "(training.load_part=params), or train a parent with schedule=wsd"
+        )
+    first, last = was["lr_warmup_steps"], was["lr_decay_start"]
+    if not first <= step <= last:
+        raise UserError(
+            f"training.resume_step={training.resume_step}: {step_folder} is not of its run's "
+            f"stable part, steps {first} to {last}; set training.resume_step to a step in it"
+        )
+    first, last = own.lr_warmup_steps, own.lr_decay_start
+    if not first <= step <= last:
+        raise UserError(
+            f"lr_warmup_steps={first}, lr_decay_start={last} of training.optimizer_outer: a branch "
+            f"from step {step} begins in the stable part of its own schedule too; set them to at "
+            f"most and at least {step}"
+        )
+    changed = changed_settings(manifest, config, data)
+    changed = {k: v for k, v in changed.items() if not any(matches(g, k) for g in _OWN_OF_BRANCH)}
+    if changed and not training.allow_config_change:
+        raise UserError(
+            f"{step_folder} was trained with other settings, and a branch goes on as its parent "
+            f"would have:\n{listed(changed)}\n"
+            "Undo the change, take the parameters alone (training.load_part=params), or set "
+            "training.allow_config_change=true to branch all the same."
+        )
+
+
+def changed_settings(
+    manifest: Mapping[str, Any], config: Config, data: Mapping[str, str]
+) -> dict[str, tuple[Any, Any]]:
+    """What changes a run's numbers and is not as in a checkpoint's manifest, as (its, own).
+
+    data: split -> fingerprint.
+    """
+    stored = manifest["data"]
+    return differences(manifest["config"], to_dict(config)) | {
+        f"data ({split})": (stored.get(split), fingerprint)
+        for split, fingerprint in data.items()
+        if stored.get(split) != fingerprint
+    }
+
+
+def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """`changed_settings` for a message, a line for each."""
+    return "\n".join(f"  {key}: {was} -> {now}" for key, (was, now) in changed.items())
 
 
 def as_items(state: TrainState) -> dict[str, Any]:

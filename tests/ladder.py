@@ -12,6 +12,7 @@ import yaml
 from builders import MODEL, TRAINING
 
 from ttt.config import to_dict
+from ttt.evaluation.result import log_edges
 from ttt.infra import record as records
 from ttt.infra.record import RunRecord
 
@@ -57,6 +58,8 @@ class Made:
     devices: tuple[str, ...] = ("cpu",)
     count_model: float = COUNT_MODEL
     mode: str = "jax"
+    documents: int = 0
+    """In the sums of the final evaluation; 0: as in older records."""
     gates: list = field(
         default_factory=lambda: [
             {"name": "finite loss", "holds": True, "said": "all"},
@@ -193,12 +196,15 @@ def _evaluate(record: RunRecord, made: Made) -> None:
     shape = {"fa": 0.3, "swa": 0.2, "e2e": 0.4}[made.method]
     curve = shape * (np.exp(-at / 20) - np.exp(-at / 20).mean())
     nll, count = 8 * (made.loss + curve), np.full(made.context, 8.0)
+    arrays = {"learning_nll": nll, "learning_count": count}
+    if made.documents:
+        arrays |= by_document(made, curve)
     learns = made.train_mode == "meta"
     without = {"token_loss_without_learning": made.loss + 0.1, "loss_without_learning": 0.0}
     record.save_arrays(
         "loss_by_position",
         made.steps,
-        {"learning_nll": nll, "learning_count": count},
+        arrays,
         {
             "seq_length": made.context,
             "loss": made.loss,
@@ -207,6 +213,19 @@ def _evaluate(record: RunRecord, made: Made) -> None:
             **(without if learns else {}),
         },
     )
+
+
+def by_document(made: Made, curve: np.ndarray) -> dict[str, np.ndarray]:
+    """Documents of one size that vary, in all runs alike and a little in each run of its own."""
+    edges = log_edges(made.context)
+    count = np.tile(np.diff(edges).astype(float), (made.documents, 1))
+    alike = np.random.default_rng(made.documents).normal(0, 0.5, (made.documents, 1))
+    own = np.random.default_rng([made.seed, len(made.name)]).normal(0, 0.02, alike.shape)
+    effect = alike - alike.mean() + own - own.mean()
+    mean = np.add.reduceat(curve, edges[:-1]) + count * (made.loss + effect)
+    numbers = np.arange(made.documents)
+    sums = {"documents": numbers, "document_nll": mean, "document_count": count}
+    return {f"learning_{name}": array for name, array in sums.items()}
 
 
 def amend(record: RunRecord, **changes: object) -> None:

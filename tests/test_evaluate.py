@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import tokenizers
 
@@ -23,6 +24,7 @@ from ttt.dataloader.text import ByteTokenizer
 from ttt.errors import UserError
 from ttt.evaluation import suite
 from ttt.evaluation.judge import ForeignJudge
+from ttt.evaluation.loss_by_context import LossByContext
 from ttt.evaluation.resources import LoadedModels
 from ttt.inference.engine import Engine, Written
 from ttt.infra import checkpoint
@@ -166,20 +168,23 @@ def test_loss_of_every_method_at_other_lengths_is_that_of_reading_token_by_token
     rows = rows_of(evaluated[1], "loss_by_context")
     machine = LoadedModels(evaluate.device_mesh())
     store = token_store.open_split(root / "text", "val")
+    stretches = np.random.default_rng(0).permutation((4500 - 1) // 128)[: 512 // 128] * 128
     for method in ("e2e", "fa"):
         (run,) = trained.load(configure(root, method))
         engine = machine.engine(run, 129)
         for context in (64, 128):  # trained at 64
             counted = []
-            for start in range(0, 512, 4 * context):
-                places = range(start, start + 4 * context, context)
-                texts = [np.asarray(store[i : i + context + 1]) for i in places]
+            for part in range(0, 128, context):
+                texts = [np.asarray(store[i : i + context + 1]) for i in stretches + part]
                 _, nll = engine.read(engine.start(4), texts)
                 counted += [n[t[1:] != 256] for n, t in zip(nll, texts, strict=True)]
             wanted = {"run": run.name, "context": str(context), "measure": "loss"}
             (found,) = values(rows, **wanted, learning=str(run.learns))
-            # A chunk with a document's start in it has fewer tokens to its mean.
-            assert found == pytest.approx(np.concatenate(counted).mean(), rel=2e-3)
+            assert found == pytest.approx(np.concatenate(counted).mean(), rel=1e-5)
+            (bits,) = values(
+                rows, **{**wanted, "measure": "bits_per_byte"}, learning=str(run.learns)
+            )
+            assert bits == pytest.approx(found / np.log(2))  # the store is of bytes
 
 
 @pytest.mark.slow
@@ -212,6 +217,38 @@ def test_learning_changes_nothing_before_the_first_step(evaluated):
         (mine,) = values(rows, **{**e2e, "measure": "loss"}, learning=learning)
         (theirs,) = values(rows, run="pretrain-tiny-fa", context="128", measure="loss")
         assert less == pytest.approx(mine - theirs)
+
+
+def test_differences_of_two_runs_stand_in_the_table_with_their_intervals(evaluated, root):
+    known = json.loads((evaluated[1] / "loss_by_context.json").read_text())
+    config = configure(
+        root, "e2e", "evaluation.runs=[pretrain-tiny-e2e,pretrain-tiny-fa]", "evaluation.name=both"
+    )
+    shown = LossByContext(config, trained.load(config), LoadedModels(evaluate.device_mesh()))
+    table = shown.table(pd.DataFrame(known["rows"]))
+    assert table.title == (
+        "held-out loss (val), nats per token (difference from pretrain-tiny-fa [95 %])"
+    )
+    assert table.caption == "1 nat per token is 1.4427 bits per byte"
+    (row,) = [
+        row
+        for row in known["rows"]
+        if (row["measure"], row["context"], row["run"], row["learning"])
+        == ("difference", 128, "pretrain-tiny-e2e", True)
+    ]
+    assert row["low"] < row["value"] < row["high"]
+    # Stretches of 128 tokens, documents of 450: some lie in two, some share one.
+    assert row["n"] == documents_of_stretches(128)
+    said = f"({row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}])"
+    assert next(iter(table.columns[2].cells)).endswith(said)
+    assert {row["split"] for row in known["rows"]} == {"val"}
+
+
+def documents_of_stretches(context: int) -> int:
+    """How many documents the stretches of the test's evaluation have targets in."""
+    starts = np.random.default_rng(0).permutation((4500 - 1) // 128)[:4] * 128
+    places = (starts[:, None] + np.arange(1, context + 1)).ravel()
+    return len({int(place) // 450 for place in places if place % 450})
 
 
 def test_both_halves_are_judged_and_the_read_half_does_not_depend_on_the_writer(evaluated):

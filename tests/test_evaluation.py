@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import re
+import runpy
 from dataclasses import replace
+from pathlib import Path
 from statistics import NormalDist
 
 import jax
@@ -14,8 +16,9 @@ import tokenizers
 from builders import MODEL, TRAINING
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from ttt.core.batch import Batch
+from ttt.dataloader.lm_dataset import HeldOut, TokenSource
 from ttt.dataloader.text import ByteTokenizer, FileTokenizer
 from ttt.errors import UserError
 from ttt.evaluate import SUITES
@@ -24,9 +27,9 @@ from ttt.evaluation.judge import Judged
 from ttt.evaluation.long_decoding import binned
 from ttt.evaluation.loss_by_position import LearningComparison, PositionLoss
 from ttt.evaluation.resources import in_batches
-from ttt.evaluation.result import Row, log_edges
+from ttt.evaluation.result import Row, estimate, log_edges
 from ttt.evaluation.suite import AbstractSuite, Job, measure
-from ttt.intervals import bootstrap, share
+from ttt.intervals import bootstrap, median, nested, share, student
 from ttt.knobs import NEEDLE_TASKS
 from ttt.knobs import SUITES as SUITE_NAMES
 from ttt.model.loop import Scores
@@ -46,21 +49,85 @@ def test_bootstrap_of_a_mean_has_the_standard_error_in_closed_form():
         assert bound == pytest.approx(expected, abs=0.1 * error)
 
 
-def test_bootstrap_weighs_sequences_by_what_they_count():
+def test_bootstrap_weighs_documents_by_what_they_count():
     sums, counts = np.array([[10.0, 0], [2, 0]]), np.array([[5.0, 0], [1, 0]])
     found = bootstrap(sums, counts, resamples=100, seed=0)
-    assert found.value[0] == pytest.approx(2)  # 12 / 6, both sequences' means being 2
+    assert found.value[0] == pytest.approx(2)  # 12 / 6, both documents' means being 2
     assert (found.low[0], found.high[0]) == pytest.approx((2, 2))
     assert np.isnan(found.value[1])
 
 
-def test_bootstrap_of_one_sequence_has_no_width_and_a_seed_fixes_it():
+def test_bootstrap_of_one_document_tells_no_spread_and_a_seed_fixes_the_draws():
     one = bootstrap(np.array([4.0]), np.array([2.0]), resamples=50, seed=0)
-    assert tuple(map(float, one)) == (2, 2, 2)
+    assert one.value == 2
+    assert np.isnan([one.low, one.high]).all()
     draws = [
         bootstrap(np.arange(9.0), np.ones(9), resamples=50, seed=seed).low for seed in (5, 5, 6)
     ]
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_bootstrap_is_scipys_own_of_the_ratio_of_sums():
+    rng = np.random.default_rng(0)
+    counts = rng.lognormal(3, 1, 40)
+    sums = counts * rng.normal(3, 1, 40)
+    theirs = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        paired=True,
+        n_resamples=200,
+        method="percentile",
+        rng=np.random.default_rng(7),
+    ).confidence_interval
+    ours = bootstrap(sums, counts, resamples=200, seed=7)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs))
+
+
+def test_seeds_and_documents_add_in_squares_and_one_seed_leaves_documents_alone():
+    rng = np.random.default_rng(0)
+    counts = rng.lognormal(3, 1, (30, 2))
+    sums = counts * (rng.normal(3, 1, (30, 2)) + rng.normal(0, 0.3, (4, 1, 1)))
+    found = nested(sums, counts)
+    documents = bootstrap(sums.mean(axis=0), counts)
+    seeds = student(sums.sum(axis=1) / counts.sum(axis=0))
+    np.testing.assert_allclose(found.value, seeds.value)
+    for ours, of_documents, of_seeds in zip(found[1:], documents[1:], seeds[1:], strict=True):
+        parts = (of_documents - found.value) ** 2 + (of_seeds - found.value) ** 2
+        np.testing.assert_allclose((ours - found.value) ** 2, parts)
+    for ours, of_documents in zip(
+        nested(sums[:1], counts), bootstrap(sums[0], counts), strict=True
+    ):
+        np.testing.assert_array_equal(ours, of_documents)
+
+
+def test_median_has_the_exact_interval_of_ordered_samples():
+    samples = np.random.default_rng(0).permutation(30.0 + np.arange(30))
+    value, low, high = median(samples)
+    assert value == 44.5
+    # P(9 <= successes of 30 fair throws <= 20) is the least above 0.95 of its kind.
+    assert (low, high) == (39, 50)
+    assert median(np.array([1.0, 5, 2]))[0] == 2
+    assert np.isnan(median(np.array([1.0, 5, 2]))[1:]).all()
+
+
+COVERAGE = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "interval_coverage.py"))
+
+
+@pytest.mark.parametrize("documents", [60, 250])
+def test_a_95_percent_interval_over_documents_holds_the_truth_as_often_as_it_says(documents):
+    trials = 400
+    found = COVERAGE["over_documents"](documents, trials, resamples=300)["percentile"]
+    assert found.covered >= 0.92 - 2 * np.sqrt(0.92 * 0.08 / trials)
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.3), (5, 0.3), (3, 0.0)])
+def test_an_interval_over_seeds_and_documents_holds_the_truth_as_often(seeds, spread):
+    trials = 300
+    found = COVERAGE["over_seeds"](seeds, 60, spread, trials, resamples=200)
+    least = 0.92 - 2 * np.sqrt(0.92 * 0.08 / trials)
+    assert found["squares"].covered >= least
+    alone = found["t over seeds"] if spread == 0 else found["bootstrap of both"]
+    assert alone.covered < least  # either of them alone would be too narrow
 
 
 def test_interval_of_a_share_is_wilsons():
@@ -86,12 +153,12 @@ def test_log_bins_cover_every_position_once_and_widen(length):
 
 
 def position_loss(nll: np.ndarray) -> PositionLoss:
-    """Of N sequences [N, T], all targets counting."""
+    """Of N sequences [N, T], each a document, all targets counting."""
     edges = log_edges(nll.shape[1])
     binned = np.add.reduceat(nll, edges[:-1], axis=1)
     counts = np.broadcast_to(np.diff(edges).astype(float), binned.shape)
     total = nll.sum(axis=0), np.full(nll.shape[1], float(len(nll)))
-    return PositionLoss(*total, nll.mean(axis=1), edges, binned, counts)
+    return PositionLoss(*total, nll.mean(axis=1), edges, np.arange(len(nll)), binned, counts)
 
 
 LIKE = Row("loss_by_context", "a", "e2e", 7, 64, "loss")
@@ -112,34 +179,69 @@ def test_rows_hold_the_mean_of_every_bin_and_their_average_is_the_whole():
     assert np.average([row.value for row in bins], weights=widths) == pytest.approx(whole.value)
 
 
+BOS = 0
+
+
+def documents_of(tokens: np.ndarray) -> np.ndarray:
+    """The place of the last BOS at or before each token."""
+    return np.maximum.accumulate(np.where(tokens == BOS, np.arange(len(tokens)), 0))
+
+
 @pytest.mark.parametrize("chunk", [4, 8, 16])
-def test_token_loss_is_the_mean_over_counted_tokens_whatever_the_chunks(chunk):
+def test_losses_are_means_over_counted_tokens_and_by_document_whatever_the_chunks(chunk):
+    """Against sums in plain loops over a text whose token j is worth nll[j]."""
     rng = np.random.default_rng(0)
-    mask = rng.random((6, 16)) < np.linspace(0.1, 0.9, 16)  # late tokens count more often
-    mask[:, ::4] = True
-    nll = np.linspace(1, 3, 16) + rng.random((6, 16))
+    places = np.arange(97)
+    tokens = np.where((rng.random(97) < 0.06) | (places == 0), BOS, places)
+    worth = 1 + rng.random(97) + places / 97
+    source = TokenSource(tokens, 16, 97, "text")
+    text = HeldOut.drawn(source, BOS, seed=1, count=5)
 
     def scores(model, batch, *, learn):
-        which = batch.inputs[:, 0]
-        chunks = (len(which), -1, chunk)
-        sums, counts = (
-            (x * mask[which]).reshape(chunks).sum(axis=2) for x in (nll[which], np.ones(16))
-        )
-        token_nll = nll[which] + (0 if learn else 1)
-        return Scores((sums / counts).mean(axis=1), token_nll, mask[which].astype(float))
+        nll = worth[batch.targets] + (0 if learn else 1)
+        mask = batch.loss_mask.astype(float)
+        parts = [x.reshape(len(nll), -1, chunk).sum(axis=2) for x in (nll * mask, mask)]
+        return Scores((parts[0] / parts[1]).mean(axis=1), nll, mask)
 
-    numbers = np.broadcast_to(np.arange(6)[:, None], (6, 16))
-    batches = [Batch(part, part, part > 0) for part in (numbers[:4], numbers[4:])]
-    found = [PositionLoss.measure(scores, None, batches, learn=learn) for learn in (True, False)]
-    summary = LearningComparison(*found, window=16).summary()
-    mean = nll[mask].mean()
-    assert summary["token_loss"] == pytest.approx(mean)
-    assert summary["token_loss_without_learning"] == pytest.approx(mean + 1)
-    assert (
-        "token_loss_without_learning" not in LearningComparison(found[0], None, window=16).summary()
+    learning, still = (
+        PositionLoss.measure(scores, None, text, batch_size=2, learn=learn)
+        for learn in (True, False)
     )
+    places = (text.starts[:, None] + np.arange(1, 17)).ravel()
+    places = places[tokens[places] != BOS]
+    documents = documents_of(tokens)[places]
+    assert learning.documents.tolist() == sorted(set(documents.tolist()))
+    for document, nll, count in zip(
+        learning.documents, learning.document_nll, learning.document_count, strict=True
+    ):
+        own = places[documents == document]
+        assert (nll.sum(), count.sum()) == (pytest.approx(worth[own].sum()), len(own))
+    summary = LearningComparison(learning, still, window=16, bytes_per_token=2.5).summary()
+    mean = worth[places].mean()
+    assert summary["loss"] == pytest.approx(mean)
+    assert summary["loss_without_learning"] == pytest.approx(mean + 1)
+    assert summary["bits_per_byte"] == pytest.approx(mean / np.log(2) / 2.5)
+    assert summary["documents"] == len(set(documents.tolist()))
+    alone = LearningComparison(learning, None, window=16).summary()
+    assert not {"loss_without_learning", "bits_per_byte"} & alone.keys()
     if chunk < 16:
-        assert summary["loss"] != pytest.approx(mean)  # every chunk weighs the same there
+        assert summary["chunk_loss"] != pytest.approx(mean)  # every chunk weighs the same there
+    half = PositionLoss.measure(scores, None, text, batch_size=2, most=1, learn=True)
+    assert len(half.sequence_loss) == 2
+    assert not half.same_text(learning)
+    assert still.same_text(learning)
+
+
+def test_a_row_says_what_the_loss_is_in_bits_per_byte():
+    losses = position_loss(np.random.default_rng(0).uniform(1, 3, (6, 64)))
+    loss, bits, *_ = losses.rows(LIKE, keys={}, bytes_per_token=2.0)
+    assert (bits.measure, bits.unit, bits.n) == ("bits_per_byte", "bits per byte", 6)
+    for ours, theirs in ((loss.value, bits.value), (loss.low, bits.low), (loss.high, bits.high)):
+        assert theirs == pytest.approx(ours / np.log(2) / 2)
+
+
+def test_a_bound_that_nobody_knows_is_empty_and_not_a_number():
+    assert estimate((1.5, np.nan, np.nan)) == {"value": 1.5, "low": None, "high": None}
 
 
 def test_differences_of_paired_sequences_are_surer_than_the_losses():

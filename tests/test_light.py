@@ -166,19 +166,19 @@ def test_token_stats_leaves_the_record_and_the_numbers_of_a_run(configure):  # n
     record = record_of(config)
     rows = record.metrics()
     assert all(row["tokens_per_second"] > 0 for row in rows if "loss" in row)
-    assert [row["step"] for row in rows if "eval_loss" in row] == [3]
+    assert [(row["step"], row["split"]) for row in rows if "eval_loss" in row] == [(3, "val")]
     assert record.run()["status"] == "finished"
     assert not any("gradient" in name or "inner" in name for row in rows for name in row)
     summary = json.loads((record.folder / "eval/loss_by_position-6.json").read_text())
-    evaluation = lm_dataset.eval_batches(
-        training_run.open_data(config).evaluation, batch_size=2, max_batches=2, bos_token_id=256
-    )
     nll, count = np.zeros(64), np.zeros(64)
-    for batch in evaluation:
+    for batch in training_run.open_data(config).evaluation.batches(2, most=2):
         scores = score(model, batch)
         nll += (scores.token_nll * scores.loss_mask).sum(axis=0)
         count += scores.loss_mask.sum(axis=0)
-    assert summary["token_loss"] == pytest.approx(nll.sum() / count.sum())
+    assert summary["loss"] == pytest.approx(nll.sum() / count.sum())
+    assert [row["final_eval_loss"] for row in rows if "final_eval_loss" in row] == [summary["loss"]]
+    assert summary["split"] == "val"
+    assert summary["chunk_loss"] != summary["loss"]
     assert "loss_without_learning" not in summary  # though the method is e2e
     with np.load(record.folder / "eval/loss_by_position-6.npz") as arrays:
         np.testing.assert_allclose(arrays["learning_nll"], nll)
@@ -228,7 +228,8 @@ def test_a_child_takes_the_counts_of_its_parent_and_counts_on(configure):  # noq
     attempt = record_of(child).run()["attempts"][0]
     account, start = attempt["restored"], attempt["start"]
     assert start["preserving"]
-    assert start["loss"] == start["warm_loss"] == pytest.approx(start["parent_loss"])
+    assert start["warm_loss"] == start["parent_loss"] == pytest.approx(start["loss"])
+    assert start["split"] == "val"
     assert sorted(account["restored"]) == sorted(weights_of(parent))
     assert account["from"].endswith("parent/6")
     whole = ["training.load_part=all", "training.total_steps=8", "training.eval_start_batches=2"]
@@ -238,7 +239,7 @@ def test_a_child_takes_the_counts_of_its_parent_and_counts_on(configure):  # noq
     # Before its first step it is measured on as much as the parent was in the end.
     summary = json.loads((record_of(parent).folder / "eval/loss_by_position-6.json").read_text())
     start = record_of(later).run()["attempts"][0]["start"]
-    assert start["parent_loss"] == pytest.approx(summary["token_loss"])
+    assert start["parent_loss"] == pytest.approx(summary["loss"])
 
 
 def test_counts_of_another_vocabulary_are_refused(configure):  # noqa: F811
@@ -375,30 +376,59 @@ def test_a_network_that_trains_is_shown_against_the_counts_of_the_same_data(
     train.run(counted)
     beside = record_of(counted).folder / "eval/loss_by_position-1.json"
     # A run that counts instead, on the same batch, ends at the same loss on the same tokens.
-    assert summary["count_model_loss"] == pytest.approx(
-        json.loads(beside.read_text())["token_loss"]
-    )
+    assert summary["count_model_loss"] == pytest.approx(json.loads(beside.read_text())["loss"])
     (batch,) = training_batches(config, 1)
     assert summary["count_model_tokens"] == batch.loss_mask.sum()
-    assert summary["token_loss"] > loss
-    assert "DOES NOT BEAT A COUNT" in caplog.text  # after one step it cannot
+    assert summary["loss"] > loss
+    assert (
+        "this model does not beat a count of token pairs" in caplog.text
+    )  # after one step it cannot
+
+
+def assert_counted(model: CountModel, batches: list[Batch], sequences: int | None = None) -> None:
+    """The model is that of the sequences, counted one after another."""
+    expected, left = CountModel.empty(258), sequences
+    for batch in batches:
+        expected = expected.plus(*(array[:left] for array in batch))
+        left = None if left is None else max(0, left - len(batch.inputs))
+    for ours, theirs in zip(model.tables, expected.tables, strict=True):
+        np.testing.assert_array_equal(ours.keys, theirs.keys)
+        np.testing.assert_array_equal(ours.counts, theirs.counts)
 
 
 @pytest.mark.parametrize(("asked", "sequences"), [(1, 1), (130, 2), (400, 6), (10**7, None)])
-def test_the_first_tokens_of_the_training_order_are_counted_an_epoch_at_most(
+@pytest.mark.parametrize("at_once", [1, 700, 1 << 20])
+def test_every_training_token_is_counted_up_to_the_setting(
     configure,  # noqa: F811
+    monkeypatch,
     asked,
     sequences,
+    at_once,
 ):
+    monkeypatch.setattr(light, "_COUNTED_AT_ONCE", at_once)
     config = configure(f"training.count_model_tokens={asked}")
+    model = light.count(config, training_run.open_data(config).train)
+    assert_counted(model, training_batches(config, 6), sequences)
+
+
+def test_what_training_reads_twice_is_counted_twice(configure):  # noqa: F811
+    # An epoch has 70 batches.
+    config = configure("training.total_steps=100", "training.count_model_tokens=1000000")
+    model = light.count(config, training_run.open_data(config).train)
+    assert_counted(model, training_batches(config, 100))
+
+
+def test_beside_a_run_with_a_parent_more_is_counted_than_it_reads_itself(
+    configure,  # noqa: F811
+    monkeypatch,
+):
+    child = ["training.load_part=params", "training.resume_exp_name=parent"]
+    config = configure(*child, "training.total_steps=1", "training.count_model_tokens=10000")
     source = training_run.open_data(config).train
-    model = light.count(config, source)
-    epoch = training_batches(config, len(source) // 4)
-    inputs, targets, mask = (np.concatenate(x)[:sequences] for x in zip(*epoch, strict=True))
-    expected = CountModel.empty(258).plus(inputs, targets, mask)
-    assert model.tokens == expected.tokens
-    np.testing.assert_array_equal(model.tables[1].keys, expected.tables[1].keys)
-    np.testing.assert_array_equal(model.tables[1].counts, expected.tables[1].counts)
+    monkeypatch.setattr(light, "_BESIDE_A_PARENT", 1600)
+    assert_counted(light.count(config, source), training_batches(config, 7), 25)
+    monkeypatch.undo()
+    assert_counted(light.count(config, source), training_batches(config, 70), 10000 // 64)
 
 
 def test_a_model_below_the_count_model_is_told_by_how_much(caplog):
@@ -407,7 +437,7 @@ def test_a_model_below_the_count_model_is_told_by_how_much(caplog):
     assert "count model of 4,000,000 tokens: 3.100 nats per token; this model is 0.900 below" in (
         caplog.text
     )
-    assert "DOES NOT BEAT" not in caplog.text
+    assert "does not beat" not in caplog.text
 
 
 def test_how_much_is_counted_beside_a_run_is_no_change_of_the_run(configure):  # noqa: F811

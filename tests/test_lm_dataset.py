@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt.core.batch import from_tokens
-from ttt.dataloader import token_store
+from ttt.dataloader import lm_dataset, token_store
 from ttt.dataloader.lm_dataset import (
+    HeldOut,
     RandomTokens,
     TokenSource,
-    eval_batches,
     open_source,
     train_batches,
 )
@@ -157,26 +157,92 @@ def test_samples_tile_the_split_and_overlap_by_one_token(n, seq_length):
 
 def test_targets_that_start_a_document_do_not_count():
     source = TokenSource(np.array([BOS, 1, 2, BOS, 3]), 4, 10, "tokens")
-    batch = next(eval_batches(source, batch_size=1, max_batches=0, bos_token_id=BOS))
+    batch = next(HeldOut.drawn(source, BOS, seed=0).batches(1))
     np.testing.assert_array_equal(batch.loss_mask, [[True, True, False, True]])
 
 
-@pytest.mark.parametrize(("max_batches", "sizes"), [(0, [3, 3, 1]), (2, [3, 3]), (9, [3, 3, 1])])
-def test_evaluation_reads_once_in_order(max_batches, sizes):
-    batches = list(
-        eval_batches(numbered(7), batch_size=3, max_batches=max_batches, bos_token_id=BOS)
+@pytest.mark.parametrize(("most", "sizes"), [(0, [3, 3, 1]), (2, [3, 3]), (9, [3, 3, 1])])
+def test_held_out_text_is_random_stretches_in_an_order_that_the_seed_fixes(most, sizes):
+    drawn = [list(HeldOut.drawn(numbered(7), BOS, seed=s).batches(3, most=most)) for s in (0, 0, 1)]
+    assert [len(batch.inputs) for batch in drawn[0]] == sizes
+    first, again, other = (samples_of(*batches) for batches in drawn)
+    assert first == again != other
+    assert len(set(first)) == sum(sizes)
+    assert first != sorted(first)
+    few = HeldOut.drawn(numbered(7), BOS, seed=0, count=3)
+    assert samples_of(*few.batches(3)) == first[:3]
+
+
+def test_shorter_contexts_read_the_same_text():
+    tokens = np.arange(33)
+    long, short = (TokenSource(tokens, length, 33, "numbered") for length in (8, 4))
+    text = HeldOut.drawn(long, BOS, seed=0, count=2)
+    pieces = text.cut(short, BOS)
+    ((inputs, targets, _),), ((cut_inputs, cut_targets, _),) = (
+        list(part.batches(9)) for part in (text, pieces)
     )
-    assert [len(batch.inputs) for batch in batches] == sizes
-    assert samples_of(*batches) == list(range(sum(sizes)))
+    np.testing.assert_array_equal(inputs.ravel(), cut_inputs.ravel())
+    np.testing.assert_array_equal(targets.ravel(), cut_targets.ravel())
+
+
+def documents_by_hand(tokens: np.ndarray, start: int, length: int) -> list[int]:
+    """The place of the last BOS at or before each token; 0 before the first."""
+    places = np.flatnonzero(tokens == BOS)
+    return [max(places[places <= i], default=0) for i in range(start, start + length)]
+
+
+@pytest.mark.parametrize("block", [3, 1 << 16])
+@given(ids=st.lists(st.sampled_from([1, 2, 3, BOS]), min_size=9, max_size=80), seed=st.integers(0))
+def test_a_tokens_document_is_the_one_whose_bos_precedes_it(ids, seed, block):
+    tokens = np.array(ids)
+    text = HeldOut.drawn(TokenSource(tokens, 4, 10, "tokens"), BOS, seed=seed % 9, count=seed % 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_store, "CHUNK_TOKENS", block)
+        found = [text.documents(2 * i, batch) for i, batch in enumerate(text.batches(2))]
+    expected = [documents_by_hand(tokens, start, 4) for start in text.starts]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+def test_a_document_without_end_is_looked_through_so_far_and_no_further(monkeypatch):
+    monkeypatch.setattr(lm_dataset, "_LONGEST_DOCUMENT", 10)
+    tokens = np.full(101, 1)
+    tokens[0] = BOS
+    text = HeldOut(TokenSource(tokens, 4, 10, "tokens"), np.array([60, 64, 8, 72]), BOS)
+    (batch,) = text.batches(4)
+    # Far from the first token, the three that are near each other count as one document.
+    assert [row.tolist() for row in text.documents(0, batch)] == [[50] * 4, [50] * 4, [0] * 4,
+                                                                  [50] * 4]  # fmt: skip
+
+
+def test_every_sequence_of_random_tokens_is_a_document():
+    text = HeldOut.drawn(RandomTokens(8, 10, seed=0), BOS, seed=0, count=4)
+    (batch,) = text.batches(4)
+    assert np.any(batch.inputs == BOS)
+    np.testing.assert_array_equal(
+        text.documents(0, batch), np.repeat(text.starts[:, None], 8, axis=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"tokenizer": "bytes"}, 1.0),
+        ({"tokenizer": "tokenizer.json", "bytes_per_token": {"train": 2.5, "dev": 3.5}}, 2.5),
+        ({"tokenizer": "tokenizer.json"}, None),
+        ({}, None),
+    ],
+)
+def test_a_source_has_the_bytes_per_token_that_its_store_states(tmp_path, attributes, expected):
+    token_store.write(tmp_path / "s", {"train": np.arange(33)}, attributes=attributes)
+    assert open_train(tmp_path / "s").bytes_per_token == expected
 
 
 @pytest.mark.parametrize("bad", [10, -1])
 def test_id_outside_the_vocabulary_names_split_sample_and_value(bad):
     tokens = np.zeros(9, np.int64)
     tokens[6] = bad
-    batches = eval_batches(
-        TokenSource(tokens, 4, 10, "data/x/val"), batch_size=1, max_batches=0, bos_token_id=BOS
-    )
+    source = TokenSource(tokens, 4, 10, "data/x/val")
+    batches = HeldOut(source, np.array([0, 4]), BOS).batches(1)
     next(batches)
     with pytest.raises(StoreError, match=f"data/x/val, sample 1: token id {bad} at position 2"):
         next(batches)

@@ -17,7 +17,7 @@ from ladder import FLOOR, WIGGLE, Made, amend, write_run
 
 from ttt.errors import UserError
 from ttt.figures import duration
-from ttt.intervals import student
+from ttt.intervals import nested, student
 from ttt.report import compare, curves, frame, phase1, pictures, tables, verdict
 from ttt.report.compare import Estimate
 
@@ -117,6 +117,47 @@ def test_savings_are_those_of_the_steps(report):
     tokens = 2 * 64 * 40 + 2 * 128 * 10
     assert one(report, "P1").tokens == one(report, "B1").tokens == tokens
     assert one(report, "P1", "wall_clock").tokens > 2 * tokens
+
+
+def with_documents(number: int):
+    """Two paths and two seeds, the final losses of some of whose runs are known by document."""
+
+    def change(runs):
+        for made in list(runs.values())[:number]:
+            made.documents = 40
+
+    return change
+
+
+def test_losses_known_by_document_have_intervals_over_seeds_and_documents(tmp_path, report):
+    found = one(spoiled(tmp_path, with_documents(99)), "P1")
+    runs = {made.name: made for made in small_ladder()[0].values()}
+    ends = [[run for name, run in runs.items() if name.startswith(f"ext-{path}-")] for path in
+            ("P1", "B1")]  # fmt: skip
+    arrays = [[ladder.by_document(replace(run, documents=40), np.zeros(128)) for run in path]
+              for path in ends]  # fmt: skip
+    nll = np.array([[one["learning_document_nll"].sum(axis=1) for one in path] for path in arrays])
+    expected = nested(nll[0] - nll[1], arrays[0][0]["learning_document_count"].sum(axis=1))
+    assert found.delta[:3] == pytest.approx(tuple(map(float, expected)))
+    assert (found.delta.n, found.delta.documents) == (2, 40)
+    assert found.loss.documents == 40
+    over_seeds = student(np.array([FLOOR["P1"] - FLOOR["B1"] + WIGGLE[seed] for seed in (0, 1)]))
+    assert found.delta.mean == pytest.approx(float(over_seeds.value))
+    assert found.delta.high > over_seeds.high + 1e-6
+    assert one(report, "P1").delta.documents == 0  # older records
+
+
+def test_the_page_says_what_its_intervals_are_over(tmp_path):
+    report = spoiled(tmp_path, with_documents(99))
+    assert any("(2 seeds and 40 documents)" in line for line in judged(report, "P1").evidence)
+    assert "| 2 of 2 | 40 |" in tables.to_markdown(report)
+    assert {curve.over for curve in report.positions} == {"seeds and documents"}
+
+
+def test_where_one_record_lacks_documents_the_interval_is_over_seeds_alone(tmp_path, report):
+    half = spoiled(tmp_path, with_documents(5))
+    assert one(half, "P1").delta.documents == 0
+    assert {curve.over for curve in report.positions} == {"seeds"}
 
 
 def test_stages_tell_where_they_start_and_what_the_next_starts_from(report):
@@ -427,6 +468,57 @@ def test_a_killed_attempts_time_is_taken_from_its_steps(tmp_path):
     assert run.device_hours == pytest.approx(8 * 1.01 / 3600)
     assert run.step_hours == pytest.approx(8 * 1.0 / 3600)
     assert any("lower bound" in note for note in run.notes)
+
+
+def test_seconds_of_a_step_are_a_median_without_the_first_step_after_each_start(tmp_path):
+    record = write_run(tmp_path, Made("pretrain-x", "pretrain", "fa", 0, 8, 3.0))
+    own = {"from": "elsewhere/ladder/pretrain-x/4", "part": "all", "restored": ["a"]}
+    amend(record, restored=own)
+    rows = record.metrics()
+    times = {1: 90.0, 2: 1.0, 3: 1.1, 4: 1.2, 5: 70.0, 6: 1.3, 7: 1.4, 8: 9.0}
+    (record.folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | {"step_seconds": times[row["step"]]}) + "\n" for row in rows)
+    )
+    run = named(read(tmp_path), "pretrain-x")
+    assert run.step_seconds == pytest.approx((1.2 + 1.3) / 2)  # of six
+    assert (run.step_seconds_low, run.step_seconds_high) == (1.0, 9.0)
+    assert run.step_hours == pytest.approx(8 * 1.25 / 3600)
+    assert "| 1.25 [1, 9] |" in tables.to_markdown(read(tmp_path))
+
+
+def test_losses_of_older_records_are_read_as_what_they_were(tmp_path):
+    """Then `loss` was the mean over chunks; now it is that over tokens."""
+    summaries = {
+        "new": {"loss": 2.0, "chunk_loss": 2.5, "loss_without_learning": 3.0},
+        "old": {"loss": 2.5, "token_loss": 2.0, "token_loss_without_learning": 3.0},
+        "older": {"loss": 2.5},
+    }
+    for name, summary in summaries.items():
+        record = write_run(tmp_path, Made(f"pretrain-{name}", "pretrain", "fa", 0, 5, 2.0))
+        (record.folder / "eval/loss_by_position-5.json").write_text(json.dumps(summary))
+    report = read(tmp_path)
+    for name in summaries:
+        assert named(report, f"pretrain-{name}").validation_loss == pytest.approx(2.0)
+    for name in ("pretrain-new", "pretrain-old"):
+        assert named(report, name).validation_loss_without_learning == 3.0
+
+
+def test_losses_of_another_split_are_not_compared_in_silence(tmp_path):
+    for name, split in (("a", "val"), ("b", "dev"), ("c", "val")):
+        record = write_run(tmp_path, Made(f"pretrain-{name}", "pretrain", "fa", 0, 5, 3.0))
+        path = record.folder / "eval/loss_by_position-5.json"
+        more = {"split": split, "sequences": 8, "evaluation_seed": 0, "bits_per_byte": 1.5}
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+        amend(record, data={split: "sha256:x"})
+    report = read(tmp_path)
+    assert list(report.runs["split"]) == ["val", "dev", "val"]
+    said = "losses of different splits do not compare: dev: pretrain-b; val: pretrain-a, pretrain-c"
+    assert said in tables.to_markdown(report)
+    assert said in tables.to_terminal(report, None)
+    a, b, c = frame.rows_of(report.runs)
+    assert (compare.alike(a, b), compare.alike(a, c)) == (False, True)
+    assert a.bits_per_byte == 1.5
+    assert a.evaluated_on == "sha256:x, 8 stretches of val drawn with seed 0"
 
 
 def test_hours_add_up_over_attempts_and_devices(tmp_path):

@@ -114,8 +114,14 @@ def test_a_run_learns_and_leaves_a_whole_record(configure):
     assert record.run()["attempts"][0]["data"]["train"].startswith("sha256:")
     summary = json.loads((record.folder / "eval/loss_by_position-40.json").read_text())
     with np.load(record.folder / "eval/loss_by_position-40.npz") as arrays:
-        assert summary["loss"] == pytest.approx(arrays["learning_sequence_loss"].mean())
+        mean = arrays["learning_nll"].sum() / arrays["learning_count"].sum()
+        assert summary["loss"] == pytest.approx(mean)
+        assert summary["chunk_loss"] == pytest.approx(arrays["learning_sequence_loss"].mean())
         assert arrays["learning_nll"].shape == (64,)
+        nll, count = (arrays[f"learning_document_{x}"].sum() for x in ("nll", "count"))
+        assert nll / count == pytest.approx(mean)
+        # Documents of 450 bytes, of which the split begins in the third.
+        assert set(arrays["learning_documents"]) <= {0, 350, 800, 1250, 1700}
     assert summary["loss"] != summary["loss_without_learning"]
     with (record.folder / "eval/loss_by_position-40.csv").open() as file:
         whole = [row for row in csv.DictReader(file) if row["measure"] == "loss"]

@@ -276,12 +276,12 @@ class TrainingConfig:
     eval_every_steps: Natural
     """0: only at the end."""
     eval_batches: Natural
-    """Batches of the evaluation split to score, the first; 0: all of it."""
+    """Batches of random stretches of the evaluation split to score; 0: all of it."""
     eval_start_batches: Count
-    """Batches of the evaluation split to score before the first step, by the parent too."""
+    """The first of these batches are scored before the first step, by the parent too."""
     count_model_tokens: Natural
-    """A count model of so many tokens, the first of the training order, is scored beside the
-    trained model in the end; 0: none is."""
+    """In the end pairs of tokens are counted, of all that the run was trained on, in order, up to
+    so many, and scored beside the trained model; 0: they are not."""
     sample_tokens: Natural
     """Tokens that the trained model writes in the end after a held-out document; 0: none."""
     save_every_steps: Natural
@@ -378,8 +378,9 @@ class LossByContextConfig:
 
     contexts: Lengths
     """Tokens per sequence; none: half of `training.seq_length`, it, and twice it."""
-    tokens: Count
-    """Held-out tokens, from the split's start, that are scored at every context."""
+    tokens: Natural
+    """Held-out tokens that are scored at every context, in random stretches of the longest one;
+    0: 256 times `training.seq_length`, or all there are."""
 
 
 @dataclass(frozen=True)
@@ -439,7 +440,7 @@ class EvaluationConfig:
     compute_dtype: EvaluationDType
     """Of matrix products; `model`: the one that each run was trained with."""
     seed: Natural
-    """Of needles, sampling and resampling."""
+    """Of the stretches of held-out text (of training too), needles, sampling and resampling."""
     resamples: Count
     """Draws of the bootstrap behind each interval."""
     loss_by_context: LossByContextConfig

@@ -155,13 +155,15 @@ def evaluate_start(
     parent, step = start.parent, int(start.state.step)
     most = run.config.training.eval_start_batches
     with run.spent("evaluation"):
-        loss = score(run, start.state, scores, batches=most).token_loss
+        loss = score(run, start.state, scores, batches=most).loss
         still = None
         if learning:
-            still = score(run, start.state, scores, learn=False, batches=most).token_loss
+            still = score(run, start.state, scores, learn=False, batches=most).loss
         warm = warm_loss()
     run.spent.take("evaluation")
+    split = {"split": run.config.training.eval_split}
     figures: dict[str, Any] = {"loss": loss, "loss_without_learning": still, "warm_loss": warm}
+    figures |= split
     shown = parent or Parent(None, 0, False, False, "it has no parent to be compared with")
     figures |= {"parent_loss": shown.loss, "context": shown.context or None}
     figures |= {"preserving": shown.preserving, "why": shown.why}
@@ -170,7 +172,7 @@ def evaluate_start(
     run.record.note(start=figures)
     if not run.record.logged(step, "start_loss"):  # an attempt before this one may have
         still_too = {} if still is None else {"start_loss_without_learning": still}
-        run.tracker.log(step, {"start_loss": loss, **still_too})
+        run.tracker.log(step, {"start_loss": loss, **still_too, **split})
 
 
 def log_start(parent: Parent, warm: float | None) -> None:
@@ -192,7 +194,7 @@ def log_start(parent: Parent, warm: float | None) -> None:
 def score(
     run: TrainingRun, state: Any, scores: Score, *, learn: bool = True, batches: int | None = None
 ) -> PositionLoss:
-    """The evaluation split, or its first `eval_batches`, in order; raises Stopped if asked to.
+    """The evaluation's text, or its first `eval_batches`; raises Stopped if asked to.
 
     batches: in place of `eval_batches`.
     """
@@ -210,7 +212,9 @@ def score(
         return PositionLoss.measure(
             scores,
             state.model,
-            eval_batches(run.config, run.data.evaluation, most),
+            run.data.evaluation,
+            batch_size=training.eval_batch_size,
+            most=most,
             learn=learn,
             on_progress=on_progress,
         )
@@ -227,28 +231,30 @@ def evaluate(run: TrainingRun, state: Any, scores: Score, window: int, *, learni
         still = score(run, state, scores, learn=False) if learning else None
     if not distributed.is_first():  # one process draws and writes
         return
-    comparison = LearningComparison(read, still, window)
-    summary = comparison.summary()
+    text = {"split": training.eval_split}
+    per_token = run.data.evaluation.source.bytes_per_token
+    comparison = LearningComparison(read, still, window, per_token)
+    summary = {**text, "evaluation_seed": config.evaluation.seed, **comparison.summary()}
     if training.runtime_mode == "jax" and training.count_model_tokens:
         with run.spent("evaluation"):
             counts = light.count(config, run.data.train)
             batches = eval_batches(config, run.data.evaluation, training.eval_batches)
             loss = token_loss(light.scorer(config), counts, batches, learn=False)
-        light.log_comparison(read.token_loss, loss, counts.tokens)
+        light.log_comparison(read.loss, loss, counts.tokens)
         summary |= {"count_model_loss": loss, "count_model_tokens": counts.tokens}
     picture = run.record.folder / f"loss_by_position-{step}.png"
     title = f"{training.exp_name}, step {step}"
     comparison.draw(picture, title=title, points=min(32, training.seq_length))
     if not run.record.logged(step, "final_eval_loss"):
-        run.tracker.log(step, {"final_eval_loss": read.loss})
+        run.tracker.log(step, {"final_eval_loss": read.loss, **text})
     method = method_of(config.model, training)
     like = Row("loss_by_position", training.exp_name, method, step, training.seq_length, "loss")
-    rows = comparison.rows(like, resamples=1000, seed=0)
+    rows = comparison.rows(like, text)
     csv = summary_path(run.record, step).with_suffix(".csv")
     write_whole(csv, result.to_csv(rows))
     # The summary comes last: where it is, the run is finished.
     path = run.record.save_arrays("loss_by_position", step, comparison.arrays(), summary)
-    Console().print(comparison.table())
+    Console().print(comparison.table(training.eval_split))
     if still is not None:
         logger.info(
             "learning while reading lowers the held-out loss by %.3f nats per token in the last "

@@ -5,7 +5,9 @@ Sample i of a split of N tokens is tokens [i·T, (i+1)·T] inclusive, T + 1 of t
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import grain
@@ -19,6 +21,8 @@ from ttt.dataloader.token_store import StoreError
 from ttt.errors import UserError
 
 _DUMMY_SAMPLES = 1024
+_LONGEST_DOCUMENT = 1 << 22
+"""Tokens that are looked through for a document's start; one that is longer counts as several."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class TokenSource:
     vocab_size: int
     name: str
     """For messages."""
+    bytes_per_token: float | None = None
+    """Bytes of text to a token of the split, its BOS left out; None: the store does not say."""
 
     def __post_init__(self):
         if not len(self):
@@ -48,8 +54,11 @@ class TokenSource:
         """Read T + 1 ids, int32; raises `StoreError` at damage or an id beyond the vocabulary."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has samples 0 to {len(self) - 1}, not {index}")
-        start = index * self.seq_length
-        name = f"{self.name}, sample {index}"
+        return self.read(index * self.seq_length)
+
+    def read(self, start: int) -> Int[np.ndarray, " tokens"]:
+        """Read the T + 1 ids from `start` on, int32; raises as `[]` does."""
+        name = f"{self.name}, sample {start // self.seq_length}"
         sample = token_store.read(self.tokens, start, start + self.seq_length + 1, name)
         if outside := token_store.ids_outside(sample, self.vocab_size):
             raise StoreError(
@@ -58,6 +67,16 @@ class TokenSource:
                 "another tokenizer; use its model.vocab_size or other data."
             )
         return sample.astype(np.int32)
+
+    def last(self, token: int, start: int, stop: int) -> int | None:
+        """The last place of a token among [start, stop), read block by block from the end."""
+        while stop > start:
+            begin = max(start, stop - token_store.CHUNK_TOKENS)
+            places = np.flatnonzero(token_store.read(self.tokens, begin, stop, self.name) == token)
+            if len(places):
+                return begin + int(places[-1])
+            stop = begin
+        return None
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,7 @@ class RandomTokens:
     vocab_size: int
     seed: int
     name: str = "random tokens"
+    bytes_per_token: None = None
 
     def __len__(self) -> int:
         """Count samples: finite, so that an evaluation of "all" ends."""
@@ -77,6 +97,10 @@ class RandomTokens:
         """Draw T + 1 ids, int32."""
         rng = np.random.default_rng([self.seed, index])
         return rng.integers(0, self.vocab_size, self.seq_length + 1, dtype=np.int32)
+
+    def read(self, start: int) -> Int[np.ndarray, " tokens"]:
+        """Draw the sample that token `start` is in."""
+        return self[start // self.seq_length]
 
 
 Source = TokenSource | RandomTokens
@@ -113,7 +137,10 @@ def open_source(
             f"{root} starts its documents with id {stored['bos_token_id']}, the model with "
             f"{bos_token_id}: set model.bos_token_id={stored['bos_token_id']}, or use other data."
         )
-    return TokenSource(array, seq_length, vocab_size, f"{root}/{split}")
+    bytes_per_token = stored.get("bytes_per_token", {}).get(split)
+    if bytes_per_token is None and stored.get("tokenizer") == "bytes":
+        bytes_per_token = 1.0
+    return TokenSource(array, seq_length, vocab_size, f"{root}/{split}", bytes_per_token)
 
 
 def train_batches(
@@ -150,7 +177,8 @@ def train_batches(
     share = global_batch_size // hosts
     batches = _order(source, global_batch_size, seed)
     mine = slice(host * share, (host + 1) * share)
-    return _read(batches.map(lambda indices: indices[mine]), source, bos_token_id, threads)
+    share_of = batches.map(lambda indices: indices[mine])
+    return _read(share_of, source.__getitem__, bos_token_id, threads)
 
 
 def samples_of_batch(
@@ -166,24 +194,89 @@ def _order(source: Source, global_batch_size: int, seed: int) -> grain.MapDatase
     return order.batch(global_batch_size, drop_remainder=True).repeat()
 
 
-def eval_batches(
-    source: Source, *, batch_size: int, max_batches: int, bos_token_id: int, threads: int = 2
-) -> grain.DatasetIterator:
-    """Iterate once, in order, over [batch_size, T], at most `max_batches` of them (0: all).
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Stretches of a split that losses are measured on, and the documents that they are of."""
 
-    The last batch of the split is smaller where the samples do not fill it.
-    """
-    batches = grain.MapDataset.range(len(source)).batch(batch_size)
-    return _read(batches.slice(slice(max_batches or None)), source, bos_token_id, threads)
+    source: Source
+    starts: Int[np.ndarray, " N"]
+    """The first token of each stretch of T tokens; its last target is the token behind it."""
+    bos_token_id: int
+
+    @classmethod
+    def drawn(cls, source: Source, bos_token_id: int, *, seed: int, count: int = 0) -> "HeldOut":
+        """`count` samples of a split, or all there are (0: all), in an order that `seed` fixes.
+
+        The first stretches of a larger draw are those of a smaller one.
+        """
+        order = np.random.default_rng(seed).permutation(len(source))
+        return cls(source, order[: count or None] * source.seq_length, bos_token_id)
+
+    def cut(self, source: Source, bos_token_id: int) -> "HeldOut":
+        """The same text, each stretch cut into as many of `source.seq_length` as it has whole."""
+        length = source.seq_length
+        pieces = np.arange(self.source.seq_length // length) * length
+        return HeldOut(source, (self.starts[:, None] + pieces).ravel(), bos_token_id)
+
+    def __len__(self) -> int:
+        """Count stretches."""
+        return len(self.starts)
+
+    def batches(self, batch_size: int, *, most: int = 0, threads: int = 2) -> grain.DatasetIterator:
+        """Iterate once, in order, over [batch_size, T], at most `most` of them (0: all).
+
+        The last one is smaller where the stretches do not fill it.
+        """
+        batches = grain.MapDataset.range(len(self)).batch(batch_size).slice(slice(most or None))
+        starts = self.starts.tolist()
+        return _read(batches, lambda i: self.source.read(starts[i]), self.bos_token_id, threads)
+
+    def documents(self, first: int, batch: Batch) -> Int[np.ndarray, "B T"]:
+        """The document of every target of a batch whose first stretch is number `first`.
+
+        A document is named by the place of its BOS in the split. Of random tokens, where BOS means
+        nothing, each stretch is a document.
+        """
+        mine = slice(first, first + len(batch.inputs))
+        own, starts = self._beginnings[mine, None], self.starts[mine, None]
+        if isinstance(self.source, RandomTokens):
+            return np.broadcast_to(starts, batch.inputs.shape)
+        places = starts + np.arange(batch.inputs.shape[1])
+        begun = np.where(batch.inputs == self.bos_token_id, places, own)
+        return np.maximum.accumulate(begun, axis=1)
+
+    @cached_property
+    def _beginnings(self) -> Int[np.ndarray, " N"]:
+        """Of the document that each stretch starts in, looked for backwards from its first token.
+
+        It ends at the stretch before it in the split, whose document is known by then.
+        """
+        found = np.zeros_like(self.starts)
+        if isinstance(self.source, RandomTokens):
+            return found
+        before, document = -1, 0
+        for i in np.argsort(self.starts):
+            start = int(self.starts[i])
+            least = max(before + 1, start - _LONGEST_DOCUMENT)
+            place = self.source.last(self.bos_token_id, least, start + 1)
+            if place is not None:
+                document = place
+            elif least > before + 1:
+                document = least
+            found[i], before = document, start
+        return found
 
 
 def _read(
-    batches: grain.MapDataset, source: Source, bos_token_id: int, threads: int
+    batches: grain.MapDataset,
+    sample: Callable[[int], Int[np.ndarray, " tokens"]],
+    bos_token_id: int,
+    threads: int,
 ) -> grain.DatasetIterator:
     """Turn batches of indices into batches of tokens, reading two batches ahead per thread."""
 
     def read(indices: np.ndarray) -> Batch:
-        return from_tokens(np.stack([source[int(i)] for i in indices]), bos_token_id)
+        return from_tokens(np.stack([sample(int(i)) for i in indices]), bos_token_id)
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(batches.map(read).to_iter_dataset(options))

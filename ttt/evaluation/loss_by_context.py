@@ -1,5 +1,6 @@
 """Loss by token position and by context length: one held-out text, cut into several lengths."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,11 +13,11 @@ import pandas as pd
 from rich.table import Table
 
 from ttt import figures
-from ttt.dataloader import lm_dataset
+from ttt.dataloader.lm_dataset import HeldOut
 from ttt.errors import UserError
 from ttt.evaluation.loss_by_position import PositionLoss
 from ttt.evaluation.resources import LoadedModels, held_out
-from ttt.evaluation.result import Key, Row, printed
+from ttt.evaluation.result import Key, Row, bits_per_byte, printed
 from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader
 from ttt.infra.mesh import Layout
 from ttt.knobs import Config
@@ -24,10 +25,12 @@ from ttt.model.loop import Evaluator
 from ttt.model.trained import TrainedModel
 
 _KEY = "evaluation.loss_by_context"
+_STRETCHES = 256
+"""Of the trained length, that are scored unless `tokens` says otherwise."""
 
 
 class LossByContext(AbstractSuite):
-    """Every run at every context, learning or not, with intervals over sequences."""
+    """Every run at every context, learning or not, with intervals over documents."""
 
     name = "loss_by_context"
     keys = ("learning", "position_from", "position_to")
@@ -38,35 +41,41 @@ class LossByContext(AbstractSuite):
         self._contexts = settings.contexts or _default_contexts(config.training.seq_length, runs)
         self._evaluators: dict[tuple[str, int], Evaluator] = {}
         self._scored: dict[tuple[Reader, int], PositionLoss] = {}
-        full = [reader for reader in self.readers if reader.run.one_chunk]
-        still = [reader for reader in self.readers_of(runs[0]) if not reader.learning]
-        self._reference = next(iter([*full, *still]), None)
+        self._reference = _reference(self.readers)
         pairs = list(product(runs, self._contexts))
         for run, context in pairs:
             run.check_context(context, f"{_KEY}.contexts")
         longest = max(self._contexts)
-        if settings.tokens < longest:
+        if 0 < settings.tokens < longest:
             raise UserError(
                 f"{_KEY}.tokens={settings.tokens}: less than one sequence of {longest} tokens; "
                 "raise it, or leave out that context"
             )
-        self._source = {(run.name, c): held_out(config, run, c) for run, c in pairs}
-        source = self._source[runs[0].name, longest]
+        source = held_out(config, runs[0], longest)
         if len(source) * longest < settings.tokens:
             raise UserError(
                 f"{_KEY}.tokens={settings.tokens}: {source.name} holds {len(source)} sequences of "
                 f"{longest} tokens; lower it to at most {len(source) * longest}, or add data"
             )
+        tokens = settings.tokens or _STRETCHES * config.training.seq_length
+        drawn = {"seed": config.evaluation.seed, "count": max(1, tokens // longest)}
+        stretches = HeldOut.drawn(source, runs[0].config.bos_token_id, **drawn)
+        self._texts = {
+            (run.name, context): stretches.cut(
+                held_out(config, run, context), run.config.bos_token_id
+            )
+            for run, context in pairs
+        }
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
         """One for each context and mode."""
         for context, reader in product(self._contexts, self.readers_of(run)):
-            steps = self._sequences(context) // self._batch_size(context)
+            steps = -(-len(self._texts[run.name, context]) // self._batch_size(run, context))
             work = partial(self._measure, reader, context)
             yield Job(context, {"learning": reader.learning}, steps, work)
 
     def _measure(self, reader: Reader, context: int, on_progress: OnProgress) -> list[Row]:
-        run, size = reader.run, self._batch_size(context)
+        run, size = reader.run, self._batch_size(reader.run, context)
         if (run.name, context) not in self._evaluators:
             # One program serves both modes; those of other runs and lengths are let go.
             training = replace(run.training, eval_batch_size=size)
@@ -75,66 +84,69 @@ class LossByContext(AbstractSuite):
         self._scored[reader, context] = PositionLoss.measure(
             self._evaluators[run.name, context],
             self.models.model(run, context),
-            lm_dataset.eval_batches(
-                self._source[run.name, context],
-                batch_size=size,
-                max_batches=self._sequences(context) // size,
-                bos_token_id=run.config.bos_token_id,
-            ),
+            self._texts[run.name, context],
+            batch_size=size,
             learn=reader.learning,
             on_progress=lambda done, loss: on_progress(done),
         )
         return self._rows(reader, context)
 
     def _rows(self, reader: Reader, context: int, reference: Reader | None = None) -> list[Row]:
-        named: dict[str, Key] = {"reference": reference.label} if reference else {}
+        named: dict[str, Key] = {"split": self.config.evaluation.split}
+        named |= {"reference": reference.label} if reference else {}
         return self._scored[reader, context].rows(
             self.row(reader.run, context, "loss"),
             resamples=self.config.evaluation.resamples,
             seed=self.config.evaluation.seed,
             keys={"learning": reader.learning, **named},
+            bytes_per_token=self._bytes_per_token,
             reference=self._scored[reference, context] if reference else None,
         )
 
     def comparisons(self) -> list[Row]:
-        """Each curve less the reference: full attention if there is some, else not learning."""
-        reference, rows = self._reference, []
+        """Each curve less the reference's, where both are there and of the same documents."""
+        rows = []
         for reader, context in product(self.readers, self._contexts):
-            scored = {(reader, context), (reference, context)} <= self._scored.keys()
-            if scored and reader is not reference:
-                rows += self._rows(reader, context, reference)
+            own, other = (self._scored.get((r, context)) for r in (reader, self._reference))
+            if own and other and own is not other and own.same_text(other):
+                rows += self._rows(reader, context, self._reference)
         return rows
 
-    def _sequences(self, context: int) -> int:
-        return self.config.evaluation.loss_by_context.tokens // context
+    def _batch_size(self, run: TrainedModel, context: int) -> int:
+        return min(self.config.evaluation.batch_size, len(self._texts[run.name, context]))
 
-    def _batch_size(self, context: int) -> int:
-        """The largest divisor of the number of sequences that `batch_size` allows."""
-        sequences = self._sequences(context)
-        sizes = range(min(self.config.evaluation.batch_size, sequences), 0, -1)
-        return next(n for n in sizes if sequences % n == 0)
+    @property
+    def _bytes_per_token(self) -> float | None:
+        return next(iter(self._texts.values())).source.bytes_per_token
 
     def notes(self) -> dict[str, Any]:
         """Text and lengths."""
-        draws = self.config.evaluation.resamples
+        evaluation, texts = self.config.evaluation, self._texts
+        stretches = {c: len(texts[self.runs[0].name, c]) for c in self._contexts}
         return {
             "what": "mean -log p of held-out tokens; each scored by weights that have not seen it",
-            "text": next(iter(self._source.values())).name,
-            "tokens": {str(c): self._sequences(c) * c for c in self._contexts},
-            "interval": f"95 %, bootstrap over sequences, {draws} draws",
+            "text": next(iter(texts.values())).source.name,
+            "split": evaluation.split,
+            "stretches": f"drawn with evaluation.seed={evaluation.seed}, the same for every run",
+            "tokens": {str(c): count * c for c, count in stretches.items()},
+            "bytes_per_token": self._bytes_per_token,
+            "interval": f"95 %, percentile bootstrap over documents, {evaluation.resamples} draws",
             "trained_at": {run.name: run.training.seq_length for run in self.runs},
         }
 
     # ---- what people see ----
 
     def table(self, rows: pd.DataFrame) -> Table:
-        """Loss by run and context, and in brackets what it is less than the reference's."""
+        """Loss by run and context; in brackets the difference from the reference's."""
         columns = {"run": [reader.label for reader in self.readers]}
         for context in self._contexts:
             own = rows[rows.context == context]
             columns[f"{context:,}"] = [_cell(reader.own(own)) for reader in self.readers]
-        title = f"held-out loss, nats per token (difference from {self._reference_label()})"
-        return printed(title, columns)
+        label, split = self._reference.label, self.config.evaluation.split
+        title = f"held-out loss ({split}), nats per token (difference from {label} [95 %])"
+        per = self._bytes_per_token
+        caption = f"1 nat per token is {bits_per_byte(1.0, per):.4f} bits per byte" if per else ""
+        return printed(title, columns, caption=caption)
 
     def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         """`loss_by_position.png`, a column per context, and `loss_by_context.png` over contexts."""
@@ -193,8 +205,8 @@ class LossByContext(AbstractSuite):
         """Measures to draw, with the labels of their axes."""
         labels = {"loss": "held-out loss (nats per token)"}
         if "difference" in set(rows.measure):
-            reference = self._reference_label()
-            labels["difference"] = f"difference from {reference}\n(nats per token, 95 % band)"
+            label = self._reference.label
+            labels["difference"] = f"difference from {label}\n(nats per token, 95 % band)"
         return labels
 
     def _plot(self, axes: Any, x: pd.Series, rows: pd.DataFrame, measure: str) -> None:
@@ -202,19 +214,32 @@ class LossByContext(AbstractSuite):
         if measure == "difference":
             axes.axhline(0, color="0.4", lw=1)
 
-    def _reference_label(self) -> str:
-        if self._reference is None or len(self.runs) == 1:
-            return "not learning"
-        return self._reference.label
+
+def _reference(readers: Sequence[Reader]) -> Reader:
+    """Who the others are held against.
+
+    A run with full attention, else one that never learns, else one not learning, else the first.
+    """
+    wanted = (
+        lambda reader: reader.run.one_chunk,
+        lambda reader: not reader.run.learns,
+        lambda reader: not reader.learning,
+        lambda reader: True,
+    )
+    return next(reader for holds in wanted for reader in readers if holds(reader))
 
 
 def _cell(rows: pd.DataFrame) -> str:
-    """The loss, and its difference from the reference's where that is known."""
-    known = rows.dropna(subset="value")
-    values = dict(zip(known.measure, known.value, strict=True))
-    loss, less = values.get("loss"), values.get("difference")
-    cell = "failed" if loss is None else f"{loss:.3f}"
-    return cell if less is None else f"{cell} ({less:+.3f})"
+    """The loss, and its difference from the reference's, with its interval, where it is known."""
+    known = rows.dropna(subset="value").set_index("measure")[["value", "low", "high"]]
+    if "loss" not in known.index:
+        return "failed"
+    cell = f"{known.value['loss']:.3f}"
+    if "difference" in known.index:
+        value, low, high = known.loc["difference"].astype(float)
+        bounds = "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
+        cell += f" ({value:+.3f}{bounds})"
+    return cell
 
 
 def _default_contexts(length: int, runs: Sequence[TrainedModel]) -> tuple[int, ...]:

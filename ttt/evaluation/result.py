@@ -41,7 +41,7 @@ class Row:
     high: float | None = None
     """Bounds of the 95 % interval."""
     n: int = 0
-    """Independent samples (sequences, prompts) behind the value."""
+    """Independent samples (documents, sequences, prompts) behind the value."""
     unit: str = ""
     failed: str = ""
     """Why there is no value."""
@@ -62,9 +62,16 @@ class Row:
         return flat
 
 
-def estimate(interval: Iterable[Any]) -> dict[str, float]:
-    """A value and the bounds of its interval as fields of a row."""
-    return dict(zip(("value", "low", "high"), map(float, interval), strict=True))
+def estimate(interval: Iterable[Any]) -> dict[str, float | None]:
+    """A value and the bounds of its interval as fields of a row; a bound that is NaN is unknown."""
+    value, *bounds = map(float, interval)
+    low, high = (None if math.isnan(bound) else bound for bound in bounds)
+    return {"value": value, "low": low, "high": high}
+
+
+def bits_per_byte(loss: Any, bytes_per_token: float) -> Any:
+    """Nats per token as bits per byte of the text, in which vocabularies compare."""
+    return loss / (math.log(2) * bytes_per_token)
 
 
 def log_edges(length: int) -> Int[np.ndarray, " edges"]:
@@ -96,9 +103,12 @@ def save(folder: Path, suite: str, rows: Sequence[Row], notes: Mapping[str, Any]
     write_whole(folder / f"{suite}.json", json.dumps(known, indent=1, allow_nan=False) + "\n")
 
 
-def printed(title: str, columns: Mapping[str, Sequence[str]], *, names: int = 1) -> Table:
+def printed(
+    title: str, columns: Mapping[str, Sequence[str]], *, names: int = 1, caption: str = ""
+) -> Table:
     """A table for a terminal; the first `names` columns hold names, the others numbers."""
-    table = Table(title=title)
+    width = max(map(len, caption.splitlines()), default=None)  # or it is broken
+    table = Table(title=title, caption=caption or None, min_width=width)
     for i, column in enumerate(columns):
         if i < names:
             table.add_column(column, overflow="fold")

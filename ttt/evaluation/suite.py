@@ -163,7 +163,8 @@ def plot(axes: Any, x: pd.Series, rows: pd.DataFrame, *, band: float, **style: A
     """A curve of the rows' values over x, and their intervals as a band of that opacity."""
     if len(rows):
         axes.plot(x, rows.value, **style)
-        axes.fill_between(x, rows.low, rows.high, color=style["color"], alpha=band, lw=0)
+        low, high = rows.low.astype(float), rows.high.astype(float)  # all unknown: no numbers
+        axes.fill_between(x, low, high, color=style["color"], alpha=band, lw=0)
 
 
 def frame(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:

@@ -1,7 +1,8 @@
 """Paths of a plan against B1: differences paired by seed, what they cost, and their stages. No JAX.
 
-A difference of two runs is taken only between runs with the same seed. With n seeds the interval is
-Student's with n − 1 degrees of freedom; with one seed there is none.
+A difference of two runs is taken only between runs with the same seed. Intervals are Student's t
+over seeds; of losses, where the records hold them by document, over seeds and documents
+(`ttt.intervals.nested`). One seed has none.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ttt.infra.plan_manifest import MATCHINGS, PlanManifest
-from ttt.intervals import student
+from ttt.intervals import nested, student
 from ttt.report.frame import failed_gates, rows_of
 
 REFERENCE = "B1"
@@ -30,6 +31,8 @@ class Estimate(NamedTuple):
     low: float | None
     high: float | None
     n: int
+    documents: int = 0
+    """That the interval is over as well; 0: over seeds alone."""
 
     def __format__(self, form: str) -> str:
         bounds = "" if self.low is None else f" [{self.low:{form}}, {self.high:{form}}]"
@@ -45,6 +48,42 @@ def estimate(samples: Iterable[float | None]) -> Estimate | None:
     return (
         Estimate(mean, low, high, len(known)) if len(known) > 1 else Estimate(mean, None, None, 1)
     )
+
+
+def estimate_loss(runs: Sequence[Any], references: Sequence[Any] = ()) -> Estimate | None:
+    """Of the runs' validation losses, or of what they are less the references', run by run."""
+    losses = [run.validation_loss for run in runs]
+    if references:
+        others = [run.validation_loss for run in references]
+        losses = [own - other for own, other in zip(losses, others, strict=True)]
+    found = estimate(losses)
+    sums = document_sums(runs, references)
+    if found is None or found.n < 2 or sums is None:
+        return found
+    nll, count = sums
+    bounds = nested(np.sum(nll, axis=2), np.sum(count, axis=1))
+    return Estimate(*map(float, bounds), found.n, len(count))
+
+
+def document_sums(
+    runs: Sequence[Any], references: Sequence[Any] = ()
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Sums of −log p [runs, documents, bins] and counts [documents, bins] of the final evaluations.
+
+    Less those of the references, run by run. None where a record has none, or of other text.
+    """
+    names = ("learning_documents", "learning_document_count", "learning_document_nll")
+    arrays = [run.arrays or {} for run in (*runs, *references)]
+    if not arrays or not all(name in own for own in arrays for name in names):
+        return None
+    documents, count, _ = (arrays[0][name] for name in names)
+    if not all(
+        np.array_equal(own[names[0]], documents) and np.array_equal(own[names[1]], count)
+        for own in arrays
+    ):
+        return None
+    nll = np.stack([own[names[2]] for own in arrays])
+    return (nll[: len(runs)] - nll[len(runs) :] if references else nll), count
 
 
 # ---- paths -----------------------------------------------------------------------------
@@ -158,12 +197,14 @@ def _comparison(own: pd.DataFrame) -> dict[str, Any]:
     missing = f"the plan has no {REFERENCE} to compare with"
     problems = [text for branch in mine for text in branch.problems]
     problems += [f"seed {b.seed}: {missing}" for b in mine if b.reference is None]
-    gains = []
+    gains, likes = [], []
     if first.path != REFERENCE:
         spoiled = [text for _, r in pairs for text in (*r.problems, *r.without_merit)]
         problems += [f"{REFERENCE}: {text}" for text in spoiled]
         problems += [text for pair in pairs for text in _unlike(*pair)]
-        gains = [_gain(b, r) for b, r in pairs if b.done and r.done]
+        done_pairs = [(b, r) for b, r in pairs if b.done and r.done]
+        gains = [_savings(b, r) for b, r in done_pairs]
+        likes = [(b, r) for b, r in done_pairs if alike(b, r) and _both_known(b, r)]
     done = own[own["done"].astype(bool)]
     runs = [run for pair in pairs or [(b,) for b in mine] for b in pair for run in b.runs]
     devices = tuple(sorted({run.devices for run in runs if run.devices is not None}))
@@ -175,10 +216,10 @@ def _comparison(own: pd.DataFrame) -> dict[str, Any]:
         "method": first.method,
         "context": first.context,
         "seeds": tuple(own["seed"]),
-        "loss": estimate(done["validation_loss"]),
+        "loss": estimate_loss([b for b in rows_of(done) if b.validation_loss is not None]),
+        "delta": estimate_loss(*zip(*likes, strict=True)) if likes else None,
         **{
-            name: estimate(gain.get(name) for gain in gains)
-            for name in ("delta", "saving", "saving_in_all")
+            name: estimate(gain.get(name) for gain in gains) for name in ("saving", "saving_in_all")
         },
         **done[means].astype(float).mean(skipna=False),
         "parameters": first.parameters,
@@ -194,11 +235,13 @@ def alike(mine: Any, theirs: Any) -> bool:
     return (mine.context, mine.evaluated_on) == (theirs.context, theirs.evaluated_on)
 
 
-def _gain(own: Any, reference: Any) -> dict[str, float]:
-    """The loss of a finished path less B1's, and the shares of B1's time that it saves."""
+def _both_known(own: Any, reference: Any) -> bool:
+    return None not in (own.validation_loss, reference.validation_loss)
+
+
+def _savings(own: Any, reference: Any) -> dict[str, float]:
+    """The shares of B1's time that a finished path saves."""
     gain = {}
-    if alike(own, reference) and None not in (own.validation_loss, reference.validation_loss):
-        gain["delta"] = own.validation_loss - reference.validation_loss
     for name, hours in (("saving", "step_hours"), ("saving_in_all", "device_hours")):
         if getattr(reference, hours):
             gain[name] = 1 - getattr(own, hours) / getattr(reference, hours)

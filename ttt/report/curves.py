@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from ttt.evaluation.result import log_edges
-from ttt.intervals import student
-from ttt.report.compare import alike, estimate
+from ttt.intervals import Interval, nested, student
+from ttt.report.compare import alike, document_sums, estimate_loss
 from ttt.report.frame import rows_of
 
 POINTS = 80
@@ -21,7 +21,7 @@ def positions(branches: pd.DataFrame) -> tuple[list[SimpleNamespace], list[str]]
 
     For each path and matching: path, matching, context; edges [bins + 1] of logarithmic bins, in
     tokens; loss: `Interval` [bins] over so many seeds; difference: the same less B1's, paired by
-    seed, None for B1 and where B1 or its context is not there.
+    seed, None for B1 and where B1 or its context is not there; over: what intervals are over.
     """
     curves, missing = [], []
     for own in _grouped(branches):
@@ -33,19 +33,22 @@ def positions(branches: pd.DataFrame) -> tuple[list[SimpleNamespace], list[str]]
         if len(lengths) != 1:
             continue
         edges = log_edges(lengths.pop())
-        less = [
-            _binned(b, edges) - _binned(b.reference, edges)
+        pairs = [
+            (b, r)
             for b in usable
             if (r := b.reference) and r.path != b.path and _measured(r) and alike(b, r)
         ]
+        loss, over = _interval(edges, usable)
+        less, over = _interval(edges, *zip(*pairs, strict=True)) if pairs else (None, over)
         curves.append(
             SimpleNamespace(
                 path=own[0].path,
                 matching=own[0].matching,
                 context=int(edges[-1]),
                 edges=edges,
-                loss=student(np.stack([_binned(b, edges) for b in usable])),
-                difference=student(np.stack(less)) if less else None,
+                loss=loss,
+                difference=less,
+                over=over,
                 seeds=len(usable),
             )
         )
@@ -88,6 +91,19 @@ def _measured(branch: Any) -> bool:
     return branch.status == "finished" and bool(branch.arrays)
 
 
+def _interval(
+    edges: np.ndarray, runs: Sequence[Any], references: Sequence[Any] = ()
+) -> tuple[Interval, str]:
+    """Of the loss in each bin, or of what it is less the references'; and what it is over."""
+    seeds = "seeds" if len(runs) > 1 else ""
+    if sums := document_sums(runs, references):
+        return nested(*sums), " and ".join(filter(None, (seeds, "documents")))
+    losses = np.stack([_binned(run, edges) for run in runs])
+    if references:
+        losses = losses - np.stack([_binned(run, edges) for run in references])
+    return student(losses), seeds
+
+
 def _binned(branch: Any, edges: np.ndarray) -> np.ndarray:
     """Mean loss in each bin; NaN where nothing counts."""
     names = ("learning_nll", "learning_count")
@@ -109,7 +125,7 @@ def _costs(own: Sequence[Any]) -> SimpleNamespace:
     ends = np.cumsum(spent, axis=1)  # [seeds, stages, 2]; `curves` is [seeds, stages, 3, POINTS]
     curves[:, :, :2] += (ends - spent)[..., None]
     tokens, hours, loss = np.moveaxis(curves.mean(axis=0), 1, 0)
-    losses = [estimate(run.validation_loss for run in stage) for stage in zip(*runs, strict=True)]
+    losses = [estimate_loss(stage) for stage in zip(*runs, strict=True)]
     return SimpleNamespace(
         path=own[0].path,
         matching=own[0].matching,

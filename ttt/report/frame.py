@@ -18,6 +18,7 @@ import pandas as pd
 from ttt import mixers
 from ttt.infra.plan_manifest import PlanManifest
 from ttt.infra.record import StoredRun, is_run, read_run
+from ttt.intervals import median
 from ttt.knobs import ModelConfig
 from ttt.plan.parameters import parameter_sizes
 
@@ -27,9 +28,10 @@ COLUMNS = tuple(
     """
     name exp_folder status experiment size stage method seed runtime_mode train_mode context batch
     steps steps_asked tokens parameters width_policy prime_init first_loss final_loss
-    validation_loss validation_loss_without_learning count_model_loss start_loss
+    validation_loss validation_loss_without_learning bits_per_byte count_model_loss split start_loss
     start_loss_without_learning parent_loss warm_loss preserving device_hours step_hours
-    compile_hours evaluation_hours wall_hours tokens_per_second devices attempts commit evaluated_on
+    step_seconds step_seconds_low step_seconds_high compile_hours evaluation_hours wall_hours
+    tokens_per_second devices attempts commit evaluated_on
     parent checkpoint restore restored initialised narrowed moved cast unused missing faults notes
     """.split()  # noqa: SIM905
 )
@@ -38,12 +40,15 @@ COLUMNS = tuple(
 status: finished, failed, interrupted; running (or killed: a record cannot tell); pending: planned,
 no record; broken: no usable run.json. steps, tokens: done by this run. first_loss, final_loss:
 training losses, each of a batch. validation_loss: mean over all scored held-out tokens at the end,
-learning if the run learns; count_model_loss: of a count model on the same tokens, whose fingerprint
-is evaluated_on. start_loss: held-out, before the first step; warm_loss: the same on the tokens of
-parent_loss; preserving: whether the start is meant to keep the parent's function. wall_hours: from
-start to end of every attempt. tokens_per_second: median over steps. restore: restored; initialised
-(in part or in whole); not attempted (fresh weights were asked for). restored to unused: numbers of
-parameters by name; moved: restored to another place, such as a parent's MLP as the prime one.
+learning if the run learns; count_model_loss: of a count model on the same tokens. split: that all
+held-out losses are of; evaluated_on: which tokens of it. start_loss: held-out, before the first
+step; warm_loss: the same on the tokens of parent_loss; preserving: whether the start is meant to
+keep the parent's function. step_seconds: median over the steps of all attempts, with the bounds of
+its interval, and tokens_per_second in the same way: the first step after each start never counts.
+step_hours: at that median, for every step once. wall_hours: from start to end of every attempt.
+restore: restored; initialised (in part or in whole); not attempted (fresh weights were asked for).
+restored to unused: numbers of parameters by name; moved: restored to another place, such as a
+parent's MLP as the prime one.
 """
 _NLL = ("learning_nll", "still_nll")
 _COUNTS = ("restored", "initialised", "narrowed", "moved", "cast", "unused")
@@ -90,6 +95,7 @@ def _row(folder: Path, plan: Mapping[str, Any], checkpoint_root: Path | None) ->
             **_evaluated(record),
             **_start(record),
             **_times(record),
+            **_speed(record, before),
             **restored,
             "checkpoint": _checkpoint(record, checkpoint_root),
         }
@@ -130,7 +136,11 @@ def _identity(record: StoredRun, plan: Mapping[str, Any]) -> dict[str, Any]:
     seed = plan.get("seed")
     git, data = last.get("git"), last.get("data") or {}
     commit = f"{git['commit']}{'+changes' * git['dirty']}" if isinstance(git, Mapping) else None
-    evaluated_on = data.get(record.training.get("eval_split", "val"))
+    split = record.summary.get("split") or record.training.get("eval_split")
+    evaluated_on = data.get(split)
+    if evaluated_on and "evaluation_seed" in record.summary:  # older ones read the first tokens
+        stretches, drawn = (record.summary[key] for key in ("sequences", "evaluation_seed"))
+        evaluated_on = f"{evaluated_on}, {stretches} stretches of {split} drawn with seed {drawn}"
     seed = record.training.get("model_seed") if seed is None else seed
     return {
         **_known("neither in a manifest nor on the command line", experiment=experiment),
@@ -138,6 +148,7 @@ def _identity(record: StoredRun, plan: Mapping[str, Any]) -> dict[str, Any]:
         **_known("not in config.yaml", seed=seed),
         **_known(f"{git}" if git else "not in run.json", commit=commit),
         **_known("not in run.json", evaluated_on=evaluated_on),
+        **_known("not in config.yaml", split=split),
     }
 
 
@@ -175,10 +186,9 @@ def _parameters(model: Mapping[str, Any], mode: str) -> int | Unknown:
 
 
 def _progress(record: StoredRun, before: int) -> dict[str, Any]:
-    """How far training came, its loss and its speed. before: steps that its parent did."""
-    no_step, speed = "no step in metrics.jsonl", "tokens_per_second"
+    """How far training came, and its loss. before: steps that its parent did."""
+    no_step = "no step in metrics.jsonl"
     losses = [row["loss"] for row in record.metrics if "loss" in row] or [None]
-    speeds = [row[speed] for row in record.metrics if row.get(speed) is not None]
     steps = max((max(0, row["step"] - before) for row in record.metrics), default=None)
     batch, context = (record.training.get(key) for key in ("global_batch_size", "seq_length"))
     tokens = None if steps is None or not batch or not context else steps * batch * context
@@ -187,7 +197,29 @@ def _progress(record: StoredRun, before: int) -> dict[str, Any]:
         **_known(no_step, steps=steps),
         **_known(f"{no_step}, or no batch in config.yaml", tokens=tokens),
         **_numbers(why, first_loss=losses[0], final_loss=losses[-1]),
-        **_known(f"{no_step} tells it", **{speed: float(np.median(speeds)) if speeds else None}),
+    }
+
+
+def _speed(record: StoredRun, before: int) -> dict[str, Any]:
+    """Medians over the steps of all attempts, without the first step after each start."""
+    own = (record.folder.parent.name, record.folder.name)
+    restored = (Path(str(a.get("from", ""))).parts for a in record.noted("restored"))
+    went_on = {int(at[-1]) for at in restored if at[-3:-1] == own and at[-1].isdigit()}
+    warm = [row for row in record.metrics if row["step"] - 1 not in went_on | {before}]
+    names = ("step_seconds", "tokens_per_second")
+    seconds, speeds = ([row[x] for row in warm if row.get(x) is not None] for x in names)
+    steps = max((max(0, row["step"] - before) for row in record.metrics), default=0)
+    devices = _devices(record.attempts[-1])[1] if record.attempts else 0
+    middle, low, high = median(np.asarray(seconds)) if seconds else [None] * 3
+    hours = devices * steps * middle / 3600 if middle is not None and devices else None
+    return {
+        **_known(
+            "no timed step after the first of a start in metrics.jsonl",
+            step_seconds=middle,
+            step_hours=hours,
+            tokens_per_second=float(np.median(speeds)) if speeds else None,
+        ),
+        **_numbers("fewer than 6 timed steps", step_seconds_low=low, step_seconds_high=high),
     }
 
 
@@ -200,7 +232,9 @@ def _evaluated(record: StoredRun) -> dict[str, Any]:
     elif not summary:
         why = f"no evaluation in the record of a run that is {record.status}"
     loss, still = summary.get("token_loss"), summary.get(without)
-    if loss is None and arrays:  # the record is from before these were summed up
+    if "chunk_loss" in summary:  # in older records `loss` is that, and `token_loss` the mean
+        loss, still = summary.get("loss"), summary.get("loss_without_learning")
+    elif loss is None and arrays:  # the record is from before these were summed up
         count = arrays["learning_count"].sum()
         sums = [arrays[name].sum() if name in arrays else None for name in _NLL]
         loss, still = (float(x / count) if x is not None and count else None for x in sums)
@@ -210,6 +244,9 @@ def _evaluated(record: StoredRun) -> dict[str, Any]:
         **_numbers(why, validation_loss=loss),
         **_numbers(no_still, validation_loss_without_learning=still),
         **_numbers(why, count_model_loss=summary.get("count_model_loss")),
+        **_numbers(
+            f"{why}, or the store does not tell", bits_per_byte=summary.get("bits_per_byte")
+        ),
     }
 
 
@@ -253,7 +290,7 @@ def _times(record: StoredRun) -> dict[str, Any]:
     lived = [datetime.fromisoformat(end) - datetime.fromisoformat(start) for start, end in ended]
     wall = max(sum(span.total_seconds() for span in lived), sum(logged.values())) / 3600
     unknown = Unknown("not in run.json")
-    parts = {"device": TRAINING} | {name: (name,) for name in ("step", "compile", "evaluation")}
+    parts = {"device": TRAINING} | {name: (name,) for name in ("compile", "evaluation")}
     kinds = dict.fromkeys(_devices(attempt)[0] for attempt in attempts)
     return {
         **{f"{name}_hours": hours(*of) if attempts else unknown for name, of in parts.items()},

@@ -221,7 +221,8 @@ def _positions(curves: Sequence[Any], path: Path) -> list[Path]:
     if differ:
         panels[1].axhline(0, color="0.4", lw=1)
         panels[1].set_ylabel(f"minus {REFERENCE}'s (nats per token)")
-        bands = " with 95 % bands over seeds" if min(c.seeds for c in differ) > 1 else ""
+        over = "; ".join(dict.fromkeys(c.over for c in differ if c.over))
+        bands = f" with 95 % bands over {over}" if over else ""
         figures.subtitle(panels[1], f"difference{bands}")
         ends = [(0.0, REFERENCE, figures.PATH_COLOURS[REFERENCE])]
     ends += [

@@ -45,9 +45,10 @@ run: {name} | status: {status} | stage: {stage} | method: {method} | mode: {run:
 context: {context:short} | batch: {batch:whole} | steps: {steps:whole}/{steps_asked:whole}
 tokens: {tokens:count} | parameters: {parameters:count}
 first → final loss: {first_loss:nats} → {final_loss:nats} | validation: {validation_loss:nats}
-not learning: {validation_loss_without_learning:nats} | count model: {count_model_loss:nats}
+not learning: {validation_loss_without_learning:nats} | bits per byte: {bits_per_byte:nats}
+count model: {count_model_loss:nats} | split: {split}
 device time: {device_hours:time} | wall-clock: {wall_hours:time}
-tokens/s: {tokens_per_second:whole}
+s per step: {run:seconds} | tokens/s: {tokens_per_second:whole}
 """
 _STARTED = """
 run: {name} | experiment: {experiment} | parent: {parent} | restore: {run:restore}
@@ -58,9 +59,9 @@ evaluating: {evaluation_hours:time}
 """
 _COMPARED = """
 path: {path} | methods: {way} | validation loss: {loss:.4f} | minus B1's: {delta:+.4f}
-step time saved: {saving:.1%} | seeds: {run:seeds} | tokens: {tokens:count}
-step time: {step_hours:time} | device time: {device_hours:time} | parameters: {parameters:count}
-count model: {count_model_loss:nats} | to be trusted: {run:trust}
+step time saved: {saving:.1%} | seeds: {run:seeds} | documents: {run:documents}
+tokens: {tokens:count} | step time: {step_hours:time} | device time: {device_hours:time}
+parameters: {parameters:count} | count model: {count_model_loss:nats} | to be trusted: {run:trust}
 """
 _STAGES = """
 path: {path} | stage: {number} {stage} | steps: {steps:whole} | tokens: {tokens:count}
@@ -100,6 +101,17 @@ def _pace(stage: Any) -> str:
     return f"{3600 * stage.step_hours / stage.tokens * 1024:.3g}" if timed else NONE
 
 
+def _seconds(run: Any) -> str:
+    low, high = run.step_seconds_low, run.step_seconds_high
+    bounds = "" if low is None else f" [{low:.3g}, {high:.3g}]"
+    return known(run.step_seconds, ".3g") + bounds
+
+
+def _documents(c: Any) -> str:
+    counts = {estimate.documents for estimate in (c.loss, c.delta) if estimate} - {0}
+    return " and ".join(map(str, sorted(counts))) or NONE
+
+
 def _commit(commit: str | None) -> str:
     return commit[:8] + commit[40:] if commit else NONE
 
@@ -116,6 +128,8 @@ _FORMATS = {
     "mode": _mode,
     "pace": _pace,
     "restore": restore,
+    "seconds": _seconds,
+    "documents": _documents,
     "trust": _trust,
 }
 
@@ -221,6 +235,7 @@ def to_terminal(report: Report, width: int | None) -> str:
     for answer, evidence in _answers(report):
         lines += [answer, *(f"  {line}" for line in evidence)]
     lines += [f"does not beat the count model: {line}" for line in report.without_merit]
+    lines += several_splits(report)
     lines += [f"{NONE}: no value; --format csv and json say why, under `missing`"]
     return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
 
@@ -235,8 +250,10 @@ def to_markdown(report: Report, drawn: Sequence[Picture] = ()) -> str:
         f"# Report on `{report.folder.name}`",
         f"{len(runs)} runs ({', '.join(f'{n} {state}' for state, n in counts)}); devices: "
         f"{devices or 'unknown'}; commits: {commits or 'unknown'}. Losses are in nats per token, "
-        "means over all scored tokens; intervals are 95 %, Student's t over seeds, differences "
-        "paired by seed. Device time is devices × time of steps, waiting for data and saving. "
+        "means over all scored tokens; differences are paired by seed. Intervals are 95 %, "
+        "Student's t over seeds, and of losses over seeds and documents where the column "
+        "`documents` has a number. Device time is devices × time of steps, waiting for data and "
+        "saving. "
         f"{NONE}: unknown, with the reason in `runs.csv` and `report.json` under `missing`.",
         "## Verdict",
     ]
@@ -266,9 +283,19 @@ def to_markdown(report: Report, drawn: Sequence[Picture] = ()) -> str:
 
 def notes(report: Report) -> list[str]:
     """What is missing, broken or worth knowing."""
-    lines = [f"broken: {fault}" for fault in report.faults]
+    lines = [*several_splits(report), *(f"broken: {fault}" for fault in report.faults)]
     lines += [f"missing: {what}" for what in report.missing]
     return lines + [f"{r.name}: {note}" for r in rows_of(report.runs) for note in r.notes]
+
+
+def several_splits(report: Report) -> list[str]:
+    """That runs were evaluated on different splits, if they were."""
+    known = report.runs[report.runs["validation_loss"].notna()]
+    names = known.groupby("split")["name"].agg(", ".join)
+    if len(names) < 2:
+        return []
+    listed = "; ".join(f"{split}: {runs}" for split, runs in names.items())
+    return [f"losses of different splits do not compare: {listed}"]
 
 
 def _answers(report: Report) -> list[tuple[str, Sequence[str]]]:

@@ -127,4 +127,6 @@ def interval(estimate: Estimate | None, form: str) -> str:
     if estimate is None:
         return "unknown"
     seeds = f"{estimate.n} seeds" if estimate.n > 1 else "one seed, no interval"
+    if estimate.documents:
+        seeds += f" and {estimate.documents} documents"
     return f"{estimate:{form}} ({seeds})"

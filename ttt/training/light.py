@@ -14,7 +14,7 @@ import numpy as np
 from ttt.core.batch import Batch
 from ttt.core.tree import nested
 from ttt.dataloader import lm_dataset
-from ttt.dataloader.lm_dataset import Source
+from ttt.dataloader.lm_dataset import HeldOut, Source
 from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints, RestoreAccount
@@ -26,6 +26,9 @@ from ttt.training.run import TrainingRun
 from ttt.training.start import Parent, StartPoint, find_checkpoint, start_loss
 
 logger = logging.getLogger(__name__)
+
+_COUNTED_AT_ONCE = 1 << 20
+_BESIDE_A_PARENT = 4_000_000
 
 
 class CountState(NamedTuple):
@@ -44,7 +47,7 @@ def on_the_cpu(config: Config) -> Config:
 
 
 def find_start(
-    config: Config, evaluation: Source, checkpoints: Checkpoints, own: int | None
+    config: Config, evaluation: HeldOut, checkpoints: Checkpoints, own: int | None
 ) -> StartPoint:
     """The run's own step `own`, else what `load_part` says, else nothing counted."""
     training, source = config.training, find_checkpoint(config, checkpoints, own)
@@ -59,7 +62,7 @@ def find_start(
     return start._replace(parent=Parent(loss, training.seq_length, False, True, ""))
 
 
-def warm_loss(config: Config, start: StartPoint, evaluation: Source) -> float | None:
+def warm_loss(config: Config, start: StartPoint, evaluation: HeldOut) -> float | None:
     """The loss before the first step: the parent's counts are the child's, so it is the parent's.
 
     None: there is no parent.
@@ -67,7 +70,7 @@ def warm_loss(config: Config, start: StartPoint, evaluation: Source) -> float | 
     return _start_loss(config, start.state.model, evaluation) if start.parent else None
 
 
-def _start_loss(config: Config, model: CountModel, evaluation: Source) -> float:
+def _start_loss(config: Config, model: CountModel, evaluation: HeldOut) -> float:
     context = config.training.seq_length
     return start_loss(config, evaluation, scorer(config), model, context, learn=False)
 
@@ -133,14 +136,18 @@ def scorer(config: Config) -> Score:
 
 
 def count(config: Config, source: Source) -> CountModel:
-    """The count model of the first `count_model_tokens` of the training order, or of one epoch.
+    """The count model of what the run was trained on, in order, up to `count_model_tokens`.
 
-    Whole sequences, at least one. How far training itself went does not matter: a run that goes on
-    from a parent has the parent's tokens behind it, and the yardstick is the same for all.
+    Whole sequences, at least one, as often as training read them. A run that took over a parent's
+    parameters has the parent's tokens behind it too, so at least `_BESIDE_A_PARENT` are counted
+    there, or an epoch.
     """
     training = config.training
-    epoch = len(source) // training.global_batch_size * training.global_batch_size
-    left = min(max(1, training.count_model_tokens // training.seq_length), epoch)
+    left = training.total_steps * training.global_batch_size
+    if training.load_part == "params":
+        epoch = len(source) // training.global_batch_size * training.global_batch_size
+        left = max(left, min(epoch, _BESIDE_A_PARENT // training.seq_length))
+    left = min(left, max(1, training.count_model_tokens // training.seq_length))
     batches = lm_dataset.train_batches(
         source,
         global_batch_size=training.global_batch_size,
@@ -148,15 +155,19 @@ def count(config: Config, source: Source) -> CountModel:
         bos_token_id=config.model.bos_token_id,
         threads=2,  # which read ahead less of what is not wanted any more
     )
-    parts = []
+    model, parts = CountModel.empty(config.model.vocab_size), []
     number = -(-left // training.global_batch_size)
-    with Progress(number, "read for the count model") as progress:
+    with Progress(number, "count pairs of tokens") as progress:
         for done in range(1, number + 1):
             parts.append([array[:left] for array in _arrays(next(batches))])
             left -= len(parts[-1][0])
+            # To grow a table costs as much as the table is large: the larger, the more at once.
+            waiting = len(parts) * training.global_batch_size * training.seq_length
+            if done == number or waiting >= max(_COUNTED_AT_ONCE, len(model.tables[-1].keys)):
+                model = model.plus(*map(np.concatenate, zip(*parts, strict=True)))
+                parts = []
             progress.update(done)
-    inputs, targets, mask = map(np.concatenate, zip(*parts, strict=True))
-    return CountModel.empty(config.model.vocab_size).plus(inputs, targets, mask)
+    return model
 
 
 def log_comparison(loss: float, count_loss: float, tokens: int) -> None:
@@ -168,9 +179,9 @@ def log_comparison(loss: float, count_loss: float, tokens: int) -> None:
         )
         return
     logger.warning(
-        f"THIS MODEL DOES NOT BEAT A COUNT OF TOKEN PAIRS: {loss:.3f} nats per token, and a count "
-        f"model of {tokens:,} tokens of the same data has {count_loss:.3f}. It was trained too "
-        "little, or something is wrong"
+        f"this model does not beat a count of token pairs: {loss:.3f} nats per token, and counts "
+        f"of {tokens:,} tokens of the same data reach {count_loss:.3f}. It was trained too little, "
+        "or something is wrong"
     )
 
 

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from ttt.config import to_dict
 from ttt.dataloader import builtin, lm_dataset, token_store
-from ttt.dataloader.lm_dataset import Source
+from ttt.dataloader.lm_dataset import HeldOut, Source
 from ttt.errors import RunError, Stopped, UserError
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
-    """Both splits, and what tells them from other data."""
+    """Both splits, of the one for evaluation the stretches to read, and what tells them apart."""
 
     train: Source
-    evaluation: Source
+    evaluation: HeldOut
     fingerprints: dict[str, str]
 
 
@@ -91,7 +91,14 @@ def open_data(config: Config) -> Data:
         split: "random tokens" if training.dummy_dataset else token_store.fingerprint(root, split)
         for split in (training.data_split, training.eval_split)
     }
-    return Data(train, evaluation, fingerprints)
+    most = max(training.eval_batches, training.eval_start_batches) * training.eval_batch_size
+    stretches = HeldOut.drawn(
+        evaluation,
+        model.bos_token_id,
+        seed=config.evaluation.seed,
+        count=most if training.eval_batches else 0,
+    )
+    return Data(train, stretches, fingerprints)
 
 
 def open_batches(run: TrainingRun) -> grain.DatasetIterator:

@@ -20,8 +20,7 @@ from ttt import mixers
 from ttt.config import differences, to_dict, upgraded, with_stored
 from ttt.core import tree
 from ttt.core.batch import Batch
-from ttt.dataloader import lm_dataset
-from ttt.dataloader.lm_dataset import Source
+from ttt.dataloader.lm_dataset import HeldOut, Source
 from ttt.errors import UserError
 from ttt.globs import matches
 from ttt.infra import checkpoint
@@ -86,7 +85,7 @@ class StartPoint(NamedTuple):
 def find_start(
     config: Config,
     train: Source,
-    evaluation: Source,
+    evaluation: HeldOut,
     checkpoints: Checkpoints,
     own: int | None,
     layout: Layout,
@@ -266,7 +265,7 @@ def restore_all(config: Config, source: Checkpoints, step: int, layout: Layout) 
 
 
 def restore_parameters(
-    config: Config, train: Source, evaluation: Source, step_folder: Path, layout: Layout
+    config: Config, train: Source, evaluation: HeldOut, step_folder: Path, layout: Layout
 ) -> StartPoint:
     """Parameters by published name, the rest begun anew; every parameter is accounted for.
 
@@ -383,7 +382,7 @@ def measure_parent(
     config: Config,
     parent: TrainedModel | None,
     account: checkpoint.RestoreAccount,
-    evaluation: Source,
+    evaluation: HeldOut,
     layout: Layout,
 ) -> Parent:
     """The parent's loss on the tokens that both models see in the same way."""
@@ -406,20 +405,15 @@ def measure_parent(
 
 
 def eval_batches(
-    config: Config, evaluation: Source, most: int, context: int | None = None
+    config: Config, evaluation: HeldOut, most: int, context: int | None = None
 ) -> Iterator[Batch]:
-    """The split's first batches, at most `most` (0: all); of each the first `context` tokens."""
-    batches = lm_dataset.eval_batches(
-        evaluation,
-        batch_size=config.training.eval_batch_size,
-        max_batches=most,
-        bos_token_id=config.model.bos_token_id,
-    )
+    """The first batches, at most `most` (0: all); of each stretch the first `context` tokens."""
+    batches = evaluation.batches(config.training.eval_batch_size, most=most)
     return (jax.tree.map(lambda x: x[:, :context], batch) for batch in batches)
 
 
 def start_loss(
-    config: Config, evaluation: Source, score: Score, model: Any, context: int, *, learn: bool
+    config: Config, evaluation: HeldOut, score: Score, model: Any, context: int, *, learn: bool
 ) -> float:
     """Token loss before the first step, on the first `context` tokens of the sequences."""
     batches = eval_batches(config, evaluation, config.training.eval_start_batches, context)
@@ -437,7 +431,7 @@ def token_loss(score: Score, model: Any, batches: Iterable[Batch], *, learn: boo
 
 
 def warm_loss(
-    config: Config, start: StartPoint, evaluation: Source, layout: Layout
+    config: Config, start: StartPoint, evaluation: HeldOut, layout: Layout
 ) -> float | None:
     """The child's loss at step 0 on the tokens of `start.parent`, learning only if that learned."""
     parent = start.parent

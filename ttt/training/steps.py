@@ -109,7 +109,8 @@ def evaluate_on_the_way(
             save(run, state, batches)
         raise stopped(run, step) from None
     seconds = run.spent.take("evaluation")["evaluation"]
-    run.tracker.log(step, {"eval_loss": loss, "evaluation_seconds": seconds})
+    split = run.config.training.eval_split
+    run.tracker.log(step, {"eval_loss": loss, "split": split, "evaluation_seconds": seconds})
 
 
 # ---- steps whose numbers are not finite -----------------------------------------------------

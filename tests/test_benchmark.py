@@ -23,6 +23,8 @@ from ttt.plan import hardware
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
+    "data=bytes",
+    "training.sample_tokens=0",
     "+experiment=tiny/pretrain/pretrain-tiny-e2e",
     "size.intermediate_size=32",
     "size.window=24",

@@ -86,9 +86,9 @@ def faults(changes, name=E2E):
         ({"training.seq_length": 100}, ["seq_length=100", "=128", "multiple of mini_batch_size"]),
         ({"model.num_attention_heads": 3}, ["hidden_size=128", "num_attention_heads=3"]),
         ({"model.num_attention_heads": 128}, ["num_attention_heads=128", "even width"]),
-        ({"training.accum_steps": 3}, ["global_batch_size=4", "accum_steps=3"]),
+        ({"training.accum_steps": 3}, ["global_batch_size=1", "accum_steps=3"]),
         ({"training.global_batch_size": -4}, ["global_batch_size=-4", "at least 1"]),
-        ({"model.bos_token_id": 258}, ["bos_token_id=258", "vocab_size=258"]),
+        ({"model.bos_token_id": 2048}, ["bos_token_id=2048", "vocab_size=2048"]),
         ({"model.eos_token_id": -1}, ["eos_token_id=-1", "not be negative"]),
         ({"training.optimizer_outer.lr": 0}, ["lr=0", "above 0"]),
         ({"training.optimizer_outer.end_lr": 1}, ["end_lr=1.0", "lr=0.003"]),
@@ -314,7 +314,8 @@ def test_the_record_is_json_and_holds_no_secret():
     assert "hush" not in json.dumps(record)
     assert record["training"]["optimizer_outer"]["lr"] == 3e-3
     assert record["training"]["spec_outer"] == ["**"]
-    assert record["deploy_paths"]["data"].keys() == {"dclm_filter_8k", "books3", "builtin"}
+    stores = {"dclm_filter_8k", "books3", "builtin", "builtin_bpe"}
+    assert record["deploy_paths"]["data"].keys() == stores
 
 
 def test_a_secret_of_the_wrong_type_is_masked_too():
@@ -328,7 +329,7 @@ def test_differences_are_those_that_change_the_numbers():
         "training.save_every_steps": 7,
         "training.eval_batches": 2,
         "training.keep_checkpoints": 9,
-        "training.accum_steps": 2,
+        "model.loss_block": 64,
         "training.inner_remat_freq": 4,
         "training.wandb_project": "p",
         "training.allow_config_change": True,

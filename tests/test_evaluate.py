@@ -34,6 +34,8 @@ from ttt.model import loop, trained
 from ttt.training.start import as_items
 
 SMALL = [
+    "data=bytes",
+    "training.sample_tokens=0",
     "size.intermediate_size=32",
     "size.window=24",
     "size.chunk=16",

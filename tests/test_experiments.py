@@ -55,10 +55,10 @@ def test_a_differing_and_an_absent_value_would_be_found():
 
 
 @pytest.mark.parametrize("method", ["e2e", "fa", "swa", "hybrid"])
-def test_tiny_experiment_is_small_and_learns_bytes(method):
+def test_tiny_experiment_is_small_and_learns_byte_pairs(method):
     config = experiment(f"tiny/pretrain/pretrain-tiny-{method}")
     model = config.model
-    assert (model.vocab_size, model.bos_token_id, model.eos_token_id) == (258, 256, 257)
+    assert (model.vocab_size, model.bos_token_id, model.eos_token_id) == (2048, 0, 1)
     layers = 6 if method == "hybrid" else 4
     assert (model.hidden_size, model.intermediate_size, model.num_hidden_layers) == (
         128,
@@ -68,8 +68,17 @@ def test_tiny_experiment_is_small_and_learns_bytes(method):
     assert model.suffix_len == (1 if method == "e2e" else 0)
     assert model.rope_theta == 10000
     assert model.compute_dtype == model.param_dtype == model.state_dtype == "fp32"
-    assert config.training.dataset_name == "builtin"
+    assert config.training.dataset_name == "builtin_bpe"
     assert config.training.train_mode == ("meta" if method == "e2e" else "pretrain")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_bytes_replace_the_byte_pairs_wherever_they_stand_on_the_command_line(first):
+    words = ["+experiment=tiny/extension/ext-tiny-swa-4K", "data=bytes"]
+    config = resolve(compose(words[::-1] if first else words))
+    model = config.model
+    assert (model.vocab_size, model.bos_token_id, model.eos_token_id) == (258, 256, 257)
+    assert config.training.dataset_name == "builtin"
 
 
 # The parent that a name promises: the first pattern that fits, in the experiment's own folder.
@@ -324,6 +333,7 @@ def test_paths_come_from_the_environment_without_a_deploy(monkeypatch):
         "dclm_filter_8k": "/d/dclm_filter_8k",
         "books3": "/d/books3",
         "builtin": "/d/builtin",
+        "builtin_bpe": "/d/builtin_bpe",
         "mine": "/elsewhere",
     }
     assert (config.deploy_paths.checkpoint, config.deploy_paths.experiments) == ("/c", "/e")

@@ -21,6 +21,8 @@ from ttt.model.transformer import MetaModel
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
+    "data=bytes",
+    "training.sample_tokens=0",
     "size.intermediate_size=32",
     "size.window=24",
     "size.chunk=16",

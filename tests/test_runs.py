@@ -369,7 +369,9 @@ def test_contexts_are_written_as_in_names():
 def test_tiny_reads_other_corpora_only_where_it_is_told_where_they_are():
     tiny = BOOK.size("tiny")
     assert settings.of_data({}, tiny) == ()
-    assert settings.of_data({"data_root": "/d"}, tiny) == ("deploy_paths.data.builtin=/d/builtin",)
+    assert settings.of_data({"data_root": "/d"}, tiny) == (
+        "deploy_paths.data.builtin_bpe=/d/builtin_bpe",
+    )
     assert settings.of_data({"dclm_root": "/x"}, tiny) == (
         "deploy_paths.data.dclm_filter_8k=/x",
         "size.pretrain_dataset=dclm_filter_8k",

@@ -24,6 +24,8 @@ from ttt.plan.flops import model_flops
 from ttt.plan.memory_plan import choose
 
 SMALL = [
+    "data=bytes",
+    "training.sample_tokens=0",
     "size.intermediate_size=32",
     "size.window=24",
     "size.chunk=16",

@@ -39,7 +39,8 @@ def write_sample(config: Config, model: MetaModel) -> Sample:
 
     Up to `training.sample_tokens` tokens. Raises UserError if the store names no tokenizer.
     """
-    training, tokens = config.training, config.training.sample_tokens
+    training = config.training
+    tokens = min(training.sample_tokens, training.seq_length // 2)
     root = Path(config.deploy_paths.data[training.dataset_name])
     tokenizer = text.store_tokenizer(root)
     held_out = token_store.open_split(root, training.eval_split)

@@ -430,7 +430,7 @@ def assert_counted(model: CountModel, batches: list[Batch], sequences: int | Non
 
 
 @pytest.mark.parametrize(("asked", "sequences"), [(1, 1), (130, 2), (400, 6), (10**7, None)])
-@pytest.mark.parametrize("at_once", [1, 700, 1 << 20])
+@pytest.mark.parametrize("at_once", [(1, 1), (1, 700), (1 << 20, 1 << 20)])
 def test_every_training_token_is_counted_up_to_the_setting(
     configure,  # noqa: F811
     monkeypatch,

@@ -17,12 +17,13 @@ from test_train import (  # noqa: F401 - fixtures
 from ttt import generate, train
 from ttt.config import ConfigError, differences, to_dict
 from ttt.core.batch import Batch, from_tokens
-from ttt.dataloader import lm_dataset
+from ttt.dataloader import lm_dataset, token_store
 from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
 from ttt.model import trained
+from ttt.report import frame
 from ttt.training import light, step
 from ttt.training import run as training_run
 from ttt.training.count_model import CountModel
@@ -184,6 +185,38 @@ def test_token_stats_leaves_the_record_and_the_numbers_of_a_run(configure):  # n
         np.testing.assert_allclose(arrays["learning_nll"], nll)
     assert "token_stats" in (record.folder / "eval/loss_by_position-6.csv").read_text()
     assert (record.folder / "loss_by_position-6.png").stat().st_size > 10_000
+
+
+def test_a_development_split_serves_every_loss_and_is_named_beside_it(
+    configure,  # noqa: F811
+    tmp_path,
+    store,  # noqa: F811
+):
+    tokens = token_store.open_split(store, "train")[:]
+    splits = {"train": tokens, "dev": tokens[:1500], "test": tokens[2000:2100]}
+    token_store.write(tmp_path / "own", splits, attributes={"bytes_per_token": {"dev": 2.0}})
+    config = configure(
+        COUNTS,
+        "training.eval_split=dev",
+        "training.eval_every_steps=3",
+        f"deploy_paths.data.text={tmp_path}/own",
+    )
+    assert config.evaluation.split == "dev"
+    train.run(config)
+    rows = record_of(config).metrics()
+    losses = ("start_loss", "eval_loss", "final_eval_loss")
+    named = [row["split"] for row in rows if any(name in row for name in losses)]
+    assert named == ["dev"] * 3
+    folder = record_of(config).folder / "eval"
+    summary = json.loads((folder / "loss_by_position-6.json").read_text())
+    assert (summary["split"], summary["evaluation_seed"], summary["sequences"]) == ("dev", 0, 4)
+    assert summary["bits_per_byte"] == pytest.approx(summary["loss"] / np.log(2) / 2)
+    assert ",dev," in (folder / "loss_by_position-6.csv").read_text()
+    (run,) = frame.rows_of(frame.read(record_of(config).folder.parent, None))
+    assert (run.split, run.bits_per_byte) == ("dev", summary["bits_per_byte"])
+    assert run.validation_loss == summary["loss"]
+    fingerprint = token_store.fingerprint(tmp_path / "own", "dev")
+    assert run.evaluated_on == f"{fingerprint}, 4 stretches of dev drawn with seed 0"
 
 
 def test_a_killed_count_goes_on_bit_for_bit(configure, monkeypatch):  # noqa: F811
@@ -397,7 +430,7 @@ def assert_counted(model: CountModel, batches: list[Batch], sequences: int | Non
 
 
 @pytest.mark.parametrize(("asked", "sequences"), [(1, 1), (130, 2), (400, 6), (10**7, None)])
-@pytest.mark.parametrize("at_once", [1, 700, 1 << 20])
+@pytest.mark.parametrize("at_once", [(1, 1), (1, 700), (1 << 20, 1 << 20)])
 def test_every_training_token_is_counted_up_to_the_setting(
     configure,  # noqa: F811
     monkeypatch,

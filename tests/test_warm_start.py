@@ -225,7 +225,7 @@ def test_a_window_and_then_learning_start_at_the_parents_loss(configure, fa_pare
         assert bool(account["initialised"]) == (config is not swa)
         rows = record_of(config).metrics()
         assert rows[0] == pytest.approx(
-            {"step": 0, "start_loss": start["loss"]}
+            {"step": 0, "start_loss": start["loss"], "split": "val"}
             | {
                 key: start["loss_without_learning"]
                 for key in ("start_loss_without_learning",)

@@ -238,7 +238,7 @@ def _cell(rows: pd.DataFrame) -> str:
     if "difference" in known.index:
         value, low, high = known.loc["difference"].astype(float)
         bounds = "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
-        cell += f" ({value:+.3f}{bounds})"
+        cell += f"\n({value:+.3f}{bounds})"
     return cell
 
 

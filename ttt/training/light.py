@@ -27,7 +27,8 @@ from ttt.training.start import Parent, StartPoint, find_checkpoint, start_loss
 
 logger = logging.getLogger(__name__)
 
-_COUNTED_AT_ONCE = 1 << 20
+_COUNTED_AT_ONCE = (1 << 20, 1 << 23)
+"""Tokens: the least and the most."""
 _BESIDE_A_PARENT = 4_000_000
 
 
@@ -163,7 +164,8 @@ def count(config: Config, source: Source) -> CountModel:
             left -= len(parts[-1][0])
             # To grow a table costs as much as the table is large: the larger, the more at once.
             waiting = len(parts) * training.global_batch_size * training.seq_length
-            if done == number or waiting >= max(_COUNTED_AT_ONCE, len(model.tables[-1].keys)):
+            enough = np.clip(len(model.tables[-1].keys), *_COUNTED_AT_ONCE)
+            if done == number or waiting >= enough:
                 model = model.plus(*map(np.concatenate, zip(*parts, strict=True)))
                 parts = []
             progress.update(done)

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from ttt.config import compose, resolve, to_dict
 from ttt.dataloader import token_store
 from ttt.dataloader.text import ByteTokenizer
 from ttt.errors import UserError
-from ttt.evaluation import suite
-from ttt.evaluation.judge import ForeignJudge
+from ttt.evaluation import resources, suite
+from ttt.evaluation.judge import ForeignJudge, OwnJudge
 from ttt.evaluation.loss_by_context import LossByContext
 from ttt.evaluation.resources import LoadedModels
 from ttt.inference.engine import Engine, Written
@@ -31,6 +32,8 @@ from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
 from ttt.model import loop, trained
+from ttt.training import light
+from ttt.training.count_model import CountModel
 from ttt.training.start import as_items
 
 SMALL = [
@@ -256,7 +259,8 @@ def documents_of_stretches(context: int) -> int:
 def test_both_halves_are_judged_and_the_read_half_does_not_depend_on_the_writer(evaluated):
     rows = rows_of(evaluated[1], "long_decoding")
     loss = [row for row in rows if row["measure"] == "log_loss"]
-    assert {row["evaluator"] for row in loss} == {"pretrain-tiny-e2e"}
+    (judge,) = {row["evaluator"] for row in loss}
+    assert re.fullmatch(r"a count of token pairs in .*text/train", judge)
     read = values(loss, half="prefill")
     assert len(read) == 4  # e2e learning and not, full attention, and the held-out text
     assert read == pytest.approx([read[0]] * 4, rel=1e-6)
@@ -264,6 +268,42 @@ def test_both_halves_are_judged_and_the_read_half_does_not_depend_on_the_writer(
     texts = rows_of(evaluated[1], "long_decoding-texts")
     assert len(texts) == 6
     assert {row["measure"] for row in rows} >= {"distinct_4", "longest_repeat"}
+
+
+def test_the_penalty_and_none_are_told_apart_and_counts_judge_both(root, monkeypatch):
+    def write(engine, prompts, tokens, sampling, **_):
+        once = np.arange(97, 97 + tokens) if sampling.repetition_penalty == 1.1 else [97] * tokens
+        return [np.array(once, np.int32)] * len(prompts)
+
+    monkeypatch.setattr(resources, "write_on", write)
+    ids = np.asarray(token_store.open_split(root / "text", "train"))[None]
+    counts = CountModel.empty(258).plus(ids[:, :-1], ids[:, 1:], ids[:, 1:] != 256)
+    monkeypatch.setattr(light, "count", lambda config, source: counts)
+    own = ["evaluation.suites=[long_decoding]", "evaluation.name=arms"]
+    penalty = "evaluation.long_decoding.repetition_penalty=1.1"
+    assert evaluate.run(configure(root, "swa", *own, penalty)) is None
+    folder = root / "experiments/default/pretrain-tiny-swa/eval/arms-3"
+    rows = rows_of(folder, "long_decoding")
+    assert values(rows, measure="distinct_1", repetition_penalty="1.1") == [1]
+    assert values(rows, measure="distinct_1", repetition_penalty="1.0") == [1 / 40]
+    texts = rows_of(folder, "long_decoding-texts")
+    assert [row["repetition_penalty"] for row in texts] == ["1.1"] * 2 + ["1.0"] * 2
+    # What was read and the held-out text are none of the arms'.
+    held_out = np.asarray(token_store.open_split(root / "text", "val"))[:1200].reshape(2, 600)
+    nll = counts.nll(held_out[:, :-1], held_out[:, 1:])
+    for half, own in (("prefill", nll[:, :559]), ("decoded", nll[:, 559:])):
+        true = {"half": half, "text": "held out", "repetition_penalty": ""}
+        assert values(rows, measure="log_loss", **true) == [pytest.approx(own.mean())]
+
+
+def test_a_judge_that_could_learn_does_not(root, monkeypatch):
+    (judge,) = trained.load(configure(root, "e2e"))
+    engine = LoadedModels(evaluate.device_mesh()).engine(judge, 600, learn=False)
+    texts = [np.asarray(token_store.open_split(root / "text", "val"))[i : i + 64] for i in (0, 64)]
+    _, nll = engine.read(engine.start(2), texts)
+    judged = OwnJudge(judge, LoadedModels(evaluate.device_mesh()), 2).read(texts, 32, print)
+    for one, expected in zip(judged, nll, strict=True):
+        np.testing.assert_array_equal(one.nll, expected)
 
 
 def test_one_run_is_kept_beside_its_training_record(root, monkeypatch, scripted):
@@ -405,6 +445,10 @@ def test_a_failed_row_fails_the_command_and_the_others_are_kept(root, scripted, 
         (["evaluation.needles.lengths=[200]"], ["lengths=200", "at least"]),
         (["evaluation.tokenizer=/no/tokenizer.json"], ["/no/tokenizer.json", "tokenizer=FILE"]),
         (["evaluation.long_decoding.evaluator=nobody"], ["no checkpoint of nobody"]),
+        (
+            ["evaluation.long_decoding.evaluator=pretrain-tiny-e2e"],
+            ["would judge its own text", "out of evaluation.runs, or name another run"],
+        ),
         (["evaluation.long_decoding.evaluator=hf:/no/model"], ["hf:/no/model", "config.json"]),
         (["evaluation.dataset_name=books"], ["dataset_name=books", "+deploy_paths.data.books"]),
         (["backend.distributed=true"], ["one process"]),

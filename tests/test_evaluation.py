@@ -346,8 +346,8 @@ def test_batches_have_one_size_and_hold_every_number(count, most):
 
 @pytest.fixture(scope="module")
 def words() -> ruler.Haystack:
-    sentences = tuple(f"Sentence {i} says very little." for i in range(400))
-    return ruler.Haystack("numbered sentences", sentences, " ")
+    sentences = " ".join(f"Sentence {i} says very little." for i in range(400))
+    return ruler.Haystack("numbered sentences", tuple(sentences.split()))
 
 
 def prompts(task, haystack, tokenizer=None, **changes):
@@ -372,7 +372,7 @@ def test_prompt_is_rulers_in_the_singular(words):
         f"The special magic number for {key} mentioned in the provided text is"
     )
     assert rest.startswith("Sentence 0 says")
-    assert rest.endswith(".")
+    assert "Sentence 0 says very little. Sentence 1 says" in rest
 
 
 @pytest.mark.parametrize(
@@ -390,18 +390,55 @@ def test_needle_lies_at_its_depth_within_a_sentence_and_the_answer_fits(task, pa
     for prompt in made:
         assert re.fullmatch(pattern, prompt.answer)
         assert len(prompt.tokens) + 128 <= 1500
-        assert len(prompt.tokens) + 128 > 1500 - 200  # and the length is used
+        unit = max(map(len, haystack.units)) + 1
+        assert len(prompt.tokens) + 128 > 1500 - unit - 16  # and the length is used
         said = ByteTokenizer().decode(prompt.tokens)
         body = said.split("afterwards.\n")[1].split("\nWhat is")[0]
         start = body.index("One of the special")
         needle = body[start : body.index(prompt.answer) + len(prompt.answer) + 1]
         rest = len(body) - len(needle)
-        longest = max(map(len, haystack.sentences)) + 1
+        longest = max(map(len, haystack.sentences(1000))) + 1
         assert start == pytest.approx(rest * prompt.depth / 100, abs=longest)
         assert said.count(prompt.answer) == 1
         # `needle_at` and `distance` are places of tokens, which bytes make easy to check.
         assert said[prompt.needle_at - 1 :].startswith("One of the special")
         assert prompt.needle_at + prompt.distance == len(prompt.tokens) - 1
+
+
+def places(task, haystack) -> np.ndarray:
+    """Sentences (lines) before the needle in 400 prompts at drawn depths, and their numbers."""
+    made = prompts(task, haystack, depths=[], samples=400)
+    assert len(made) == 400
+    found = []
+    for prompt in made:
+        body = ByteTokenizer().decode(prompt.tokens).split("afterwards.\n")[1].split("\nWhat is")[0]
+        before = body[: body.index("One of the special")]
+        unit = "There and back again." if haystack.endless else "very little."
+        found.append((before.count(unit), body.count(unit), prompt.depth))
+    return np.array(found)
+
+
+def test_drawn_needles_stand_before_any_line_of_the_noise_alike():
+    before, lines, _ = places("niah_single_1", ruler.noise()).T
+    count = int(lines[0])
+    assert set(lines) == {count}
+    seen = np.bincount(before.astype(int), minlength=count)
+    assert len(seen) == count  # RULER never hides it behind the last line
+    assert np.all(np.abs(seen - 400 / count) < 4.5 * np.sqrt(400 / count))
+
+
+def test_drawn_needles_stand_at_rulers_forty_depths_in_essays(words):
+    _, _, depths = places("niah_single_2", words).T
+    assert set(depths) <= set(ruler.depths(40))
+    assert len(set(depths)) == 40
+    seen = np.array([np.sum(depths == depth) for depth in ruler.depths(40)])
+    assert np.all(np.abs(seen - 10) < 4.5 * np.sqrt(10))
+
+
+def test_what_is_not_as_in_ruler_is_said():
+    chosen, drawn = (ruler.differences(drawn=drawn) for drawn in (False, True))
+    assert chosen[1:] == drawn
+    assert "needles.depths=0" in chosen[0]
 
 
 def test_prompts_are_a_function_of_the_seed(words):
@@ -450,12 +487,10 @@ def test_a_length_without_room_and_a_text_too_short_are_refused(words):
 def test_haystack_comes_from_a_file_plain_or_json(tmp_path):
     (tmp_path / "plain.txt").write_text("One here.  Two\nhere! Three?")
     (tmp_path / "essays.json").write_text(json.dumps({"text": "First.\n\nSecond."}))
-    assert ruler.essays(str(tmp_path / "plain.txt")).sentences == (
-        "One here.",
-        "Two here!",
-        "Three?",
-    )
-    assert ruler.essays(str(tmp_path / "essays.json")).sentences == ("First.", "Second.")
+    plain = ruler.essays(str(tmp_path / "plain.txt"))
+    assert plain.sentences(9) == ["One here.", "Two here!", "Three?"]
+    assert plain.sentences(3) == ["One here.", "Two"]  # RULER cuts essays at any word
+    assert ruler.essays(str(tmp_path / "essays.json")).units == ("First.", "Second.")
 
 
 @pytest.mark.parametrize(
@@ -473,7 +508,7 @@ def test_built_in_haystack_is_prose_of_the_held_out_modules_and_says_so():
     found = ruler.essays("")
     assert "docstrings" in found.source
     assert "Paul Graham" in found.source
-    assert len(found.sentences) > 1000
+    assert len(found.sentences(10**9)) > 1000
 
 
 @pytest.mark.parametrize(

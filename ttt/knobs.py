@@ -390,8 +390,9 @@ class NeedlesConfig:
     tasks: NeedleTasks
     lengths: Lengths
     """Tokens of a prompt and its answer together; none: `training.seq_length`."""
-    depths: Count
-    """Places of the needle, evenly spread from the haystack's start (0 %) to its end (100 %)."""
+    depths: Natural
+    """Places of the needle, evenly spread from the haystack's start (0 %) to its end (100 %); 0:
+    drawn for each prompt, as RULER does."""
     samples: Count
     """Prompts per task, length and depth."""
     tokens_to_generate: Count
@@ -412,9 +413,10 @@ class LongDecodingConfig:
     temperature: NotNegative
     top_p: Share
     repetition_penalty: Positive
+    """Unless it is 1, texts are also written without one."""
     evaluator: str
-    """Who judges: a run of `training.exp_folder`, or `hf:FOLDER` of a Hugging Face causal LM;
-    empty: the first of the runs."""
+    """Who judges: a run of `training.exp_folder` that is not judged itself, or `hf:FOLDER` of a
+    Hugging Face causal LM; empty: a count of token pairs of the training split."""
 
 
 @dataclass(frozen=True)

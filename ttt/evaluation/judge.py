@@ -1,7 +1,12 @@
-"""Evaluators of text: one of our checkpoints, or a Hugging Face causal LM from a local folder."""
+"""Evaluators of text: counts of token pairs, one of our checkpoints, or a Hugging Face causal LM.
+
+None of them learns while it reads: it would get used to a text's faults, such as repetition.
+"""
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +15,17 @@ from jaxtyping import Float, Int
 
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
+from ttt.evaluation import resources
 from ttt.evaluation.resources import LoadedModels, in_batches
 from ttt.evaluation.suite import OnProgress
+from ttt.knobs import Config
 from ttt.model.trained import TrainedModel
+from ttt.training import light
+from ttt.training.count_model import CountModel
 
 FOREIGN = "hf:"
+COUNTED = 4_000_000
+"""Tokens that `CountJudge` counts, at most."""
 
 
 class Judged(NamedTuple):
@@ -26,8 +37,47 @@ class Judged(NamedTuple):
     """−log p of it, in nats."""
 
 
+class CountJudge:
+    """Counts of token pairs that a run was trained on, `COUNTED` at most (`ttt.training.light`).
+
+    It is there for every run, knows nothing beyond a pair, and is nobody's own text.
+    """
+
+    unit = "nats per token"
+
+    def __init__(self, config: Config, run: TrainedModel):
+        """Look for the training split of `evaluation.dataset_name`; raises a UserError."""
+        split = replace(config.evaluation, split=run.training.data_split)
+        own = replace(config, evaluation=split)
+        try:
+            self._source = resources.held_out(own, run, run.training.seq_length)
+        except UserError as error:
+            raise UserError(
+                f"{error}\nWithout its training split there is nothing to count: name another "
+                "evaluator (evaluation.long_decoding.evaluator=RUN or hf:FOLDER), or leave "
+                "long_decoding out of evaluation.suites"
+            ) from error
+        training = replace(run.training, count_model_tokens=COUNTED)
+        self._config = replace(config, model=run.config, training=training)
+        self.name = f"a count of token pairs in {self._source.name}"
+
+    @cached_property
+    def _counts(self) -> CountModel:
+        return light.count(self._config, self._source)
+
+    def read(
+        self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, on_progress: OnProgress
+    ) -> list[Judged]:
+        """Score texts of one length, whose first `prefix` tokens somebody else wrote."""
+        whole = np.stack(texts)
+        places = np.arange(1.0, whole.shape[1])
+        judged = [Judged(places, nll) for nll in self._counts.nll(whole[:, :-1], whole[:, 1:])]
+        on_progress(len(judged))
+        return judged
+
+
 class OwnJudge:
-    """A run, learning while it reads if it was trained to."""
+    """A run at inner rate 0."""
 
     unit = "nats per token"
 
@@ -39,7 +89,7 @@ class OwnJudge:
         self, texts: Sequence[Int[np.ndarray, " N"]], prefix: int, on_progress: OnProgress
     ) -> list[Judged]:
         """Score texts of one length, whose first `prefix` tokens somebody else wrote."""
-        engine = self._models.engine(self._run, len(texts[0]))
+        engine = self._models.engine(self._run, len(texts[0]), learn=False)
         judged = []
         for rows in in_batches(len(texts), self._batch_size):
             _, scores = engine.read(engine.start(len(rows)), [texts[row] for row in rows])
@@ -115,4 +165,4 @@ def _positions(
     return np.interp(starts, [0, border, max(whole, border + 1)], [0, tokens[0], sum(tokens)])
 
 
-type Judge = OwnJudge | ForeignJudge
+type Judge = CountJudge | OwnJudge | ForeignJudge

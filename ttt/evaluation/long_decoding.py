@@ -2,13 +2,14 @@
 
 The paper reads 8K tokens and writes 8K at temperature 1, top-p 0.95 and repetition penalty 1.1
 (arXiv 2512.23675, section 3.6). Beside the written text stands what really followed in the held-out
-one, judged and measured in the same way.
+one, judged and measured in the same way, and what the model writes without the penalty.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.table import Table
 from ttt import figures
 from ttt.errors import UserError
 from ttt.evaluation import repetition, resources
-from ttt.evaluation.judge import FOREIGN, ForeignJudge, Judge, Judged, OwnJudge
+from ttt.evaluation.judge import FOREIGN, CountJudge, ForeignJudge, Judge, Judged, OwnJudge
 from ttt.evaluation.resources import LoadedModels
 from ttt.evaluation.result import Key, Row, estimate, printed
 from ttt.evaluation.suite import AbstractSuite, Job, OnProgress, Reader, plot
@@ -38,15 +39,16 @@ class LongDecoding(AbstractSuite):
     """Every run, learning or not."""
 
     name = "long_decoding"
-    keys = ("learning", "text", "half", "position_from", "position_to")
+    keys = ("learning", "repetition_penalty", "text", "half", "position_from", "position_to")
 
     def __init__(self, config: Config, runs: Sequence[TrainedModel], models: LoadedModels):
         super().__init__(config, runs, models)
         self._settings = settings = config.evaluation.long_decoding
         self._context = settings.prefill + settings.decode
+        self._penalties = tuple(dict.fromkeys((settings.repetition_penalty, 1.0)))
         self._texts = {run.name: self._held_out(run) for run in runs}
         self._judge = self._find_judge()
-        self._written: list[tuple[str, bool, int, str]] = []
+        self._written: list[tuple[str, bool, float, int, str]] = []
 
     def _held_out(self, run: TrainedModel) -> list[np.ndarray]:
         """The texts, prefix and what follows it."""
@@ -60,39 +62,55 @@ class LongDecoding(AbstractSuite):
         return [source[i][:context] for i in range(count)]
 
     def _find_judge(self) -> Judge:
+        """The evaluator of all texts, which is none of the runs: a model finds its own text good.
+
+        Raises a UserError.
+        """
         name = self._settings.evaluator
+        for run in self.runs:
+            if name == run.name:
+                raise UserError(
+                    f"evaluation.long_decoding.evaluator={name} would judge its own text; leave it "
+                    "out of evaluation.runs, or name another run, hf:FOLDER, or none (a count of "
+                    "token pairs judges)"
+                )
         if name.startswith(FOREIGN):
             tokenizers = [resources.tokenizer(self.config, run) for run in self.runs]
             return ForeignJudge(name.removeprefix(FOREIGN), tokenizers[0])
-        own = {run.name: run for run in self.runs}
-        judge = self.runs[0] if not name else own.get(name) or load_one(self.config, name)
+        judge = load_one(self.config, name) if name else self.runs[0]
         for run in self.runs:
             if run.config.vocab_size != judge.config.vocab_size:
                 raise UserError(
-                    f"evaluation.long_decoding.evaluator={judge.name} has {judge.config.vocab_size}"
-                    f" ids and {run.name} has {run.config.vocab_size}: an evaluator reads the "
-                    "same tokens; name a run with the same tokenizer, or hf:FOLDER"
+                    f"{judge.name} has {judge.config.vocab_size} ids and {run.name} has "
+                    f"{run.config.vocab_size}: an evaluator reads the same tokens; name a run with "
+                    "the same tokenizer, or hf:FOLDER (evaluation.long_decoding.evaluator), and "
+                    "runs that share one"
                 )
+        if not name:
+            return CountJudge(self.config, judge)
         return OwnJudge(judge, self.models, self.config.evaluation.batch_size)
 
     def jobs(self, run: TrainedModel) -> Iterator[Job]:
-        """One for each mode."""
+        """One for each mode, with the repetition penalty and without."""
         steps = 2 * self._settings.sequences
-        for reader in self.readers_of(run):
-            work = partial(self._measure, reader)
-            yield Job(self._context, {"learning": reader.learning}, steps, work)
+        for reader, penalty in product(self.readers_of(run), self._penalties):
+            keys = {"learning": reader.learning, "repetition_penalty": penalty}
+            yield Job(self._context, keys, steps, partial(self._measure, reader, penalty))
 
-    def _measure(self, reader: Reader, on_progress: OnProgress) -> list[Row]:
+    def _measure(self, reader: Reader, penalty: float, on_progress: OnProgress) -> list[Row]:
         prefix, count = self._settings.prefill, self._settings.sequences
         truth = self._texts[reader.run.name]
-        written = self._write(reader, on_progress)
+        written = self._write(reader, penalty, on_progress)
         texts = [np.concatenate([t[:prefix], w]) for t, w in zip(truth, written, strict=True)]
-        rows = self._rows(reader, WRITTEN, texts, lambda done: on_progress(count + done))
-        if reader is self.readers[0]:  # the held-out text is the same for all
-            rows += self._rows(reader, TRUE, truth, lambda done: None)
+        keys: dict[str, Key] = {"learning": reader.learning}
+        own = keys | {"repetition_penalty": penalty, "text": WRITTEN}
+        rows = self._rows(reader, own, texts, lambda done: on_progress(count + done))
+        if reader is self.readers[0] and penalty == self._penalties[0]:
+            # The held-out text is the same for all.
+            rows += self._rows(reader, keys | {"text": TRUE}, truth, lambda done: None)
         return rows
 
-    def _write(self, reader: Reader, on_progress: OnProgress) -> list[np.ndarray]:
+    def _write(self, reader: Reader, penalty: float, on_progress: OnProgress) -> list[np.ndarray]:
         run, settings, evaluation = reader.run, self._settings, self.config.evaluation
         written = resources.write_on(
             self.models.engine(run, self._context, learn=reader.learning),
@@ -101,7 +119,7 @@ class LongDecoding(AbstractSuite):
             Sampling(
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                repetition_penalty=settings.repetition_penalty,
+                repetition_penalty=penalty,
             ),
             seed=evaluation.seed,
             batch_size=evaluation.batch_size,
@@ -111,16 +129,20 @@ class LongDecoding(AbstractSuite):
             texts = map(resources.tokenizer(self.config, run).decode, written)
         except UserError:  # a store without a tokenizer: ids are all there is
             texts = (" ".join(map(str, ids.tolist())) for ids in written)
-        self._written += [(run.name, reader.learning, i, text) for i, text in enumerate(texts)]
+        own = run.name, reader.learning, penalty
+        self._written += [(*own, i, text) for i, text in enumerate(texts)]
         return written
 
     # ---- rows ----
 
     def _rows(
-        self, reader: Reader, text: str, texts: Sequence[np.ndarray], on_progress: OnProgress
+        self,
+        reader: Reader,
+        keys: dict[str, Key],
+        texts: Sequence[np.ndarray],
+        on_progress: OnProgress,
     ) -> list[Row]:
         """Of texts that follow the prefix: log-loss of both halves, repetition in the second."""
-        keys: dict[str, Key] = {"learning": reader.learning, "text": text}
         prefix = self._settings.prefill
         judged = self._judge.read(texts, prefix, on_progress)
         rows = self._loss_rows(reader, judged, keys | {"evaluator": self._judge.name})
@@ -170,7 +192,7 @@ class LongDecoding(AbstractSuite):
 
     def files(self) -> dict[str, str]:
         """What was written."""
-        columns = ["run", "learning", "sequence", "text"]
+        columns = ["run", "learning", "repetition_penalty", "sequence", "text"]
         texts = pd.DataFrame(self._written, columns=columns)
         return {"long_decoding-texts.csv": texts.to_csv(index=False, lineterminator="\n")}
 
@@ -179,15 +201,21 @@ class LongDecoding(AbstractSuite):
         return {
             "what": "log-loss, under one evaluator, of text that was read and of text written on",
             "text": resources.held_out_name(self.config),
-            "evaluator": self._judge.name,
+            "evaluator": f"{self._judge.name}, which does not learn while it reads",
             "settings": asdict(self._settings),
             "interval": "95 %, bootstrap over sequences",
         }
 
     def _curves(self, rows: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
-        """(label, look, rows) of each text: written by each run and mode, and the held-out one."""
+        """(label, look, rows) of each text: by each run, mode and penalty, and the held-out one."""
         written, true = rows[rows.text != TRUE], rows[rows.text == TRUE]  # failed rows have none
-        curves = [(reader.label, reader.style, reader.own(written)) for reader in self.readers]
+        curves = []
+        for reader, penalty in product(self.readers, self._penalties):
+            none = penalty == 1
+            label = f"{reader.label}, {'no penalty' if none else f'penalty {penalty:g}'}"
+            look = reader.style | ({"alpha": 0.55, "lw": 1.0} if none else {})
+            own = reader.own(written[written.repetition_penalty == penalty])
+            curves.append((label, look, own))
         look = figures.style(0) | {"color": "0.5", "marker": "x", "lw": 1.2}
         return [curve for curve in [*curves, ("held-out text", look, true)] if len(curve[2])]
 

@@ -37,7 +37,7 @@ class Needles(AbstractSuite):
         super().__init__(config, runs, models)
         self._settings = settings = config.evaluation.needles
         self._lengths = settings.lengths or (config.training.seq_length,)
-        self._depths = ruler.depths(settings.depths)
+        self._depths = ruler.depths(settings.depths) if settings.depths else []
         self._tokenizers = {run.name: resources.tokenizer(config, run) for run in runs}
         self._haystacks: dict[str, Haystack] = {"noise": ruler.noise()}
         if "essay" in {ruler.TASKS[task]["haystack"] for task in settings.tasks}:
@@ -148,9 +148,10 @@ class Needles(AbstractSuite):
         """Sources and settings."""
         return {
             "what": "share of greedy answers that contain the needle's value (string match)",
-            "after": "RULER, arXiv 2404.06654: templates, needles, noise, answer length, scoring",
+            "after": "RULER, arXiv 2404.06654",
+            "not_as_in_ruler": ruler.differences(drawn=not self._depths),
             "haystacks": {name: haystack.source for name, haystack in self._haystacks.items()},
-            "depths": self._depths,
+            "depths": self._depths or "drawn",
             "samples": self._settings.samples,
             "tokens_to_generate": self._settings.tokens_to_generate,
             "distance": "tokens from the needle's start to the prompt's end; inside: < window",
@@ -174,19 +175,21 @@ class Needles(AbstractSuite):
                 part = own[own.reach == reach]
                 value = f"{np.average(part.value, weights=part.n):.2f}" if len(part) else "-"
                 columns[name].append(value)
-        return printed("needles found (share of prompts)", columns, names=2)
+        table = printed("needles found (share of prompts)", columns, names=2)
+        table.caption = f"not as in RULER: {'; '.join(self.notes()['not_as_in_ruler'])}"
+        return table
 
     def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         """`needles.png`: depth and length; `needles_by_distance.png`: distance from the answer."""
+        paths = []
         depths = rows[(rows.measure == "accuracy") & (rows.depth != ALL)]
-        if depths.empty:
-            return []
-        paths = [folder / "needles.png"]
-        self._draw_depths(depths.assign(depth=depths.depth.astype(float)), paths[0], title)
+        if len(depths):
+            paths.append(folder / "needles.png")
+            self._draw_depths(depths.assign(depth=depths.depth.astype(float)), paths[-1], title)
         distances = rows[rows.measure == "accuracy_at_distance"]
         if distances.distance_from.nunique() > 1:
             paths.append(folder / "needles_by_distance.png")
-            self._draw_distances(distances, paths[1], title)
+            self._draw_distances(distances, paths[-1], title)
         return paths
 
     def _draw_distances(self, rows: pd.DataFrame, path: Path, title: str) -> None:

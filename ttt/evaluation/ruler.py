@@ -1,10 +1,9 @@
 """RULER's single needles in a haystack: prompts, and whether an answer holds the needle. No JAX.
 
-Templates, needles, noise, value types, answer length and scoring are those that RULER publishes
-(Hsieh et al. 2024, arXiv 2404.06654), tasks `niah_single_1` to `_3`; with one needle RULER puts its
-templates into the singular, as they stand in `ruler.json`. Ours differ from its samples in three
-ways, none of which touches the score: the depth is chosen instead of drawn, keys come from our own
-list of words, and sentences end at punctuation instead of where NLTK sees an end.
+Templates, needles, noise, value types, answer length, scoring, length and placement are those that
+RULER publishes (Hsieh et al. 2024, arXiv 2404.06654), tasks `niah_single_1` to `_3`; with one
+needle RULER puts its templates into the singular, as they stand in `ruler.json`. `differences` says
+what is not as there.
 """
 
 import ast
@@ -36,15 +35,25 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
 
 
 class Haystack(NamedTuple):
-    """Sentences to hide a needle between."""
+    """Text to hide a needle in."""
 
     source: str
     """In words, for the record."""
-    sentences: tuple[str, ...]
-    joint: str
-    """What stands between two of them."""
+    units: tuple[str, ...]
+    """What a length is made up of: words, or one line that is repeated as often as it fits."""
     endless: bool = False
-    """Whether its one sentence is repeated as often as it fits."""
+    """Whether it is that one line."""
+
+    @property
+    def joint(self) -> str:
+        """What stands between two sentences, and two units."""
+        return "\n" if self.endless else " "
+
+    def sentences(self, count: int) -> list[str]:
+        """The first `count` units, cut where a needle may stand."""
+        if self.endless:
+            return list(self.units) * count
+        return _SENTENCE_END.split(" ".join(self.units[:count]))
 
 
 class Prompt(NamedTuple):
@@ -54,7 +63,7 @@ class Prompt(NamedTuple):
     """BOS, instruction, haystack, question, and the beginning of the answer."""
     answer: str
     depth: float
-    """Share of the haystack before the needle, in percent."""
+    """Share of the haystack's sentences before the needle, in percent."""
     needle_at: int
     """Tokens before the needle."""
 
@@ -69,7 +78,7 @@ class Prompt(NamedTuple):
 
 def noise() -> Haystack:
     """The haystack of `niah_single_1`; as long as it is asked to be."""
-    return Haystack("RULER's five sentences, repeated", (_TEXTS["noise"],), "\n", endless=True)
+    return Haystack("RULER's five sentences, repeated", (_TEXTS["noise"],), endless=True)
 
 
 def essays(file: str) -> Haystack:
@@ -82,8 +91,7 @@ def essays(file: str) -> Haystack:
         source += ", in place of RULER's essays by Paul Graham"
     else:
         prose, source = _read(Path(file).expanduser()), f"the file {Path(file).name}"
-    sentences = tuple(_SENTENCE_END.split(re.sub(r"\s+", " ", prose).strip()))
-    return Haystack(source, sentences, " ")
+    return Haystack(source, tuple(prose.split()))
 
 
 def _read(path: Path) -> str:
@@ -123,6 +131,22 @@ def depths(count: int) -> list[float]:
     return [50.0] if count == 1 else np.round(np.linspace(0, 100, count)).tolist()
 
 
+RULERS_DEPTHS = depths(40)
+
+
+def differences(drawn: bool) -> list[str]:
+    """In what prompts are not RULER's; `drawn`: whether depths are drawn as there."""
+    depth = (
+        "depths are evenly spread; RULER draws one for each prompt (evaluation.needles.depths=0)"
+    )
+    return [
+        *([] if drawn else [depth]),
+        "a length counts the BOS, which RULER leaves out: prompts are a token shorter",
+        "keys are of our own list of adjectives and nouns",
+        "sentences of essays end at . ! ? before a blank; RULER asks NLTK",
+    ]
+
+
 def make_prompts(
     task: str,
     haystack: Haystack,
@@ -136,24 +160,30 @@ def make_prompts(
 ) -> list[Prompt]:
     """Prompts that fill `length` tokens together with their answers, `samples` for each depth.
 
-    As in RULER the haystack is as much of the text's beginning as fits. What is hidden is a
+    As in RULER the haystack is as many words (lines of the noise) of the text's beginning as fit,
+    and the needle stands between two sentences (lines). No depths: `samples` prompts in all, each
+    at a depth that is drawn, one of 40 in essays and any line's in noise. What is hidden is a
     function of seed, task, length, depth and sample alone. Raises a UserError where not one
-    sentence fits, or the text is too short.
+    unit fits, or the text is too short.
     """
     kind = TASKS[task]["value_type"]
     most = length - tokens_to_generate
     count = 0
     prompts = []
-    for depth, sample in product(depths, range(samples)):
-        rng = random.Random(f"{seed}/{task}/{length}/{depth}/{sample}")
+    for chosen, sample in product(depths or ["drawn"], range(samples)):
+        rng = random.Random(f"{seed}/{task}/{length}/{chosen}/{sample}")
         key = "-".join(rng.choice(_TEXTS[words].split()) for words in ("adjectives", "nouns"))
         if kind == "uuid":
             value = str(uuid.UUID(int=rng.getrandbits(128), version=4))
         else:
             value = str(rng.randint(10**6, 10**7 - 1))
         words = {"value_type": kind, "key": key, "value": value}
+        if isinstance(chosen, float):
+            depth = chosen
+        else:
+            depth = 100 * rng.random() if haystack.endless else rng.choice(RULERS_DEPTHS)
         build = partial(_prompt, haystack, tokenizer, words, depth)
-        count = count or _sentences_that_fit(build, haystack, task, most, length)
+        count = count or _units_that_fit(build, haystack, task, most, length)
         prompt = build(count)
         while len(prompt.tokens) > most and count > 1:  # another key may be longer
             count -= 1
@@ -169,9 +199,9 @@ def _prompt(
     depth: float,
     count: int,
 ) -> Prompt:
-    """The one with the first `count` sentences of the haystack; the needle lies between two."""
-    sentences = haystack.sentences * count if haystack.endless else haystack.sentences[:count]
-    place = int(count * depth / 100)
+    """The one with the first `count` units of the haystack."""
+    sentences = haystack.sentences(count)
+    place = int(len(sentences) * depth / 100)
     head, tail = _TEXTS["context"].format(**words, context="\0").split("\0")
     before = head + "".join(sentence + haystack.joint for sentence in sentences[:place])
     after = haystack.joint.join([_TEXTS["needle"].format(**words), *sentences[place:]]) + tail
@@ -181,10 +211,10 @@ def _prompt(
     return Prompt(tokens, words["value"], depth, 1 + len(tokenizer.encode(before)))
 
 
-def _sentences_that_fit(
+def _units_that_fit(
     build: Callable[[int], Prompt], haystack: Haystack, task: str, most: int, length: int
 ) -> int:
-    """The largest number of sentences with which a prompt has at most `most` tokens."""
+    """The largest number of units with which a prompt has at most `most` tokens."""
 
     def size(count: int) -> int:
         return len(build(count).tokens)
@@ -194,7 +224,7 @@ def _sentences_that_fit(
             f"evaluation.needles.lengths={length}: the shortest prompt of {task} takes {size(1)} "
             f"tokens, and its answer {length - most}; give at least {size(1) + length - most}"
         )
-    available = sys.maxsize if haystack.endless else len(haystack.sentences)
+    available = sys.maxsize if haystack.endless else len(haystack.units)
     high = 1
     while size(high) <= most:
         if high == available:

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from rich.console import Console
 
 from ttt.config import differences, to_dict
-from ttt.dataloader import text
-from ttt.dataloader.text import AbstractTokenizer
+from ttt.dataloader import builtin, text
+from ttt.dataloader.text import AbstractTokenizer, ByteTokenizer
 from ttt.entry import hydra_entry
 from ttt.errors import UserError
 from ttt.inference.engine import Engine
@@ -94,6 +94,8 @@ def run(config: Config) -> None:
 def prepare(config: Config) -> Inputs:
     """Find everything that is named. Raises UserError for what is not there or does not fit."""
     request = config.generate
+    step_folder = find_checkpoint(config)
+    checkpoint.check_mode(step_folder, "jax")
     tokenizer = find_tokenizer(config)
     try:
         ids = tokenizer.encode(prompt_of(config))
@@ -113,8 +115,6 @@ def prepare(config: Config) -> Inputs:
     sampling = Sampling(
         request.temperature, request.top_k, request.top_p, request.repetition_penalty
     ).check()
-    step_folder = find_checkpoint(config)
-    checkpoint.check_mode(step_folder, "jax")
     return Inputs(tokenizer, step_folder, ids, sampling)
 
 
@@ -140,6 +140,8 @@ def find_tokenizer(config: Config) -> AbstractTokenizer:
         tokenizer = text.load_tokenizer(request.tokenizer)
     elif root and Path(root).exists():
         tokenizer = text.store_tokenizer(root)
+    elif builtin.DATASETS.get(name) == "bytes":
+        tokenizer = ByteTokenizer()
     else:
         raise UserError(
             f"the dataset {name}, which knows the tokenizer, is not at {root or 'any place'}: set "

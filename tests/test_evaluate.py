@@ -249,6 +249,29 @@ def test_differences_of_two_runs_stand_in_the_table_with_their_intervals(evaluat
     assert {row["split"] for row in known["rows"]} == {"val"}
 
 
+@pytest.mark.parametrize(
+    ("runs", "learning_too", "reference"),
+    [
+        ("e2e,swa,fa", True, "pretrain-tiny-fa"),
+        ("e2e,swa", True, "pretrain-tiny-swa"),
+        ("e2e", True, "pretrain-tiny-e2e, not learning"),
+        ("e2e", False, "pretrain-tiny-e2e"),
+    ],
+)
+def test_runs_are_held_against_full_attention_else_one_that_never_learns(
+    root, runs, learning_too, reference
+):
+    names = ",".join(f"pretrain-tiny-{method}" for method in runs.split(","))
+    more = [f"evaluation.without_learning={learning_too}", "evaluation.loss_by_context.tokens=0"]
+    config = configure(root, "e2e", f"evaluation.runs=[{names}]", *more)
+    which = LossByContext(config, trained.load(config), LoadedModels(evaluate.device_mesh()))
+    columns = ["run", "learning", "context", "measure", "value", "low", "high"]
+    title = which.table(pd.DataFrame(columns=columns)).title
+    assert f"(difference from {reference} [95 %])" in title
+    # 256 stretches of 64 tokens are more than there are: all of the split is read, once.
+    assert which.notes()["tokens"] == {"64": 4480, "128": 4480}
+
+
 def documents_of_stretches(context: int) -> int:
     """How many documents the stretches of the test's evaluation have targets in."""
     starts = np.random.default_rng(0).permutation((4500 - 1) // 128)[:4] * 128

@@ -430,18 +430,17 @@ def assert_counted(model: CountModel, batches: list[Batch], sequences: int | Non
 
 
 @pytest.mark.parametrize(("asked", "sequences"), [(1, 1), (130, 2), (400, 6), (10**7, None)])
-@pytest.mark.parametrize("at_once", [(1, 1), (1, 700), (1 << 20, 1 << 20)])
 def test_every_training_token_is_counted_up_to_the_setting(
     configure,  # noqa: F811
     monkeypatch,
     asked,
     sequences,
-    at_once,
 ):
-    monkeypatch.setattr(light, "_COUNTED_AT_ONCE", at_once)
     config = configure(f"training.count_model_tokens={asked}")
-    model = light.count(config, training_run.open_data(config).train)
-    assert_counted(model, training_batches(config, 6), sequences)
+    source, batches = training_run.open_data(config).train, training_batches(config, 6)
+    for at_once in ((1, 1), (1, 700), (1 << 20, 1 << 20)):
+        monkeypatch.setattr(light, "_COUNTED_AT_ONCE", at_once)
+        assert_counted(light.count(config, source), batches, sequences)
 
 
 def test_what_training_reads_twice_is_counted_twice(configure):  # noqa: F811

@@ -145,7 +145,7 @@ class PositionLoss:
             for (name, start, stop), n, *bounds in zip(spans, documents, *interval, strict=True)
             if n
         ]
-        if bytes_per_token and reference is None:
+        if rows and bytes_per_token and reference is None:
             bits = estimate(bits_per_byte(bound[0], bytes_per_token) for bound in interval)
             text = {"measure": "bits_per_byte", "unit": "bits per byte"}
             rows.insert(1, replace(rows[0], **text, **bits))

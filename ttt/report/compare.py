@@ -58,7 +58,7 @@ def estimate_loss(runs: Sequence[Any], references: Sequence[Any] = ()) -> Estima
         losses = [own - other for own, other in zip(losses, others, strict=True)]
     found = estimate(losses)
     sums = document_sums(runs, references)
-    if found is None or found.n < 2 or sums is None:
+    if found is None or sums is None or not 1 < found.n == len(losses):
         return found
     nll, count = sums
     bounds = nested(np.sum(nll, axis=2), np.sum(count, axis=1))
@@ -204,7 +204,8 @@ def _comparison(own: pd.DataFrame) -> dict[str, Any]:
         problems += [text for pair in pairs for text in _unlike(*pair)]
         done_pairs = [(b, r) for b, r in pairs if b.done and r.done]
         gains = [_savings(b, r) for b, r in done_pairs]
-        likes = [(b, r) for b, r in done_pairs if alike(b, r) and _both_known(b, r)]
+        known = [pair for pair in done_pairs if None not in [b.validation_loss for b in pair]]
+        likes = [pair for pair in known if alike(*pair)]
     done = own[own["done"].astype(bool)]
     runs = [run for pair in pairs or [(b,) for b in mine] for b in pair for run in b.runs]
     devices = tuple(sorted({run.devices for run in runs if run.devices is not None}))
@@ -233,10 +234,6 @@ def _comparison(own: pd.DataFrame) -> dict[str, Any]:
 def alike(mine: Any, theirs: Any) -> bool:
     """Whether two runs were evaluated on the same tokens at the same context."""
     return (mine.context, mine.evaluated_on) == (theirs.context, theirs.evaluated_on)
-
-
-def _both_known(own: Any, reference: Any) -> bool:
-    return None not in (own.validation_loss, reference.validation_loss)
 
 
 def _savings(own: Any, reference: Any) -> dict[str, float]:

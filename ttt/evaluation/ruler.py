@@ -123,6 +123,13 @@ def _docstrings() -> str:
     return " ".join(docs)
 
 
+def vocabulary_text() -> str:
+    """Every word that prompts in noise can hold, numbers aside, to make a tokenizer from."""
+    names = ("context", "question", "answer_prefix", "needle", "noise", "adjectives", "nouns")
+    words = {"value_type": "number", "key": "-", "value": "", "context": ""}
+    return " ".join(_TEXTS[name].format(**words) for name in names) + " numbers"
+
+
 # ---- prompts -----------------------------------------------------------------------------
 
 

@@ -257,8 +257,8 @@ class LongDecoding(AbstractSuite):
         figures.tidy(axes)
         axes.set_xlim(0, self._context)
         axes.set_xlabel("token position")
-        axes.set_ylabel(f"log-loss ({self._judge.unit}), by {self._judge.name}")
-        figures.legend_below(figure, axes)
+        axes.set_ylabel(f"log-loss by {self._judge.name}\n({self._judge.unit})")
+        figures.legend_below(figure, axes, columns=2)  # long names
         figures.finish(figure, folder / "long_decoding.png", title)
         return [folder / "long_decoding.png"]
 

@@ -8,13 +8,13 @@ For example:
   uv run --exact python scripts/00_data_fetch.py --source-root gs://my-mirror/stores \
       --endpoint-url http://localhost:9023
 
-Whoever reads the published buckets pays: --billing-project names a Google Cloud project of yours,
-and `gcloud auth application-default login` lets you in. A dataset goes to DEST_ROOT/NAME, where
-training looks for it. An interrupted fetch goes on with the same command; each file is compared
-with the store's checksum. --check-only asks no network, unless --billing-project, --source-root
-or --endpoint-url is given: then each file is compared with the store's listing.
+The reader pays for the published buckets: --billing-project names a Google Cloud project of yours,
+and `gcloud auth application-default login` logs you in. A dataset goes to DEST_ROOT/NAME, where
+training looks for it. The same command continues an interrupted fetch; each file is compared with
+the store's checksum. --check-only uses no network, unless --billing-project, --source-root or
+--endpoint-url is given: then each file is compared with the store's listing.
 
-Exit codes: 0 all is there and right; 1 a failure under way, or --check-only found damage;
+Exit codes: 0 all is complete and right; 1 a failure under way, or --check-only found damage;
 2 a mistake in the request; 130 interrupted
 """
 
@@ -39,11 +39,11 @@ def main() -> None:
     add("--splits", default="train,val", help="comma-separated; default: %(default)s")
     add("--billing-project", metavar="PROJECT", help="Google Cloud project that pays")
     add("--source-root", metavar="gs://BUCKET/PATH", help="holds the datasets by name: a mirror")
-    add("--endpoint-url", metavar="URL", help="another store or an emulator, spoken to without "
+    add("--endpoint-url", metavar="URL", help="another store or an emulator, used without "
         "credentials; default: $STORAGE_EMULATOR_HOST, or Google's")  # fmt: skip
     add("--threads", type=int, default=16, help="transfers at a time; default: %(default)s")
     add("--check-only", action="store_true", help="check what is on the disk, fetch nothing")
-    add("--force", action="store_true", help="fetch anew the files that differ from the store's")
+    add("--force", action="store_true", help="fetch again the files that differ from the store's")
     add("--dry-run", action="store_true", help="list and compare, write nothing")
     args = vars(parser.parse_args())
     check_only, dry_run = args.pop("check_only"), args.pop("dry_run")
@@ -54,9 +54,9 @@ def main() -> None:
         if check_only and (request.force or dry_run):
             raise UserError("--check-only changes nothing: leave out --force and --dry-run.")
         if check_only:
-            check(request, say=bar.say, progress=bar)
+            check(request, on_message=bar.say, on_progress=bar)
         else:
-            fetch(request, dry_run=dry_run, say=bar.say, progress=bar)
+            fetch(request, dry_run=dry_run, on_message=bar.say, on_progress=bar)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from ttt.entry import exit_codes
 from ttt.knobs import RUNTIME_MODES
-from ttt.runs import matrix, registry, request
-from ttt.runs.plan import PlanRequest
+from ttt.runs import registry, settings
+from ttt.runs.plan import PlanRequest, commands
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
     )
     add("--seeds", help="such as 0,1,2; default: one run each, named as its experiment")
     add("--matching", default="own", choices=["own", "tokens"], help="default: own")
-    add("--dclm-path", help="token store that pretraining and adaptation read")
-    add("--books-path", help="token store that the extension reads")
-    add("--checkpoint-path", help="root of checkpoints")
+    add("--dclm-path", dest="dclm_root", help="token store that pretraining and adaptation read")
+    add("--books-path", dest="books_root", help="token store that the extension reads")
+    add("--checkpoint-path", dest="checkpoint_root", help="root of checkpoints")
     add("--exp-dir", help="root of run records")
     add("--runtime-mode", default="jax", choices=RUNTIME_MODES, help="default: jax")
     add("--dummy-dataset", action="store_true", help="random tokens in place of the stores")
@@ -50,22 +50,11 @@ def main() -> None:
     with exit_codes():
         book = registry.load()
         size = book.size(args.size)
-        common = request.settings(
-            exp_folder=args.exp_folder,
-            deploy=args.deploy,
-            checkpoint_root=args.checkpoint_path,
-            exp_dir=args.exp_dir,
-            runtime_mode=args.runtime_mode,
-            dummy_dataset=args.dummy_dataset,
-            wandb={"entity": args.wandb_entity, "project": args.wandb_project},
-            log_wandb=args.log_wandb,
-            overrides=args.override,
-        )
-        data = request.data_settings(size, dclm=args.dclm_path, books=args.books_path)
-        seeds = request.seeds(args.seeds) or (None,)
-        paths = request.names(args.paths, "--paths") or ()
-        wanted = PlanRequest(book, size, paths, seeds, registry.Budget(), (*common, *data))
-        print("\n".join(matrix.commands(wanted, [args.matching])))
+        paths = settings.names(args.paths, "--paths") or ()
+        seeds = settings.seeds(args.seeds) or (None,)
+        common = settings.of_flags(vars(args), size)
+        request = PlanRequest(book, size, paths, seeds, registry.Budget(), common)
+        print("\n".join(commands(request, args.matching)))
 
 
 if __name__ == "__main__":

@@ -41,13 +41,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Read the command line; make, and tell what was made."""
+    """Read the command line; make the store and describe it."""
     options = vars(parse_arguments())
     out, dry_run = options.pop("out"), options["dry_run"]
     unit = "tokens" if options["source"] == "random" else "documents"
     with exit_codes():
         with Bar() as bar:
-            made = make_store(out, **options, progress=partial(bar, f"making {out}", unit=unit))
+            made = make_store(out, **options, on_progress=partial(bar, f"making {out}", unit=unit))
         print(f"{'would make' if dry_run else 'made'} {out}: {made}")
         for split in () if dry_run else ("train", "val"):
             length = token_store.open_split(out, split).shape[0]

@@ -23,7 +23,7 @@ from ttt.entry import exit_codes
 from ttt.errors import RunError, UserError
 from ttt.knobs import RUNTIME_MODES
 from ttt.report import tables
-from ttt.runs import pilot
+from ttt.runs import execute, pilot
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
     add("--matching", help="tokens, wall_clock (needs tokens too), own; with commas between")
     add("--pretrain-steps", type=int, help="of B1; a matched path's follow from them")
     add("--adapt-steps", type=int, help="default: a tenth of the pretraining's")
-    add("--ext-steps", type=int)
+    add("--ext-steps", dest="extension_steps", type=int)
     add("--seq-length", type=int, help="of pretraining and adaptation; window and chunk follow")
-    add("--ext-seq-length", type=int, help="default: 4 times --seq-length")
+    add("--ext-seq-length", dest="extension_length", type=int, help="default: 4 x --seq-length")
     add("--global-batch-size", type=int, help="sequences per step of pretraining")
     add("--data-root", help="folder with a token store per dataset, such as R/dclm_filter_8k")
     add("--dclm-root", help="token store of pretraining and adaptation, in place of --data-root")
@@ -54,12 +54,12 @@ def main() -> None:
     add("--dry-run", action="store_true", help="show runs, tokens and commands; do nothing")
     args = parser.parse_args()
     with exit_codes():
-        prepared = pilot.prepare(pilot.Flags(**vars(args)))
+        prepared = pilot.prepare(vars(args))
         if args.dry_run:
             pilot.show(prepared, Console())
             return
         try:
-            pilot.run(prepared, Console())
+            execute.run(prepared, Console())
         except RunError:
             with suppress(UserError):  # the failure counts, whatever there is to report yet
                 report(prepared, args.checkpoint_root)
@@ -69,8 +69,9 @@ def main() -> None:
 
 def report(prepared: pilot.PreparedPilot, checkpoint_root: str | None) -> None:
     """Write the report on all that was run, and say where it is."""
-    root, folder = prepared.experiments, prepared.flags.exp_folder
-    written = tables.write(root, folder, checkpoint_root=checkpoint_root)
+    written = tables.write(
+        prepared.experiments, prepared.folder.name, checkpoint_root=checkpoint_root
+    )
     print(f"report: {next(path for path in written if path.suffix == '.md')}")
 
 

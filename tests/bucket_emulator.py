@@ -1,8 +1,8 @@
 """As much of Google Cloud Storage's JSON interface as reading takes, over loopback, with faults.
 
-Objects are listed with paging and delimiter, and read with ranges; a bucket is requester-pays; what
-was asked for is remembered. (The emulators on the package index know neither requester-pays nor
-paging, and cannot be told to fail.)
+Objects are listed with paging and delimiter, and read with ranges; a bucket is requester-pays; the
+requests are recorded. (The emulators on the package index know neither requester-pays nor paging,
+and cannot be made to fail.)
 """
 
 import base64
@@ -23,7 +23,7 @@ PROJECT = "who-pays"
 
 
 class Emulator:
-    """Its buckets, its faults, and its memory; `url` is where it listens."""
+    """Buckets, faults and recorded requests; `url` is its address."""
 
     def __init__(self, page: int = 1000):
         """page: the most objects it lists at a time."""
@@ -37,6 +37,7 @@ class Emulator:
         """The objects that were read, in order, one for each request that was answered."""
         self.queries: list[dict[str, str]] = []
         self.headers: list[dict[str, str]] = []
+        self.without_crc32c = False
         self.before_read: Callable[[str], None] = lambda name: None
 
     def put(self, bucket: str, folder: Path, prefix: str = "data.zarr") -> None:
@@ -51,8 +52,8 @@ class Emulator:
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         self.queries.append(query)
         self.headers.append(headers)
-        found = re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)/o(?:/(.+))?", parts.path)
-        bucket, name = unquote(found[1]), unquote(found[2] or "")
+        match = re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)/o(?:/(.+))?", parts.path)
+        bucket, name = unquote(match[1]), unquote(match[2] or "")
         fault = self.faults[name].pop(0) if self.faults[name] else ""
         if isinstance(fault, int):
             return self._error(fault, "does not have storage.objects access")
@@ -71,8 +72,8 @@ class Emulator:
         data = self.buckets[bucket].get(name)
         if data is None or query.get("generation") != self._generation(data):
             return self._error(404, "No such object")
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", headers["Range"])
-        return 206, data[int(wanted[1]) : int(wanted[2]) + 1], fault
+        bounds = re.fullmatch(r"bytes=(\d+)-(\d+)", headers["Range"])
+        return 206, data[int(bounds[1]) : int(bounds[2]) + 1], fault
 
     def _listing(self, bucket: str, query: dict[str, str]) -> bytes:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
@@ -91,11 +92,11 @@ class Emulator:
     def _item(self, bucket: str, name: str) -> dict[str, str]:
         data = self.buckets[bucket][name]
         crc = google_crc32c.value(data).to_bytes(4, "big")
-        return {
+        crc32c = {} if self.without_crc32c else {"crc32c": base64.b64encode(crc).decode()}
+        return crc32c | {
             "name": name,
             "size": str(len(data)),
             "generation": self._generation(data),
-            "crc32c": base64.b64encode(crc).decode(),
             "md5Hash": base64.b64encode(hashlib.md5(data).digest()).decode(),
         }
 
@@ -103,8 +104,8 @@ class Emulator:
         return str(google_crc32c.value(data) + 1)
 
     def _error(self, status: int, message: str) -> tuple[int, bytes, str]:
-        told = {"error": {"code": status, "message": message}}
-        return status, json.dumps(told).encode(), ""
+        body = {"error": {"code": status, "message": message}}
+        return status, json.dumps(body).encode(), ""
 
 
 @contextmanager

@@ -68,8 +68,7 @@ JAX_FREE = (
     "ttt.report.inspection",
     "ttt.report.phase1",
     "ttt.runs.registry",
-    "ttt.runs.matrix",
-    "ttt.runs.pilot",
+    "ttt.runs.execute",
 )
 
 

@@ -23,6 +23,9 @@ CASES = cases(folder())
 FLOAT32 = SimpleNamespace(loss=1e-6, nll=1e-6, grad=1e-5, train=1e-6, norm=1e-4, params=1e-4)
 BF16 = SimpleNamespace(loss=2e-4, nll=5e-3, grad=4e-2, train=2e-3, norm=None, params=None)
 
+AS_USERS_RUN_IT = {"xla_backend_optimization_level": 3}
+"""The level of LLVM's optimisation that other tests do without (conftest.py)."""
+
 
 def configs(case: dict) -> tuple[ModelConfig, TrainingConfig]:
     """What the case states, over the test defaults for what has no influence."""
@@ -109,7 +112,9 @@ def test_loss_and_exact_gradient_of_a_sequence(case):
         scored = sequence_loss(model, sequence, training, scale)
         return scored.loss, scored
 
-    (_, scored), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.model)
+    (_, scored), gradient = jax.jit(
+        jax.value_and_grad(loss, has_aux=True), compiler_options=AS_USERS_RUN_IT
+    )(case.model)
     assert error(scored.chunk_losses, case.arrays["sequence.loss"]) < case.tolerance.loss
     assert error(scored.token_nll, case.arrays["sequence.token_nll_loss"]) < case.tolerance.nll
     expected = taken(case.arrays, "sequence.grad.")

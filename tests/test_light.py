@@ -336,9 +336,9 @@ def test_a_run_does_not_go_on_in_another_mode_even_if_allowed_to_differ(configur
 def test_evaluate_and_generate_refuse_what_holds_no_network(configure):  # noqa: F811
     train.run(configure(COUNTS))
     config = configure("generate.prompt=fox", "generate.tokenizer=bytes")
-    with pytest.raises(UserError, match=r"holds counts of tokens; a network is asked for"):
+    with pytest.raises(UserError, match=r"holds counts of tokens; this run needs a network"):
         trained.load(config)
-    with pytest.raises(UserError, match=r"holds counts of tokens; a network is asked for"):
+    with pytest.raises(UserError, match=r"holds counts of tokens; this run needs a network"):
         generate.run(config)
 
 

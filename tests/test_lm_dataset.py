@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -182,12 +182,12 @@ def test_id_outside_the_vocabulary_names_split_sample_and_value(bad):
         next(batches)
 
 
-def test_too_few_samples_for_a_batch_is_told():
+def test_too_few_samples_for_a_batch_are_refused():
     with pytest.raises(UserError, match=r"3 samples of .*seq_length=4, .*global_batch_size=5"):
         train_batches(numbered(3), global_batch_size=5, seed=0, bos_token_id=BOS)
 
 
-def test_batch_that_hosts_cannot_share_is_told():
+def test_batch_that_hosts_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"global_batch_size=4 .* hosts, 3"):
         train_batches(numbered(9), global_batch_size=4, seed=0, bos_token_id=BOS, hosts=3)
 
@@ -257,12 +257,12 @@ def test_a_damaged_chunk_in_the_middle_names_split_sample_and_remedy(tmp_path, d
         take(train_batches(source, global_batch_size=512, seed=0, bos_token_id=BOS), 6)
 
 
-def test_the_loader_benchmark_measures_cold_and_warm():
-    tool = Path(__file__).parents[1] / "tools" / "loader_speed.py"
+def test_the_loader_benchmark_measures_cold_and_warm(monkeypatch, capsys):
+    tool = str(Path(__file__).parents[1] / "tools" / "loader_speed.py")
     small = ["--tokens", "100000", "--lengths", "64", "--threads", "2", "--seconds", "0.05"]
     for needs, code in (("1", 0), ("1e15", 1)):
-        command = [sys.executable, str(tool), *small, "--needs", needs]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        assert ran.returncode == code, ran.stderr
-        assert "cold" in ran.stdout or not hasattr(os, "posix_fadvise")
-        assert "warm" in ran.stdout
+        monkeypatch.setattr(sys, "argv", [tool, *small, "--needs", needs])
+        assert runpy.run_path(tool)["main"]() == code
+        output = capsys.readouterr().out
+        assert "cold" in output or not hasattr(os, "posix_fadvise")
+        assert "warm" in output

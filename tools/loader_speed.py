@@ -1,7 +1,7 @@
 r"""Tokens per second from a token store into batches, without a model.
 
-Each row reads whole global batches, shuffled, as training does; cold rows start after the system
-was asked to forget the store's files. The verdict compares the slowest row with what a run needs.
+Each row reads whole global batches, shuffled, as training does; cold rows start after the store's
+files are dropped from the system's cache. The slowest row is compared with what a run needs.
 
   uv run python tools/loader_speed.py --needs 500000
 
@@ -22,21 +22,21 @@ from rich.table import Table
 from ttt.dataloader import lm_dataset, token_store
 
 
-def forget(root: Path) -> bool:
-    """Drop the store's files from the system's memory; false where that cannot be asked for."""
+def drop_from_cache(root: Path) -> bool:
+    """Drop the store's files from the system's cache; false where the system cannot."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in root.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)  # only what is on the disk can be forgotten
+            os.fsync(descriptor)  # only what is on the disk can be dropped
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
     return True
 
 
 def speed(source: lm_dataset.Source, batch: int, threads: int, seconds: float) -> float:
-    """Tokens per second, once the first batch is there."""
+    """Tokens per second, after the first batch."""
     batches = lm_dataset.train_batches(
         source, global_batch_size=batch, seed=0, bos_token_id=0, threads=threads
     )
@@ -71,18 +71,12 @@ def main() -> int:
             source = lm_dataset.open_source(
                 root, options.split, seq_length=length, vocab_size=1 << 31, bos_token_id=0
             )
-            if files == "cold" and not forget(root):
+            if files == "cold" and not drop_from_cache(root):
                 continue
-            found = speed(source, options.batch, threads, options.seconds)
-            slowest = min(slowest, found)
-            row = (
-                str(length),
-                str(threads),
-                files,
-                f"{found:,.0f}",
-                f"{found / options.needs:.1f}",
-            )
-            table.add_row(*row)
+            rate = speed(source, options.batch, threads, options.seconds)
+            slowest = min(slowest, rate)
+            times = f"{rate / options.needs:.1f}"
+            table.add_row(str(length), str(threads), files, f"{rate:,.0f}", times)
     Console().print(table)
     print(f"slowest: {slowest:,.0f} tokens/s; needed: {options.needs:,.0f}")
     return 0 if slowest >= options.needs else 1

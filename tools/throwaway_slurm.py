@@ -8,7 +8,7 @@ Needs root on Debian or Ubuntu; `--install` installs the packages slurm-wlm and 
   sudo -E uv run python tools/throwaway_slurm.py --install -- uv run train +deploy=submitit \
       +experiment=tiny/pretrain/pretrain-tiny-e2e hydra.launcher.nodes=2
 
-Exit codes: the command's, or 3 where there can be no Slurm
+Exit codes: the command's, or 3 where Slurm cannot start
 """
 
 import argparse
@@ -55,16 +55,16 @@ SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=2,batch_sched_delay=1
 ReturnToService=2
 KillWait=10
-# Many sites have it: a task that fails takes the others with it.
+# As at many sites: a task that fails ends the others.
 KillOnBadExit=1
-# More CPUs than there are would drain a node.
+# A node with fewer CPUs than configured would be drained.
 SlurmdParameters=config_overrides
 FirstJobId={first_job}
 """
 
 
 class NoSlurmError(Exception):
-    """There can be no Slurm here; the message says why."""
+    """Slurm cannot start here, for the reason in the message."""
 
 
 def install() -> None:
@@ -157,10 +157,10 @@ def _munged(folder: Path) -> list[str]:
     place = folder / "munge"
     (place / "key").write_bytes(os.urandom(128))
     (place / "key").chmod(0o400)
-    return [
-        *("munged", "--foreground", f"--key-file={place}/key", f"--socket={place}/socket"),
-        *(f"--pid-file={place}/pid", f"--log-file={place}/log", f"--seed-file={place}/seed"),
-    ]
+    files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log"}
+    files["seed-file"] = "seed"
+    options = [f"--{option}={place}/{name}" for option, name in files.items()]
+    return ["munged", "--foreground", *options]
 
 
 def _free_ports(count: int) -> list[int]:
@@ -180,9 +180,9 @@ def _idle(environment: dict[str, str]) -> int:
     return len(ran.stdout.split())
 
 
-def _wait(folder: Path, daemons: list[subprocess.Popen[bytes]], come: Callable[[], bool]) -> None:
+def _wait(folder: Path, daemons: list[subprocess.Popen[bytes]], ready: Callable[[], bool]) -> None:
     began = time.monotonic()
-    while not come():
+    while not ready():
         dead = [daemon.args for daemon in daemons if daemon.poll() is not None]
         if dead or time.monotonic() - began > START_SECONDS:
             logs = [*folder.glob("*.log"), folder / "munge" / "log"]

@@ -1,12 +1,12 @@
 """Experiments that follow from their names: size x stage x method x parent x share. No JAX.
 
-`125m/adapt/adapt-125m-e2e-8K-from-fa-5pct` says all that its file would say. The plugin
+The name `125m/adapt/adapt-125m-e2e-8K-from-fa-5pct` is all that its file would hold. The plugin
 `hydra_plugins.experiments_ttt` hands these contents to Hydra; a file of the same name wins.
 Sizes, methods and contexts are the files in `configs/model`, `configs/method`, `configs/context`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -49,22 +49,19 @@ def adaptation(size: str, own: str, parent: str, percent: int = DEFAULT_SHARE) -
 @cache
 def names(configs: Path) -> tuple[str, ...]:
     """All names that a rule makes, with the listed shares, sorted. configs: the config folder."""
-    made = []
-    for size, pattern in product(_files(configs, "model"), PATTERNS):
-        choices = _choices(configs, size, pattern)
-        made += [
-            pattern.format(**dict(zip(choices, values, strict=True)))
-            for values in product(*choices.values())
-        ]
+    made = (
+        pattern.format(**dict(zip(choices, values, strict=True)))
+        for pattern, choices in _all_choices(configs)
+        for values in product(*choices.values())
+    )
     return tuple(sorted(made))
 
 
 def short_list(configs: Path) -> list[str]:
     """The names with their choices in braces, as a shell expands them: a line per pattern."""
     lines = []
-    for size, pattern in product(_files(configs, "model"), PATTERNS):
-        choices = _choices(configs, size, pattern).items()
-        braces = {f: v[0] if len(v) == 1 else f"{{{','.join(v)}}}" for f, v in choices}
+    for pattern, choices in _all_choices(configs):
+        braces = {f: v[0] if len(v) == 1 else f"{{{','.join(v)}}}" for f, v in choices.items()}
         lines.append(pattern.format(**braces))
     return lines
 
@@ -123,6 +120,11 @@ def _regex(configs: Path, size: str, pattern: str) -> str:
     return regex
 
 
+def _all_choices(configs: Path) -> Iterator[tuple[str, dict[str, Sequence[str]]]]:
+    for size, pattern in product(_files(configs, "model"), PATTERNS):
+        yield pattern, _choices(configs, size, pattern)
+
+
 def _choices(configs: Path, size: str, pattern: str) -> dict[str, Sequence[str]]:
     """What each field of a pattern can be for a size, in the fields' order."""
     own = pretraining_context(configs, size)
@@ -131,9 +133,7 @@ def _choices(configs: Path, size: str, pattern: str) -> dict[str, Sequence[str]]
         "size": (size,),
         "method": [m for m in _files(configs, "method") if _fits(configs, size, m)],
         "own": (own,),
-        "context": sorted(
-            (c for c in contexts if _thousands(c) >= _thousands(own)), key=_thousands
-        ),
+        "context": [c for c in contexts if _thousands(c) >= _thousands(own)],
         "parent": PARENTS,
         "share": ("", *map(share_suffix, LISTED_SHARES)),
     }

@@ -1,4 +1,9 @@
-"""Slurm and background jobs that are checked before they are queued and reported until they end."""
+"""Slurm and background jobs that are checked before they are queued and reported until they end.
+
+The launchers of hydra-submitit-launcher check nothing, show a refusal by Slurm as a traceback, and
+wait through `sacct`, which fails where Slurm keeps no accounts: they then wait for ever for a job
+that left no result. Their failed jobs end with exit code 0, a success for Slurm.
+"""
 
 import atexit
 import logging
@@ -7,7 +12,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -21,22 +26,13 @@ from ttt.errors import RunError, UserError
 
 _logger = logging.getLogger(__name__)
 
-_NEEDS = ("sbatch", "srun", "squeue", "scontrol")
-_ASK_SECONDS = 15.0
-"""Between two questions to Slurm, which serves many users."""
+_PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
+_QUERY_SECONDS = 15.0
+"""Between two calls of `squeue`, which serves many users."""
 _LATE_SECONDS = 30.0
-"""How long a job may be over before its result is given up: files travel slowly between hosts."""
-_OVER = (
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "TIMEOUT",
-    "gone",
-)
+"""How long after a job's end its result may come: files travel slowly between hosts."""
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
+_ENDED |= {"OUT_OF_MEMORY", "TIMEOUT", "gone"}
 _RANK_0_SECONDS = 5.0
 _LOG_LINES = 20
 
@@ -57,9 +53,9 @@ class SlurmTTTLauncher(SlurmLauncher):
         try:
             done.return_value = done.return_value  # raises the task's error
         except Exception as error:
-            # What is registered last comes first, and submitit has noted the error by then.
+            # What is registered last is called first, and submitit has written the error by then.
             atexit.register(_leave)
-            for kind in (UserError, RunError):  # by the name that `_essence` looks for
+            for kind in (UserError, RunError):  # by the name that `_message` looks for
                 if isinstance(error, kind):
                     raise kind(str(error)) from error
             raise
@@ -74,26 +70,25 @@ class SlurmTTTLauncher(SlurmLauncher):
         configuration has faults; then nothing is queued.
         """
         check(self.config, self.hydra_context, job_overrides)
-        if missing := [program for program in _NEEDS if shutil.which(program) is None]:
+        if missing := [program for program in _PROGRAMS if shutil.which(program) is None]:
             raise UserError(
                 f"+deploy=submitit hands the run to Slurm, but this machine has no "
                 f"{', '.join(missing)}: start it on a login node of the cluster, or leave "
                 "+deploy=submitit away to train here, on all devices of this machine"
             )
-        jobs = self._submit(job_overrides, initial_job_idx)
-        names = [
-            f"job {job.job_id}" + "".join(f" {override}" for override in own)
-            for job, own in zip(jobs, _differing(job_overrides), strict=True)
-        ]
-        for job, name in zip(jobs, names, strict=True):
+        submitted = self._submit(job_overrides, initial_job_idx)
+        jobs = {
+            " ".join([f"job {job.job_id}", *own]): job
+            for job, own in zip(submitted, _differing(job_overrides), strict=True)
+        }
+        for name, job in jobs.items():
             _logger.info("%s, log: %s", name, job.paths.stdout)
-        number = jobs[0].job_id.split("_")[0]
         _logger.info(
             "this command waits for the end and may be left with Ctrl-C: what is queued stays; "
             "`scancel %s` ends it",
-            number,
+            submitted[0].job_id.split("_")[0],
         )
-        return _results(jobs, names)
+        return _results(jobs)
 
     def _submit(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
         import submitit  # takes seconds, and Hydra imports this file for every command
@@ -153,7 +148,7 @@ def _leave() -> None:
 def check(config: Any, context: Any, job_overrides: Sequence[Sequence[str]]) -> None:
     """Raise a UserError if a job has a faulty configuration, or two jobs would train in one folder.
 
-    A queue is too long a way to a typing error.
+    A job may wait in the queue for days before it could report a typing error.
     """
     taken: dict[tuple[str, str], Sequence[str]] = {}
     for overrides, own in zip(job_overrides, _differing(job_overrides), strict=True):
@@ -174,18 +169,18 @@ def check(config: Any, context: Any, job_overrides: Sequence[Sequence[str]]) -> 
 
 def _differing(job_overrides: Sequence[Sequence[str]]) -> list[list[str]]:
     """Of each job what it does not share with all others."""
-    shared = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else None
-    return [
-        [each for each in overrides if shared is not None and each not in shared]
-        for overrides in job_overrides
-    ]
+    shared = set.intersection(*map(set, job_overrides))
+    return [[each for each in overrides if each not in shared] for overrides in job_overrides]
 
 
-def _results(jobs: list[Any], names: list[str]) -> list[JobReturn]:
-    """What every job returned, once all have ended; a RunError that lists those which failed."""
-    states = _wait(jobs)
+def _results(jobs: Mapping[str, Any]) -> list[JobReturn]:
+    """What every job returned, once all have ended; a RunError that lists those which failed.
+
+    jobs: submitit's, by the name that users see.
+    """
+    states = _wait(list(jobs.values()))
     returned, failed = [], []
-    for job, name in zip(jobs, names, strict=True):
+    for name, job in jobs.items():
         try:
             returned.append(_result(job, states.get(job.job_id, "")))
         except RunError as error:
@@ -198,16 +193,20 @@ def _results(jobs: list[Any], names: list[str]) -> list[JobReturn]:
 def _result(job: Any, state: str) -> JobReturn:
     """What rank 0 returned; raises RunError where a rank failed or left nothing."""
     tasks = [job.task(rank) for rank in range(job.num_tasks)]
-    for rank, task in enumerate(tasks):  # first of all who says why: it took the others with it
+    for rank, task in enumerate(tasks):  # the first with a message: it ended the others
         if _has_result(task) and (error := task.exception()) is not None:
             where = f" on rank {rank}" if len(tasks) > 1 else ""
-            raise RunError(f"failed{where}: {_essence(str(error))}")
-    if not all(map(_has_result, tasks)):
-        raise RunError(f"ended as {state.lower() or 'unknown'}, without a result{_tail(tasks[0])}")
-    return tasks[0].result()
+            raise RunError(f"failed{where}: {_message(str(error))}")
+    if all(map(_has_result, tasks)):
+        return tasks[0].result()
+    message = f"ended as {state.lower() or 'unknown'}, without a result"
+    if (log := tasks[0].paths.stdout).exists():
+        lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        message = "\n".join([f"{message}; its log ends with", *lines])
+    raise RunError(message)
 
 
-def _essence(trace: str) -> str:
+def _message(trace: str) -> str:
     """The message of our own errors; of any other the whole traceback."""
     for kind in (UserError, RunError):
         name = f"\n{kind.__module__}.{kind.__qualname__}: "
@@ -216,45 +215,34 @@ def _essence(trace: str) -> str:
     return trace
 
 
-def _tail(task: Any) -> str:
-    if not task.paths.stdout.exists():
-        return ""
-    lines = task.paths.stdout.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-    return "; its log ends with\n" + "\n".join(lines)
-
-
-def _wait(jobs: list[Any]) -> dict[str, str]:
-    """Until every job has left its results, or is over without; their last states by id."""
-    reported: dict[str, str] = {}
-    over_since: dict[str, float] = {}
+def _wait(jobs: Sequence[Any]) -> dict[str, str]:
+    """Wait until every job has left its results, or ended without; their last states by id."""
+    last: dict[str, str] = {}
+    ended_at: dict[str, float] = {}
     asked_at = -math.inf
-    while jobs := [job for job in jobs if not _ended(job, over_since)]:
-        if time.monotonic() - asked_at >= _ASK_SECONDS:
+    while jobs := [job for job in jobs if not _is_over(job, ended_at.get(job.job_id))]:
+        if time.monotonic() - asked_at >= _QUERY_SECONDS:
             asked_at = time.monotonic()
             states = _states()
             for number in [job.job_id for job in jobs]:
                 # Slurm forgets a job minutes after its end; a new one it knows at once.
-                state = reported.get(number, "") if states is None else states.get(number, "gone")
-                if state != reported.get(number, ""):
+                state = last.get(number, "") if states is None else states.get(number, "gone")
+                if state != last.get(number, ""):
                     _logger.info("job %s: %s", number, state.lower())
-                reported[number] = state
-                if state in _OVER:
-                    over_since.setdefault(number, asked_at)
-                else:  # queued again, perhaps
-                    over_since.pop(number, None)
+                last[number] = state
+                if state not in _ENDED:  # queued again, perhaps
+                    ended_at.pop(number, None)
+                else:
+                    ended_at.setdefault(number, asked_at)
         time.sleep(1.0)
-    return reported
+    return last
 
 
-def _ended(job: Any, over_since: dict[str, float]) -> bool:
-    """Whether a job has left all results that it will leave."""
+def _is_over(job: Any, ended_at: float | None) -> bool:
+    """Whether a job has left all results that it will leave; ended_at: None while it runs."""
     results = [_has_result(job.task(rank)) for rank in range(job.num_tasks)]
-    if all(results):
-        return True
-    since = over_since.get(job.job_id)
-    if since is None:
-        return False
-    return any(results) or time.monotonic() - since > _LATE_SECONDS
+    late = ended_at is not None and time.monotonic() - ended_at > _LATE_SECONDS
+    return all(results) or late or (ended_at is not None and any(results))
 
 
 def _has_result(task: Any) -> bool:
@@ -265,10 +253,8 @@ def _states() -> dict[str, str] | None:
     """State of each of this user's jobs by id (ARRAY_INDEX in an array); None: no answer."""
     command = ["squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T"]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if ran.returncode:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
     lines = (line.partition("|") for line in ran.stdout.splitlines())
     return {number: state for number, _, state in lines}

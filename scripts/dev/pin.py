@@ -1,4 +1,4 @@
-"""Resolve all dependencies and write what was found: the pins and their hashes.
+"""Resolve all dependencies and write the pins and their hashes.
 
 pin.py                        after a change of dependencies; what was pinned stays
 pin.py --upgrade jax,jaxlib   the newest of these
@@ -30,7 +30,7 @@ HEADER = """\
 
 
 def uv(*arguments: str, stdin: str | None = None) -> str:
-    """Run uv in the repository and return its output; where it fails, it has said why."""
+    """Run uv in the repository and return its output; where it fails, uv prints why."""
     done = subprocess.run(
         ["uv", *arguments], cwd=ROOT, input=stdin, text=True, stdout=subprocess.PIPE
     )
@@ -42,14 +42,14 @@ def uv(*arguments: str, stdin: str | None = None) -> str:
 def with_list(pyproject: str, key: str, values: list[str]) -> str:
     """Replace a list of pyproject.toml, one value to a line."""
     lines = "".join(f'    "{value}",\n' for value in values)
-    text, found = re.subn(
+    text, count = re.subn(
         rf"^{key} = \[.*?^\]$",
         lambda _: f"{key} = [\n{lines}]",
         pyproject,
         flags=re.DOTALL | re.MULTILINE,
     )
-    if found != 1:
-        raise SystemExit(f"pyproject.toml holds `{key} = [` {found} times, not once")
+    if count != 1:
+        raise SystemExit(f"pyproject.toml holds `{key} = [` {count} times, not once")
     return text
 
 
@@ -78,9 +78,9 @@ def resolve(pyproject: str, kept: list[str]) -> list[dict]:
     pins = [f"{package['name']}=={package['version']}" for package in packages]
     pyproject = with_list(pyproject, "constraint-dependencies", pins)
     PYPROJECT.write_text(pyproject)
-    wanted = [*tomllib.loads(pyproject)["build-system"]["requires"], *ALSO_BUILDS_WITH]
+    requirements = [*tomllib.loads(pyproject)["build-system"]["requires"], *ALSO_BUILDS_WITH]
     options = ["--universal", "--python-version", "3.12", "--no-header", "--no-annotate", "--quiet"]
-    build = uv("pip", "compile", "-", *options, stdin="\n".join(wanted)).splitlines()
+    build = uv("pip", "compile", "-", *options, stdin="\n".join(requirements)).splitlines()
     PYPROJECT.write_text(with_list(pyproject, "build-constraint-dependencies", build))
     uv("lock")
     return packages

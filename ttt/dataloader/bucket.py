@@ -1,8 +1,8 @@
-"""A token store that lies in a Google Cloud Storage bucket: its objects, and their bytes.
+"""A token store in a Google Cloud Storage bucket: the list of its objects, and their bytes.
 
-Transfers are gcsfs's. It tries a request six times, half a minute in all, when the store answers
-408, 429 or 5xx or the connection breaks; what it does not do is done here: absent credentials are
-an error and not an anonymous try, and all errors are told in the user's words.
+gcsfs makes the requests. It tries each six times, half a minute in all, when the store answers 408,
+429 or 5xx or the connection breaks. Added here: missing credentials are an error and not an
+anonymous request, and every error is explained to the user.
 """
 
 import difflib
@@ -21,25 +21,29 @@ LOGIN = (
     "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS "
     "to the file of a service account's key"
 )
-_PAGE = 1000
+PAYER_MISSING = (
+    "the reader pays for requests to this bucket, and no project to bill is named: give "
+    "--billing-project PROJECT, a Google Cloud project of yours with billing switched on."
+)
+# gcsfs's own `find` asks for every field, and reports no progress, over any number of objects.
 _FIELDS = "items(name,size,crc32c,md5Hash,generation),prefixes,nextPageToken"
 
 
 class UnreachableError(RunError):
-    """The store does not answer, or no longer; it may do so later."""
+    """The store does not answer; it may do so later."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One object of a store."""
+class StoredObject:
+    """One object of a store, as the bucket lists it."""
 
     name: str
-    """Below the store's root, as `train/c/0`."""
+    """Relative to the store's root, as `train/c/0`."""
     size: int
     crc32c: str
-    """Base64 of the big-endian sum, as the listing has it; empty where it has none."""
+    """Base64 of the big-endian checksum; empty where the listing has none."""
     md5: str
-    """The same of MD5, for objects without crc32c."""
+    """The same of MD5."""
     generation: str | None
     """Changes whenever the object is written."""
 
@@ -51,206 +55,168 @@ class Bucket:
         """Find the credentials; nothing is read yet.
 
         billing_project: who pays for the requests; None: the bucket's owner.
-        endpoint_url: `http(s)://HOST:PORT` of an emulator or a store of one's own, or else the
-            environment's STORAGE_EMULATOR_HOST. It is spoken to without credentials: a login of
-            Google's is sent to nobody else.
-        Raises `UserError` for an unusable address or absent, refused or expired credentials.
+        endpoint_url: `http(s)://HOST:PORT` of an emulator or a store of one's own; None: the
+            environment's STORAGE_EMULATOR_HOST, or Google. Credentials are sent to Google alone.
+        Raises `UserError` for an unusable address or missing, refused or expired credentials.
         """
         self.source = source.rstrip("/")
         scheme, _, path = self.source.partition("://")
-        self._bucket, _, self._prefix = path.partition("/")
+        self._bucket, _, folder = path.partition("/")
         if scheme != "gs" or not self._bucket:
             raise UserError(f"{source}: a source is gs://BUCKET or gs://BUCKET/PATH.")
+        self._prefix = f"{folder}/" if folder else ""
         self.endpoint = _endpoint(endpoint_url or os.environ.get("STORAGE_EMULATOR_HOST"))
         self._project = billing_project
         token = "anon" if self.endpoint else self._credentials()
 
-        import aiohttp  # these two cost seconds that whoever only reads from a disk does without
+        import aiohttp  # these two take seconds, which a check without a network does not need
         from gcsfs.core import GCSFileSystem
 
-        # Its tracebacks; what they say comes as an exception too.
+        # gcsfs logs a traceback of each error that it also raises.
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-        # Of a connection that hangs; gcsfs's default is to wait for ever.
-        patience = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
         self._files = GCSFileSystem(
             token=token,
             access="read_only",
             requester_pays=billing_project or False,
             endpoint_url=self.endpoint,
-            requests_timeout=patience,
+            # gcsfs's default is to wait for ever.
+            requests_timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60),
             session_kwargs={"trust_env": True},
             skip_instance_cache=True,
             use_listings_cache=False,
         )
 
     def objects(
-        self, splits: Iterable[str], progress: Callable[[int], None] = lambda found: None
-    ) -> list[Stored]:
-        """List the objects of the root and of `splits`; `progress` hears how many so far.
+        self, splits: Iterable[str], on_progress: Callable[[int], None] = lambda count: None
+    ) -> list[StoredObject]:
+        """List the objects of the root and of `splits`; `on_progress` gets the count so far.
 
         Raises `UserError` if there is no zarr v3 store, or a split is not in it.
         """
-        found, folders = [], []
+        objects, folders = [], []
         for page in self._pages("", delimiter="/"):
-            found += self._stored(page)
-            folders += [self._below_root(name).rstrip("/") for name in page.get("prefixes", [])]
-        if "zarr.json" not in {stored.name for stored in found}:
+            objects += self._objects_of(page)
+            folders += [name[len(self._prefix) : -1] for name in page.get("prefixes", [])]
+        if "zarr.json" not in {stored.name for stored in objects}:
             raise UserError(
                 f"{self.source} holds no zarr.json, so it is no zarr v3 store: "
                 "name the folder that holds it."
             )
         for split in splits:
             if split not in folders:
-                close = difflib.get_close_matches(split, folders, n=1)
                 raise UserError(
                     f"{self.source} has no split {split!r}; it has "
-                    f"{', '.join(sorted(folders)) or 'none'}"
-                    + (f"; did you mean {close[0]}?" if close else ".")
+                    f"{', '.join(sorted(folders)) or 'none'}{did_you_mean(split, folders)}"
                 )
             for page in self._pages(f"{split}/"):
-                found += self._stored(page)
-                progress(len(found))
-        return found
+                objects += self._objects_of(page)
+                on_progress(len(objects))
+        return objects
 
-    def read(self, stored: Stored, start: int, end: int) -> bytes:
+    def read(self, stored: StoredObject, start: int, end: int) -> bytes:
         """Bytes [start, end) of an object as it was listed.
 
         Raises `UserError` where the store refuses, `UnreachableError` where it does not answer.
         """
-        with self._in_words():
-            data = self._files.cat_file(
-                self._key(stored.name, with_bucket=True),
-                start=start,
-                end=end,
-                generation=stored.generation,
-            )
+        path = f"{self._bucket}/{self._prefix}{stored.name}"
+        with self._explained():
+            data = self._files.cat_file(path, start=start, end=end, generation=stored.generation)
         if len(data) != end - start:
             raise UnreachableError(
-                f"{self.source}/{stored.name}: asked for {end - start} bytes, got {len(data)}."
+                f"{self.source}/{stored.name}: {end - start} bytes requested, {len(data)} arrived."
             )
         return data
 
     def _pages(self, prefix: str, **query: str) -> Iterator[dict[str, Any]]:
-        token = None
+        """The pages of a listing, of up to 1000 objects each."""
+        query |= {"prefix": self._prefix + prefix, "fields": _FIELDS, "maxResults": "1000"}
         while True:
-            with self._in_words():
-                page = self._files.call(
-                    "GET",
-                    "b/{}/o",
-                    self._bucket,
-                    json_out=True,
-                    prefix=self._key(prefix) or None,
-                    maxResults=_PAGE,
-                    pageToken=token,
-                    fields=_FIELDS,
-                    **query,
-                )
+            with self._explained():
+                page = self._files.call("GET", "b/{}/o", self._bucket, json_out=True, **query)
             yield page
-            if not (token := page.get("nextPageToken")):
+            if "nextPageToken" not in page:
                 return
+            query["pageToken"] = page["nextPageToken"]
 
-    def _stored(self, page: dict[str, Any]) -> Iterator[Stored]:
+    def _objects_of(self, page: dict[str, Any]) -> Iterator[StoredObject]:
         for item in page.get("items", []):
-            name = self._below_root(item["name"])
-            if not name or name.endswith("/"):  # stands for a folder
+            name = item["name"].removeprefix(self._prefix)
+            if not name or name.endswith("/"):  # a marker of a folder
                 continue
             if {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name:
                 raise UserError(
                     f"{self.source} holds an object {name!r}, which is no name of a file below a "
                     "folder: this store is not to be trusted; use another."
                 )
-            yield Stored(
-                name,
-                int(item["size"]),
-                item.get("crc32c", ""),
-                item.get("md5Hash", ""),
-                item.get("generation"),
-            )
-
-    def _key(self, name: str, *, with_bucket: bool = False) -> str:
-        parts = [self._bucket if with_bucket else "", self._prefix]
-        return "/".join([part for part in parts if part] + [name])
-
-    def _below_root(self, key: str) -> str:
-        return key.removeprefix(f"{self._prefix}/") if self._prefix else key
+            checksums = item.get("crc32c", ""), item.get("md5Hash", "")
+            yield StoredObject(name, int(item["size"]), *checksums, item.get("generation"))
 
     def _credentials(self) -> Any:
         import google.auth
-        from google.auth import exceptions
         from google.auth.transport.requests import Request
 
-        try:
+        with self._explained():
             credentials, _ = google.auth.default(scopes=[SCOPE])
-            credentials.refresh(Request())  # tells now, and once, that a login has expired
-        except exceptions.TransportError as error:
-            raise UnreachableError(
-                f"Google's login cannot be reached: {_first_line(error)}"
-            ) from error
-        except exceptions.RefreshError as error:
-            raise UserError(
-                f"The Google credentials are refused or expired ({_first_line(error)}): {LOGIN}."
-            ) from error
-        except (exceptions.GoogleAuthError, OSError, ValueError) as error:
-            raise UserError(
-                f"{self.source} is read with Google credentials, and none are usable "
-                f"({_first_line(error)}): {LOGIN}."
-            ) from error
+            credentials.refresh(Request())  # an expired login is reported here, once
         return credentials
 
     @contextmanager
-    def _in_words(self) -> Generator[None]:
-        """Raise what the store or the way to it did wrong as `UserError` or `UnreachableError`."""
+    def _explained(self) -> Generator[None]:
+        """Raise gcsfs's errors as `UserError` or `UnreachableError`."""
         try:
             yield
         except Exception as error:
-            raise self._explained(error) from error
+            raise self._explanation(error) from error
 
-    def _explained(self, error: Exception) -> Exception:
-        from google.auth.exceptions import GoogleAuthError
+    def _explanation(self, error: Exception) -> UserError | RunError:
+        from google.auth.exceptions import GoogleAuthError, TransportError
 
-        said, code = _first_line(error), getattr(error, "code", None)
-        if isinstance(error, FileNotFoundError):
-            return UserError(
-                f"{self.source}: not found (404): the bucket or the object is not there, or was "
-                "replaced meanwhile; check the source, and run the same command again."
-            )
-        if "requester pays" in said:
-            return UserError(
-                f"{self.source}: whoever reads this bucket pays for it, and no project to bill was "
-                "named: give --billing-project PROJECT, a Google Cloud project of yours with "
-                "billing switched on."
-            )
-        if str(error).startswith("Forbidden"):
-            said = " ".join(str(error).splitlines()[1:])
-            return UserError(
-                f"{self.source}: forbidden (403): {said} Your account must be allowed to read the "
+        first, *rest = str(error).splitlines() or [type(error).__name__]
+        code = getattr(error, "code", None)
+        causes = (
+            (
+                isinstance(error, FileNotFoundError),
+                "not found (404): the bucket or the object does not exist, or the object was "
+                "replaced meanwhile; check the source, and run the same command again.",
+            ),
+            ("requester pays" in first, PAYER_MISSING),
+            (
+                first.startswith("Forbidden"),
+                f"forbidden (403): {' '.join(rest)} Your account must be allowed to read the "
                 f"bucket and to bill the project {self._project!r} (permission "
-                "serviceusage.services.use): use another account, or another --billing-project."
-            )
-        if code == 401 or isinstance(error, GoogleAuthError):
-            return UserError(f"{self.source}: not let in (401): {said}; {LOGIN}.")
-        if isinstance(error, ValueError) or code == 400:
-            said = " ".join(str(error).splitlines()[-1:])
-            return UserError(
-                f"{self.source}: the request is refused: {said}; check the source and "
-                f"--billing-project ({self._project!r})."
-            )
-        return UnreachableError(f"{self.source} does not answer, after six tries: {said}")
+                "serviceusage.services.use): use another account, or another --billing-project.",
+            ),
+            (
+                (code == 401 or isinstance(error, GoogleAuthError | PermissionError))
+                and not isinstance(error, TransportError),
+                f"no Google credentials that are valid (401): {first}; {LOGIN}.",
+            ),
+            (
+                code == 400 or isinstance(error, ValueError),
+                f"the request is refused: {[first, *rest][-1]}; check the source and "
+                f"--billing-project ({self._project!r}).",
+            ),
+        )
+        for applies, message in causes:
+            if applies:
+                return UserError(f"{self.source}: {message}")
+        return UnreachableError(f"{self.source} does not answer: {first}")
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest of `options`, or a full stop."""
+    close = difflib.get_close_matches(name, options, n=1)
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def _endpoint(url: str | None) -> str | None:
-    """The address in full; None for Google's own."""
+    """The full address; None for Google's own."""
     if not url or url == "default":
         return None
-    full = url.rstrip("/") if "://" in url else f"http://{url.rstrip('/')}"
+    full = (url if "://" in url else f"http://{url}").rstrip("/")
     parts = urlsplit(full)
-    if "@" in parts.netloc:  # it would stand in logs and in fetch.json
+    if "@" in parts.netloc:  # it would be written into logs and fetch.json
         raise UserError("The endpoint's address holds a name or password: leave them out of it.")
     if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
         raise UserError(f"{url}: an endpoint is http://HOST:PORT or https://HOST, no path.")
     return full
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error) or type(error).__name__
-    return text.splitlines()[0]

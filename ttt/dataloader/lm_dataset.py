@@ -45,22 +45,15 @@ class TokenSource:
         return max(0, self.tokens.shape[0] - 1) // self.seq_length
 
     def __getitem__(self, index: int) -> Int[np.ndarray, " tokens"]:
-        """Read T + 1 ids, int32; raises `StoreError` at an id outside the vocabulary."""
+        """Read T + 1 ids, int32; raises `StoreError` at damage or an id beyond the vocabulary."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has samples 0 to {len(self) - 1}, not {index}")
         start = index * self.seq_length
-        try:
-            sample = np.asarray(self.tokens[start : start + self.seq_length + 1])
-        except Exception as error:  # of the disk, of zarr, or of any of its codecs
-            cause = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise StoreError(
-                f"{self.name}, sample {index}: tokens {start} to {start + self.seq_length} cannot "
-                f"be read ({cause}): a file there is damaged or gone; bring the store back from a "
-                "good copy."
-            ) from error
+        name = f"{self.name}, sample {index}"
+        sample = token_store.read(self.tokens, start, start + self.seq_length + 1, name)
         if outside := token_store.ids_outside(sample, self.vocab_size):
             raise StoreError(
-                f"{self.name}, sample {index}: token id {outside[0]} at position {outside[1]} is "
+                f"{name}: token id {outside[0]} at position {outside[1]} is "
                 f"outside [0, {self.vocab_size}), the model's vocabulary: the data was made with "
                 "another tokenizer; use its model.vocab_size or other data."
             )

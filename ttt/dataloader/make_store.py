@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt.dataloader import text, token_store
-from ttt.dataloader.token_store import Progress
+from ttt.dataloader.token_store import OnProgress
 from ttt.errors import UserError
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -29,7 +29,7 @@ def make_store(
     *,
     seed: int = 0,
     dry_run: bool = False,
-    progress: Progress = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
     **given: Any,
 ) -> str:
     """Make the store, or with `dry_run` check all that can be checked; return what it is, in words.
@@ -47,7 +47,7 @@ def make_store(
         vocab_size = options["vocab_size"]
         if not dry_run:
             token_store.write_random(
-                root, lengths, vocab_size=vocab_size, seed=seed, progress=progress
+                root, lengths, vocab_size=vocab_size, seed=seed, on_progress=on_progress
             )
         return f"random ids below {vocab_size}, {lengths['train']} train and {lengths['val']} val"
     if source == "builtin":
@@ -58,7 +58,7 @@ def make_store(
     if dry_run:
         text.check_readable(corpus, tokenizer)
     else:
-        text.write_corpus(root, corpus, tokenizer, **bounds, progress=progress)
+        text.write_corpus(root, corpus, tokenizer, **bounds, on_progress=on_progress)
     return f"{corpus.source}, from {corpus.size / 1e6:.1f} MB of text"
 
 

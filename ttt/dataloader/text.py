@@ -1,6 +1,6 @@
 """Text files to tokens to a token store, and the corpus that every Python installation holds.
 
-A document is one file; BOS stands before each. Documents are put in a seeded order, and the first
+A document is one file; BOS comes before each. Documents are put in a seeded order, and the first
 share of them is held out as `val`, so that no document is in both splits.
 """
 
@@ -21,7 +21,7 @@ import tokenizers
 from jaxtyping import Int
 
 from ttt.dataloader import token_store
-from ttt.dataloader.token_store import Progress
+from ttt.dataloader.token_store import OnProgress
 from ttt.errors import UserError
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|endoftext|>")
@@ -30,23 +30,23 @@ TOKENIZER_FILE = "tokenizer.json"
 BUILTIN_VAL_SHARE = 0.1
 
 _GROUP_BYTES = 8 << 20
-"""Text that is tokenized at a time: enough documents to occupy all cores, little enough to hold."""
+"""Text tokenized at a time: enough documents to occupy all cores, and little memory."""
 
 
 class AbstractTokenizer(ABC):
-    """Text <-> ids. No text becomes BOS or EOS: those are placed by whoever joins documents."""
+    """Text <-> ids. No text becomes BOS or EOS: whoever joins documents adds those."""
 
     vocab_size: int
     bos_token_id: int
     eos_token_id: int | None
 
-    @abstractmethod
     def encode(self, text: str | bytes) -> Int[np.ndarray, " N"]:
-        """Ids of one text, int32, without BOS."""
+        """Ids of one text, int32, without BOS; raises `UnicodeDecodeError` as `encode_many`."""
+        return self.encode_many([text.encode() if isinstance(text, str) else text])[0]
 
     @abstractmethod
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of each text, on all cores where that pays."""
+        """Ids of each text, int32, without BOS."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -60,14 +60,9 @@ class ByteTokenizer(AbstractTokenizer):
     bos_token_id = 256
     eos_token_id: int | None = 257
 
-    def encode(self, text: str | bytes) -> Int[np.ndarray, " N"]:
-        """Ids of one text, int32, without BOS."""
-        data = text.encode() if isinstance(text, str) else text
-        return np.frombuffer(data, np.uint8).astype(np.int32)
-
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of each text."""
-        return [self.encode(text) for text in texts]
+        """Ids of each text, int32, without BOS."""
+        return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids, BOS and EOS left out; bytes that are no UTF-8 become U+FFFD."""
@@ -91,26 +86,21 @@ class FileTokenizer(AbstractTokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{self.path} is not a `tokenizers` JSON file: {error}") from error
-        # Files may ask for cuts and padding, and turn `<s>` in a web page into BOS.
+        # Files may ask for truncation and padding, and turn `<s>` in a web page into BOS.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        tried = (bos_token,) if bos_token else BOS_NAMES
-        self.bos_token = next((name for name in tried if name in vocabulary), None)
+        names = (bos_token,) if bos_token else BOS_NAMES
+        self.bos_token = next((name for name in names if name in vocabulary), None)
         if self.bos_token is None:
             raise UserError(
-                f"{self.path} has no BOS token: tried {', '.join(tried)}; "
+                f"{self.path} has no BOS token: tried {', '.join(names)}; "
                 "name one of its tokens (--bos-token)."
             )
         self.bos_token_id = vocabulary[self.bos_token]
-        eos_ids = [vocabulary[name] for name in EOS_NAMES if name in vocabulary]
-        self.eos_token_id = eos_ids[0] if eos_ids else None
-
-    def encode(self, text: str | bytes) -> Int[np.ndarray, " N"]:
-        """Ids of one text, int32, without BOS; raises `UnicodeDecodeError`."""
-        return self.encode_many([text.encode() if isinstance(text, str) else text])[0]
+        self.eos_token_id = next((vocabulary[n] for n in EOS_NAMES if n in vocabulary), None)
 
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each text; raises `UnicodeDecodeError`. The library's threads use all cores."""
@@ -147,7 +137,7 @@ class Corpus:
     """Documents, in the order in which they are stored."""
 
     source: str
-    """In words, for the store's attributes."""
+    """A description for the store's attributes."""
     train: tuple[Path, ...]
     val: tuple[Path, ...]
 
@@ -160,12 +150,12 @@ class Corpus:
 def text_corpus(patterns: Sequence[str], *, seed: int, val_share: float) -> Corpus:
     """Collect the files that match glob `patterns` (`**`: any folders), each once.
 
-    Raises `UserError` if a pattern matches no file, or fewer than two files are there.
+    Raises `UserError` if a pattern matches no file, or all together fewer than two.
     """
     paths = set()
     for pattern in patterns:
-        found = glob.glob(os.path.expanduser(pattern), recursive=True)
-        files = {Path(name).resolve() for name in found if os.path.isfile(name)}
+        names = glob.glob(os.path.expanduser(pattern), recursive=True)
+        files = {Path(name).resolve() for name in names if os.path.isfile(name)}
         if not files:
             raise UserError(f"No file matches {pattern!r} from {Path.cwd()}.")
         paths |= files
@@ -197,28 +187,23 @@ def _corpus(source: str, paths: set[Path], seed: int, val_share: float) -> Corpu
 
     ordered = tuple(sorted(paths, key=key))
     held_out = min(max(1, round(len(ordered) * val_share)), len(ordered) - 1)
-    told = f"{source}; seed {seed}; {held_out} of {len(ordered)} documents held out"
-    return Corpus(told, ordered[held_out:], ordered[:held_out])
+    source += f"; seed {seed}; {held_out} of {len(ordered)} documents held out"
+    return Corpus(source, ordered[held_out:], ordered[:held_out])
 
 
 def check_readable(corpus: Corpus, tokenizer: AbstractTokenizer) -> None:
     """Raise `UserError` that names every file `tokenizer` cannot take, before hours of work."""
-    if isinstance(tokenizer, ByteTokenizer):
-        return
-    bad = [path for path in corpus.train + corpus.val if not _is_utf8(path)]
+    bad = []
+    for path in () if isinstance(tokenizer, ByteTokenizer) else corpus.train + corpus.val:
+        try:
+            path.read_bytes().decode()
+        except UnicodeDecodeError:
+            bad.append(str(path))
     if bad:
         raise UserError(
             f"{len(bad)} of the files are not UTF-8; convert them, leave them out or use the bytes "
-            "tokenizer:\n  " + "\n  ".join(map(str, bad))
+            "tokenizer:\n  " + "\n  ".join(bad)
         )
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def write_corpus(
@@ -228,52 +213,18 @@ def write_corpus(
     *,
     train_tokens: int | None = None,
     val_tokens: int | None = None,
-    progress: Progress = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> None:
     """Make a token store of `corpus` at `root`, with a copy of the tokenizer's file.
 
     Holds some 8 MB of text at a time, or the largest document. `train_tokens` and `val_tokens` are
-    upper bounds, None for everything. `progress` counts documents.
+    upper bounds, None for everything. `on_progress` gets documents.
 
     Raises `UserError`, leaving nothing behind, if `root` exists or a file is not what `tokenizer`
     takes.
     """
     token_store.refuse_existing(root)
     check_readable(corpus, tokenizer)
-    done, total = 0, len(corpus.train) + len(corpus.val)
-    splits = (("train", corpus.train, train_tokens), ("val", corpus.val, val_tokens))
-    attributes, files = _describe(corpus, tokenizer)
-    with token_store.create(root, attributes=attributes, files=files) as writer:
-        for split, paths, bound in splits:
-            room = sys.maxsize if bound is None else bound
-            for document in _documents(paths, tokenizer):
-                writer.append(split, document[:room])
-                room -= min(room, document.size)
-                done += 1
-                progress(done, total)
-                if not room:
-                    break
-    progress(total, total)
-
-
-def ensure_builtin(root: Path | str, *, progress: Progress = lambda done, total: None) -> None:
-    """Make the built-in store at `root`, as bytes, unless it is there: seconds of work, once.
-
-    Processes may race: each builds its own, the first to finish stays.
-    """
-    if Path(root).exists():
-        return
-    try:
-        write_corpus(root, builtin_corpus(seed=0), ByteTokenizer(), progress=progress)
-    except token_store.StoreError:
-        if not Path(root).exists():
-            raise
-
-
-def _describe(
-    corpus: Corpus, tokenizer: AbstractTokenizer
-) -> tuple[dict[str, object], dict[str, Path]]:
-    """Attributes of the store, and the files that `store_tokenizer` will need."""
     attributes = {
         "source": corpus.source,
         "tokenizer": "bytes",
@@ -281,30 +232,53 @@ def _describe(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    if not isinstance(tokenizer, FileTokenizer):
-        return attributes, {}
-    attributes |= {"tokenizer": TOKENIZER_FILE, "bos_token": tokenizer.bos_token}
-    return attributes, {TOKENIZER_FILE: tokenizer.path}
+    files = {}
+    if isinstance(tokenizer, FileTokenizer):  # what `store_tokenizer` needs
+        attributes |= {"tokenizer": TOKENIZER_FILE, "bos_token": tokenizer.bos_token}
+        files = {TOKENIZER_FILE: tokenizer.path}
+    done, total = 0, len(corpus.train) + len(corpus.val)
+
+    def documents(paths: Sequence[Path], bound: int | None) -> Iterator[np.ndarray]:
+        nonlocal done
+        left = sys.maxsize if bound is None else bound
+        for document in _documents(paths, tokenizer):
+            yield document[:left]
+            done += 1
+            on_progress(done, total)
+            left -= document.size
+            if left <= 0:
+                return
+
+    splits = {
+        "train": documents(corpus.train, train_tokens),
+        "val": documents(corpus.val, val_tokens),
+    }
+    token_store.write(root, splits, attributes=attributes, files=files)
+    on_progress(total, total)
 
 
-def _documents(
-    paths: Sequence[Path], tokenizer: AbstractTokenizer
-) -> Iterator[Int[np.ndarray, " N"]]:
-    """BOS and ids of each file, int32."""
+def ensure_builtin(root: Path | str, *, on_progress: OnProgress = lambda done, total: None) -> None:
+    """Make the built-in store at `root`, as bytes, unless it exists: seconds of work, once.
+
+    Several processes may do so at once: each builds its own, and the first to finish stays.
+    """
+    if Path(root).exists():
+        return
+    try:
+        write_corpus(root, builtin_corpus(seed=0), ByteTokenizer(), on_progress=on_progress)
+    except token_store.StoreError:
+        if not Path(root).exists():
+            raise
+
+
+def _documents(paths: Sequence[Path], tokenizer: AbstractTokenizer) -> Iterator[np.ndarray]:
+    """BOS and ids of each file, tokenized in groups of about `_GROUP_BYTES`."""
     bos = np.array([tokenizer.bos_token_id], np.int32)
-    for group in _groups(paths):
-        for ids in tokenizer.encode_many([path.read_bytes() for path in group]):
-            yield np.concatenate([bos, ids])
-
-
-def _groups(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Cut `paths` into runs of about `_GROUP_BYTES`."""
     group, size = [], 0
     for path in paths:
-        group.append(path)
-        size += path.stat().st_size
-        if size >= _GROUP_BYTES:
-            yield group
+        group.append(path.read_bytes())
+        size += len(group[-1])
+        if size >= _GROUP_BYTES or path == paths[-1]:
+            for ids in tokenizer.encode_many(group):
+                yield np.concatenate([bos, ids])
             group, size = [], 0
-    if group:
-        yield group

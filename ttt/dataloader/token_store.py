@@ -10,8 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ CHUNK_TOKENS = 1 << 16
 MAKE_REMEDY = "Make one with `uv run --exact python scripts/04_make_token_data.py`."
 
 PUBLISHED = {"dclm_filter_8k": "gs://llama3-dclm-filter-8k", "books3": "gs://llama3-books3"}
-"""Buckets of the published stores; whoever reads them pays."""
+"""Buckets of the published stores; the reader pays."""
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with the work done and all of it, in tokens or documents."""
 
 _FINGERPRINT_SPANS = 16
@@ -37,80 +36,35 @@ _FINGERPRINT_SPAN_TOKENS = 1 << 16
 
 
 class StoreError(UserError):
-    """A token store that is absent, broken, not what was asked for, or in the way."""
+    """A token store that is absent, broken, unsuited, or in the way of a new one."""
 
 
-class Writer:
-    """Appends tokens to the splits of a store that is being made; see `create`."""
+def write(
+    root: Path | str,
+    splits: Mapping[str, np.ndarray | Iterable[np.ndarray]],
+    *,
+    attributes: Mapping[str, Any],
+    files: Mapping[str, Path] | None = None,
+) -> None:
+    """Make a store of `splits`: name -> 1-D integers, or a stream of such arrays, little in memory.
 
-    def __init__(self, folder: Path, attributes: Mapping[str, Any]):
-        """Start an empty store in `folder`; ids stay below `attributes["vocab_size"]`, if any."""
-        self._group = zarr.create_group(folder, attributes=dict(attributes))
-        self._id_bound = int(attributes.get("vocab_size", 1 << 31))
-        self._arrays: dict[str, zarr.Array] = {}
-        self._pending: dict[str, np.ndarray] = {}
+    `attributes` must be JSON-able; ids stay below its `vocab_size`, if any. `files` (name in the
+    store -> path) are copied in. The store is written beside `root` and renamed when it is whole.
 
-    def append(self, split: str, tokens: np.ndarray) -> None:
-        """Add a 1-D integer array; whole chunks go to disk at once, so that memory stays small.
-
-        Raises `StoreError` if an id is outside [0, vocab_size).
-        """
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise StoreError(
-                f"{split}: tokens are 1-D integers, not {tokens.dtype} {tokens.shape}."
-            )
-        if split not in self._arrays:
-            self._arrays[split] = self._group.create_array(
-                split,
-                shape=(0,),
-                chunks=(CHUNK_TOKENS,),
-                dtype="int32",
-                compressors=BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
-                # A chunk of zeros is written too, so that an absent file always means damage.
-                config={"write_empty_chunks": True},
-            )
-            self._pending[split] = np.zeros(0, np.int32)
-        if outside := ids_outside(tokens, self._id_bound):
-            raise StoreError(
-                f"{split}: token id {outside[0]} is outside [0, {self._id_bound}): "
-                "check the tokenizer and vocab_size."
-            )
-        pending = np.concatenate([self._pending[split], tokens.astype(np.int32)])
-        whole = pending.size - pending.size % CHUNK_TOKENS
-        if whole:
-            self._arrays[split].append(pending[:whole])
-        self._pending[split] = pending[whole:]
-
-    def flush(self) -> None:
-        """Write the last, partial chunks. Nothing may be appended afterwards."""
-        for split, pending in self._pending.items():
-            if pending.size:
-                self._arrays[split].append(pending)
-
-
-@contextmanager
-def create(
-    root: Path | str, *, attributes: Mapping[str, Any], files: Mapping[str, Path] | None = None
-) -> Generator[Writer]:
-    """Make a store at `root`: written beside it, renamed when the block ends without error.
-
-    `attributes` must be JSON-able; `files` (name in the store -> path) are copied in. Raises
-    `StoreError` if `root` exists: before anything is written or, if another process was faster, at
-    the end.
+    Raises `StoreError`, leaving nothing behind, at an id outside the vocabulary, or if `root`
+    exists: before anything is written or, if another process was faster, at the end.
     """
     root = Path(root)
     refuse_existing(root)
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unusable(root, str(error)) from error
+    root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f".{root.name}.{uuid.uuid4().hex}.partial")
     try:
-        writer = Writer(partial, attributes)
+        group = zarr.create_group(partial, attributes=dict(attributes))
         for name, source in (files or {}).items():
             shutil.copyfile(source, partial / name)
-        yield writer
-        writer.flush()
+        for split, tokens in splits.items():
+            parts = [tokens] if isinstance(tokens, np.ndarray) else tokens
+            _write_split(group, split, parts, attributes.get("vocab_size", 1 << 31))
         try:
             partial.rename(root)
         except OSError:
@@ -118,6 +72,62 @@ def create(
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_split(
+    group: zarr.Group, split: str, parts: Iterable[np.ndarray], vocab_size: int
+) -> None:
+    array = group.create_array(
+        split,
+        shape=(0,),
+        chunks=(CHUNK_TOKENS,),
+        dtype="int32",
+        compressors=BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
+        # A chunk of zeros is written too, so that an absent file always means damage.
+        config={"write_empty_chunks": True},
+    )
+    pending = np.zeros(0, np.int32)  # less than a chunk
+    for tokens in parts:
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise StoreError(
+                f"{split}: tokens are 1-D integers, not {tokens.dtype} {tokens.shape}."
+            )
+        if outside := ids_outside(tokens, vocab_size):
+            raise StoreError(
+                f"{split}: token id {outside[0]} is outside [0, {vocab_size}): "
+                "check the tokenizer and vocab_size."
+            )
+        pending = np.concatenate([pending, tokens.astype(np.int32)])
+        whole = pending.size - pending.size % CHUNK_TOKENS
+        if whole:
+            array.append(pending[:whole])
+            pending = pending[whole:]
+    if pending.size:
+        array.append(pending)
+
+
+def write_random(
+    root: Path | str,
+    lengths: Mapping[str, int],
+    *,
+    vocab_size: int,
+    seed: int,
+    on_progress: OnProgress = lambda done, total: None,
+) -> None:
+    """Make a store of uniform random ids of [0, vocab_size); `lengths`: split -> tokens, from 1."""
+    rng = np.random.default_rng(seed)
+    done, total = 0, sum(lengths.values())
+
+    def ids(length: int) -> Iterator[np.ndarray]:
+        nonlocal done
+        for start in range(0, length, CHUNK_TOKENS):
+            count = min(CHUNK_TOKENS, length - start)
+            yield rng.integers(0, vocab_size, count, dtype=np.int32)
+            done += count
+            on_progress(done, total)
+
+    attributes = {"source": f"uniform random ids, seed {seed}", "vocab_size": vocab_size}
+    write(root, {split: ids(length) for split, length in lengths.items()}, attributes=attributes)
 
 
 def refuse_existing(root: Path | str) -> None:
@@ -130,45 +140,10 @@ def refuse_existing(root: Path | str) -> None:
         )
     place = next(parent for parent in root.absolute().parents if parent.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise _unusable(root, f"{place} is no folder that you may write to")
-
-
-def _unusable(root: Path, why: str) -> StoreError:
-    return StoreError(f"{root} cannot be made ({why}): choose another destination.")
-
-
-def write(
-    root: Path | str,
-    splits: Mapping[str, np.ndarray | Iterable[np.ndarray]],
-    *,
-    attributes: Mapping[str, Any],
-) -> None:
-    """Make a store of `splits`: name -> 1-D integers, or a stream of such arrays; see `create`."""
-    with create(root, attributes=attributes) as writer:
-        for split, tokens in splits.items():
-            for part in [tokens] if isinstance(tokens, np.ndarray) else tokens:
-                writer.append(split, part)
-
-
-def write_random(
-    root: Path | str,
-    lengths: Mapping[str, int],
-    *,
-    vocab_size: int,
-    seed: int,
-    progress: Progress = lambda done, total: None,
-) -> None:
-    """Make a store of uniform random ids of [0, vocab_size); `lengths`: split -> tokens, from 1."""
-    attributes = {"source": f"uniform random ids, seed {seed}", "vocab_size": vocab_size}
-    rng = np.random.default_rng(seed)
-    done, total = 0, sum(lengths.values())
-    with create(root, attributes=attributes) as writer:
-        for split, length in lengths.items():
-            for start in range(0, length, CHUNK_TOKENS):
-                count = min(CHUNK_TOKENS, length - start)
-                writer.append(split, rng.integers(0, vocab_size, count, dtype=np.int32))
-                done += count
-                progress(done, total)
+        raise StoreError(
+            f"{root} cannot be made ({place} is no folder that you may write to): "
+            "choose another destination."
+        )
 
 
 def open_split(root: Path | str, split: str, *, remedy: str = MAKE_REMEDY) -> zarr.Array:
@@ -208,14 +183,14 @@ def remedy(name: str, root: Path | str) -> str:
     return (
         "Fetch it (the reader pays, through a Google Cloud project) with `uv run --exact python "
         f"scripts/00_data_fetch.py --datasets {name} --billing-project PROJECT{where}`, or set "
-        f"deploy_paths.data.{name} to where it lies."
+        f"deploy_paths.data.{name} to its folder."
     )
 
 
 def read_attributes(root: Path | str, *, remedy: str = MAKE_REMEDY) -> dict[str, Any]:
-    """Return what the store says about itself; empty for the published stores.
+    """The store's attributes, empty for the published ones; raises `StoreError` if there is none.
 
-    Raises `StoreError`, which ends with `remedy`, if there is no store.
+    The error's message ends with `remedy`.
     """
     _split_names(Path(root), remedy)
     return dict(zarr.open_group(root, mode="r").attrs)
@@ -226,15 +201,28 @@ def fingerprint(root: Path | str, split: str) -> str:
 
     The first and the last span are among them, and a split of up to 16 spans is hashed whole; so it
     reads a few MB of a store of any size. It does not depend on chunks or compression, and does not
-    see a change outside the spans.
+    see a change outside the spans. Raises `StoreError`.
     """
     array = open_split(root, split)
     digest = hashlib.sha256(f"{array.shape} {array.dtype.str}".encode())
     last = max(0, array.shape[0] - _FINGERPRINT_SPAN_TOKENS)
     count = min(_FINGERPRINT_SPANS, -(-array.shape[0] // _FINGERPRINT_SPAN_TOKENS))
     for start in np.linspace(0, last, count, dtype=np.int64).tolist():
-        digest.update(np.asarray(array[start : start + _FINGERPRINT_SPAN_TOKENS]).tobytes())
+        stop = min(start + _FINGERPRINT_SPAN_TOKENS, array.shape[0])
+        digest.update(read(array, start, stop, f"{root}/{split}").tobytes())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def read(tokens: zarr.Array | np.ndarray, start: int, stop: int, name: str) -> np.ndarray:
+    """Read [start, stop) of a split; raises `StoreError`, which begins with `name`, at damage."""
+    try:
+        return np.asarray(tokens[start:stop])
+    except Exception as error:  # of the disk, of zarr, or of any of its codecs
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StoreError(
+            f"{name}: tokens {start} to {stop - 1} cannot be read ({cause}): a file is damaged or "
+            "missing; restore the store from a good copy."
+        ) from error
 
 
 def ids_outside(tokens: np.ndarray, vocab_size: int) -> tuple[int, int] | None:

@@ -1,12 +1,13 @@
 """Whether a token store is fit to train on: what its splits hold, and what is wrong with it.
 
-Looked at are samples of `seq_length` tokens, which begin at multiples of it as in training: all of
-them, or some drawn evenly. What a sample cannot show (a damaged chunk elsewhere) is not seen.
+Samples of `seq_length` tokens are looked at, which begin at multiples of it as in training: all, or
+some spread evenly. What no such sample shows (a damaged chunk elsewhere) is not seen.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -18,26 +19,26 @@ from ttt.dataloader import token_store
 from ttt.dataloader.token_store import StoreError
 from ttt.errors import UserError
 
-Progress = Callable[[str, int, int | None, str], None]
-"""Called with what is being done, how much of it, all of it, and the unit."""
+OnProgress = Callable[[str, int, int | None, str], None]
+"""Called with the job, how much of it is done, all of it, and the unit."""
 
 Verdict = Literal["ok", "warning", "fault", "not checked"]
-
-LLAMA_3 = "128256 for the published stores, which are tokenized for Llama 3"
+Result = tuple[str, Verdict, str]
+"""A check, its verdict and its message."""
 
 RUN_WARNING, RUN_FAULT = 256, 1024
 """Equal tokens in a row. Text has lines of dashes and columns of zeros, hardly longer ones."""
 FLAT_FAULT = 0.01
-"""Share of samples that are one token all through."""
+"""Share of samples that are one token throughout."""
 COPY_FAULT = 0.01
-"""Share of samples that are exact copies; of val, that stand in train."""
+"""Share of samples that are exact copies; of val, that are in train."""
 REPEAT_WARNING, REPEAT_FAULT = 0.15, 0.5
 """Share of stretches of 64 tokens that occur again, at any place; licences and tables do."""
 ENTROPY_WARNING, ENTROPY_FAULT = 1.0, 0.1
 """Nats per token of the frequencies alone; text has 3 as bytes, 7 in a vocabulary of 100,000."""
 UNIFORM_SHARE = 0.995
-"""Of ln(vocabulary): nearer to it the ids are as good as drawn by lot."""
-SURELY_BOS_TOKENS = 10_000_000
+"""Of ln(vocabulary): ids of more entropy are as good as uniform random ones."""
+CERTAIN_BOS_TOKENS = 10_000_000
 """In so many tokens of whole documents one of them begins: few books have a million."""
 
 _STRETCH = 64
@@ -48,32 +49,57 @@ _COUNTED_IDS = 1 << 22
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check says of one split."""
+    """The result of one check of one split."""
 
     split: str
     check: str
     verdict: Verdict
-    said: str
+    message: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """All findings, and the numbers behind them by split."""
+    """The store and what was expected of it, all findings, and the numbers behind them by split."""
 
     path: str
     seq_length: int
     vocab_size: int | None
     bos_token_id: int | None
-    findings: tuple[Finding, ...]
-    numbers: Mapping[str, Mapping[str, Any]]
+    findings: list[Finding] = field(default_factory=list)
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def having(self, verdict: Verdict) -> list[Finding]:
         """The findings of one verdict."""
         return [finding for finding in self.findings if finding.verdict == verdict]
 
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, JSON-able."""
-        return asdict(self)
+    def add(self, split: str, *results: Result) -> None:
+        """Add findings of a split, "" for the whole store."""
+        self.findings += [Finding(split, *result) for result in results]
+
+
+@dataclass
+class _Seen:
+    """What was read of one split."""
+
+    samples: int
+    """In the whole split."""
+    keep_one_of: int
+    """How sparsely stretches are kept; a power of 2."""
+    looked_at: int = 0
+    least_id: int = np.iinfo(np.int64).max
+    most_id: int = np.iinfo(np.int64).min
+    outside: list[tuple[int, int]] = field(default_factory=list)
+    """Id and position of the first outside the vocabulary, of each block that has one."""
+    unreadable: list[str] = field(default_factory=list)
+    documents: int = 0
+    samples_with_bos: int = 0
+    longest_run: int = 0
+    flat_samples: int = 0
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(_COUNTED_IDS, np.int64))
+    hashes: list[bytes] = field(default_factory=list)
+    """Of each sample that is not one token throughout."""
+    stretches: list[np.ndarray] = field(default_factory=list)
+    """Hashes of stretches, of each block."""
 
 
 def validate(
@@ -85,42 +111,52 @@ def validate(
     vocab_size: int | None = None,
     bos_token_id: int | None = None,
     seed: int = 0,
-    progress: Progress = lambda what, done, total, unit: None,
+    on_progress: OnProgress = lambda job, done, total, unit: None,
 ) -> Report:
     """Check the splits of the store at `root`.
 
     samples: how many to look at in each split; 0: all.
-    vocab_size, bos_token_id: the model's; None: what the store says of itself.
+    vocab_size, bos_token_id: the model's; None: those of the store's attributes.
     seed: which samples.
     Raises `UserError` for a request that makes no sense, `StoreError` if there is no store.
     """
     _check_request(splits, seq_length, samples, vocab_size, bos_token_id)
     stored = token_store.read_attributes(root, remedy=token_store.remedy(Path(root).name, root))
-    findings = _against_attributes(stored, vocab_size, bos_token_id)
-    vocab_size = vocab_size or stored.get("vocab_size")
-    bos_token_id = stored.get("bos_token_id") if bos_token_id is None else bos_token_id
-    looks: dict[str, _Look] = {}
+    bos = stored.get("bos_token_id") if bos_token_id is None else bos_token_id
+    report = Report(str(root), seq_length, vocab_size or stored.get("vocab_size"), bos)
+    report.add("", *_against_attributes(stored, vocab_size, bos_token_id))
+    seen = {}
     for split in splits:
         try:
             array = token_store.open_split(root, split)
-            print_ = token_store.fingerprint(root, split)
+            fingerprint = token_store.fingerprint(root, split)
         except StoreError as error:
-            findings.append(Finding(split, "opens", "fault", str(error)))
+            report.add(split, ("opens", "fault", str(error)))
             continue
-        except Exception as error:  # of zarr or of any of its codecs, at a damaged chunk
-            findings.append(Finding(split, "opens", "fault", f"cannot be read: {_cause(error)}"))
-            continue
-        look = _Look(split, array, seq_length, vocab_size, bos_token_id)
-        opened = f"{array.shape[0]:,} tokens of {array.dtype}, {print_}"
-        findings.append(Finding(split, "opens", "ok", opened))
-        look.numbers["fingerprint"] = print_
-        look.read(samples, seed, progress)
-        findings += look.findings()
-        looks[split] = look
-    if "train" in looks and "val" in looks:
-        findings += _overlap(looks["train"], looks["val"])
-    numbers = {split: look.numbers for split, look in looks.items()}
-    return Report(str(root), seq_length, vocab_size, bos_token_id, tuple(findings), numbers)
+        tokens = array.shape[0]
+        report.add(split, ("opens", "ok", f"{tokens:,} tokens of {array.dtype}, {fingerprint}"))
+        job = partial(on_progress, f"looking at {split}")
+        look = seen[split] = _read(report, array, samples, seed, job)
+        numbers = {"tokens": tokens, "fingerprint": fingerprint, **_numbers(look, report)}
+        report.numbers[split] = numbers
+        report.add(split, *_contents(look, report, numbers), *_degenerate(look, report, numbers))
+    if all(split in seen and seen[split].looked_at for split in ("train", "val")):
+        report.add("val", _held_out(report, seen["train"], seen["val"]))
+    return report
+
+
+def preview(root: Path | str, splits: Sequence[str], seq_length: int, samples: int) -> list[str]:
+    """Say what `validate` would look at, a line per split; no token is read. Raises as it does."""
+    _check_request(splits, seq_length, samples)
+    remedy = token_store.remedy(Path(root).name, root)
+    lines = []
+    for split in splits:
+        array = token_store.open_split(root, split, remedy=remedy)
+        total, chosen = _amounts(array, seq_length, samples)
+        lines.append(
+            f"{split}: would look at {chosen:,} of {total:,} samples of {seq_length} tokens"
+        )
+    return lines
 
 
 def _check_request(
@@ -133,258 +169,226 @@ def _check_request(
     """Raise `UserError` for a request that makes no sense."""
     if not splits or len(set(splits)) < len(splits):
         raise UserError(f"--splits {','.join(splits)}: name one or more, each once.")
-    bounds = {"seq-length": (seq_length, 1), "samples": (samples, 0)}
-    given = {"vocab-size": (vocab_size, 1), "bos-token-id": (bos_token_id, 0)}
-    for flag, (value, least) in (bounds | given).items():
+    for flag, value, least in (
+        ("--seq-length", seq_length, 1),
+        ("--samples", samples, 0),
+        ("--vocab-size", vocab_size, 1),
+        ("--bos-token-id", bos_token_id, 0),
+    ):
         if value is not None and value < least:
-            raise UserError(f"--{flag} {value}: must be at least {least}.")
-
-
-def plan(root: Path | str, splits: Sequence[str], seq_length: int, samples: int) -> list[str]:
-    """Say what `validate` would look at, a line per split; no token is read. Raises as it does."""
-    _check_request(splits, seq_length, samples)
-    remedy = token_store.remedy(Path(root).name, root)
-    lines = []
-    for split in splits:
-        tokens = token_store.open_split(root, split, remedy=remedy).shape[0]
-        total = max(0, tokens - 1) // seq_length
-        wanted = min(samples, total) if samples else total
-        lines.append(
-            f"{split}: would look at {wanted:,} of {total:,} samples of {seq_length} tokens"
-        )
-    return lines
+            raise UserError(f"{flag} {value}: must be at least {least}.")
 
 
 def _against_attributes(
     stored: Mapping[str, Any], vocab_size: int | None, bos_token_id: int | None
-) -> list[Finding]:
-    """What contradicts the store's own account; training refuses it for the same reasons."""
-    found = []
-    if vocab_size and stored.get("vocab_size", 0) > vocab_size:
-        said = f"made with vocab_size={stored['vocab_size']}, more than the {vocab_size} asked for"
-        found.append(Finding("", "vocabulary", "fault", said))
-    if bos_token_id not in (None, stored.get("bos_token_id", bos_token_id)):
-        said = f"its documents begin with id {stored['bos_token_id']}, not {bos_token_id}"
-        found.append(Finding("", "BOS", "fault", said))
-    return found
+) -> Iterator[Result]:
+    """What contradicts the store's attributes; training refuses it for the same reasons."""
+    made, begin = stored.get("vocab_size", 0), stored.get("bos_token_id", bos_token_id)
+    if vocab_size and made > vocab_size:
+        yield "vocabulary", "fault", f"made for {made} ids, more than --vocab-size {vocab_size}"
+    if bos_token_id not in (None, begin):
+        yield "BOS", "fault", f"its documents begin with id {begin}, not {bos_token_id}"
 
 
-class _Look:
-    """What was seen of one split."""
+def _amounts(array: zarr.Array, seq_length: int, samples: int) -> tuple[int, int]:
+    """How many samples a split has, and how many are to be read."""
+    total = max(0, array.shape[0] - 1) // seq_length
+    return total, min(samples or total, total)
 
-    def __init__(
-        self,
-        split: str,
-        array: zarr.Array,
-        seq_length: int,
-        vocab_size: int | None,
-        bos_token_id: int | None,
-    ):
-        self.split, self._array, self._seq_length = split, array, seq_length
-        self._vocab_size, self._bos = vocab_size, bos_token_id
-        self.there = max(0, array.shape[0] - 1) // seq_length
-        self.seen = 0
-        self.numbers: dict[str, Any] = {"tokens": array.shape[0], "samples": self.there}
-        self._counts = np.zeros(0, np.int64)
-        self._outside: list[tuple[int, int]] = []
-        self._unreadable: list[str] = []
-        self._flat = self._with_bos = self._documents = self._longest_run = 0
-        self._least, self._most = math.inf, -math.inf
-        self.copies: list[bytes] = []
-        """A hash of each sample that is not one token all through."""
-        self._stretches: list[np.ndarray] = []
-        self._keep_one_of = 1
 
-    def read(self, samples: int, seed: int, progress: Progress) -> None:
-        """Look at so many samples, 0: at all."""
-        wanted = min(samples, self.there) if samples else self.there
-        while wanted * self._seq_length / self._keep_one_of > _KEPT_STRETCHES:
-            self._keep_one_of *= 2
-        done = 0
-        for first, count in _runs_of_samples(wanted, self.there, self._seq_length, seed):
-            start = first * self._seq_length
-            try:
-                tokens = np.asarray(self._array[start : start + count * self._seq_length + 1])
-            except Exception as error:  # of the disk, of zarr, or of any of its codecs
-                self._unreadable.append(f"tokens {start:,} and on: {_cause(error)}")
-            else:
-                self._take(tokens, start)
-            done += count
-            progress(f"looking at {self.split}", done, wanted, "samples")
+def _read(
+    report: Report,
+    array: zarr.Array,
+    samples: int,
+    seed: int,
+    on_progress: Callable[[int, int, str], None],
+) -> _Seen:
+    """Read so many samples, 0 for all, and count what they hold."""
+    length, done = report.seq_length, 0
+    total, chosen = _amounts(array, length, samples)
+    sparsity = max(1, chosen * length / _KEPT_STRETCHES)
+    seen = _Seen(total, keep_one_of=1 << math.ceil(math.log2(sparsity)))
+    for first, count in _blocks(chosen, total, length, seed):
+        start = first * length
+        try:
+            tokens = token_store.read(array, start, start + count * length + 1, report.path)
+            _count(seen, report, tokens, start)
+        except StoreError as error:
+            seen.unreadable.append(str(error))
+        done += count
+        on_progress(done, chosen, "samples")
+    return seen
 
-    def _take(self, tokens: np.ndarray, start: int) -> None:
-        self._least = min(self._least, int(tokens.min()))
-        self._most = max(self._most, int(tokens.max()))
-        bound = self._vocab_size or np.iinfo(np.int64).max
-        if outside := token_store.ids_outside(tokens, bound):
-            self._outside.append((outside[0], start + outside[1]))
-        body = tokens[:-1]
-        rows = body.reshape(-1, self._seq_length)
-        self.seen += len(rows)
-        countable = body[(body >= 0) & (body < _COUNTED_IDS)].astype(np.int64)
-        counts = np.bincount(countable, minlength=self._counts.size)
-        counts[: self._counts.size] += self._counts
-        self._counts = counts
-        if self._bos is not None:
-            begins = rows == self._bos
-            self._documents += int(begins.sum())
-            self._with_bos += int(begins.any(axis=1).sum())
-        self._longest_run = max(self._longest_run, _longest_run(body))
-        flat = (
-            (rows == rows[:, :1]).all(axis=1) if self._seq_length > 1 else np.zeros(len(rows), bool)
-        )
-        self._flat += int(flat.sum())
-        self.copies += [_hash(row) for row in rows[~flat]]
-        self._stretches.append(_stretches(body, self._keep_one_of))
 
-    def findings(self) -> list[Finding]:
-        """What the checks say, and the numbers."""
-        if not self.there:
-            said = (
-                f"{self._array.shape[0]} tokens, and one sample of {self._seq_length} takes "
-                f"{self._seq_length + 1}: lower --seq-length or add data"
-            )
-            return [Finding(self.split, "samples", "fault", said)]
-        said = f"{self.there:,} of {self._seq_length} tokens; looked at {self.seen:,}"
-        verdicts: dict[str, tuple[Verdict, str]] = {"samples": ("ok", said)}
-        if self._unreadable:
-            said = f"{len(self._unreadable)} cannot be read, the first: {self._unreadable[0]}"
-            verdicts["samples"] = ("fault", said)
-        if self.seen:
-            verdicts |= {
-                "ids": self._ids(),
-                "BOS": self._bos_frequency(),
-                "equal tokens": self._equal(),
-                "copies": self._copies(),
-                "repeats": self._repeats(),
-                "frequencies": self._entropy(),
-            }
-        self.numbers["looked_at"] = self.seen
-        return [Finding(self.split, check, *verdict) for check, verdict in verdicts.items()]
+def _blocks(chosen: int, total: int, seq_length: int, seed: int) -> Iterator[tuple[int, int]]:
+    """First sample and number of samples to read at once: all in order, or one of each stratum."""
+    if chosen == total:
+        step = max(1, _BLOCK_TOKENS // seq_length)
+        for first in range(0, total, step):
+            yield first, min(step, total - first)
+        return
+    edges = np.linspace(0, total, chosen + 1).astype(np.int64)
+    rng = np.random.default_rng(seed)
+    for first in rng.integers(edges[:-1], edges[1:]).tolist():
+        yield first, 1
 
-    def _ids(self) -> tuple[Verdict, str]:
-        self.numbers |= {"least_id": int(self._least), "most_id": int(self._most)}
-        said = f"{self._least:,} to {self._most:,}"
-        if self._outside:
-            value, place = self._outside[0]
-            bound = f"[0, {self._vocab_size})" if self._vocab_size else "the ids, which begin at 0"
-            return "fault", f"{said}: id {value} at token {place:,} is outside {bound}"
-        if not self._vocab_size:
-            return (
-                "not checked",
-                f"{said}; neither the store nor --vocab-size says how many there may be: give "
-                f"--vocab-size ({LLAMA_3})",
-            )
-        return "ok", f"{said}, of {self._vocab_size:,}"
 
-    def _bos_frequency(self) -> tuple[Verdict, str]:
-        if self._bos is None:
-            return (
-                "warning",
-                "not checked: neither the store nor --bos-token-id says which id it is",
-            )
-        tokens = self.seen * self._seq_length
-        self.numbers |= {
-            "documents": self._documents,
-            "documents_per_million_tokens": self._documents / tokens * 1e6,
-            "tokens_per_document": tokens / self._documents if self._documents else None,
-            "samples_with_bos": self._with_bos / self.seen,
+def _count(seen: _Seen, report: Report, tokens: np.ndarray, start: int) -> None:
+    """Add whole samples and the one token behind them; `start` is their place in the split."""
+    seen.least_id = min(seen.least_id, int(tokens.min()))
+    seen.most_id = max(seen.most_id, int(tokens.max()))
+    bound = report.vocab_size or np.iinfo(np.int64).max
+    if outside := token_store.ids_outside(tokens, bound):
+        seen.outside.append((outside[0], start + outside[1]))
+    tokens = tokens[:-1]
+    rows = tokens.reshape(-1, report.seq_length)
+    seen.looked_at += len(rows)
+    countable = tokens[(tokens >= 0) & (tokens < _COUNTED_IDS)]
+    np.add.at(seen.counts, countable.astype(np.int64), 1)
+    if report.bos_token_id is not None:
+        begins = rows == report.bos_token_id
+        seen.documents += int(begins.sum())
+        seen.samples_with_bos += int(begins.any(axis=1).sum())
+    changes = np.flatnonzero(tokens[1:] != tokens[:-1])
+    runs = np.diff(changes, prepend=-1, append=tokens.size - 1)
+    seen.longest_run = max(seen.longest_run, int(runs.max()))
+    flat = (rows == rows[:, :1]).all(axis=1) & (report.seq_length > 1)
+    seen.flat_samples += int(flat.sum())
+    seen.hashes += [blake2b(row.tobytes(), digest_size=16).digest() for row in rows[~flat]]
+    seen.stretches.append(_stretches(tokens, seen.keep_one_of))
+
+
+def _numbers(seen: _Seen, report: Report) -> dict[str, Any]:
+    """What the checks compare, JSON-able; a number without tokens to take it from is left out."""
+    if not seen.looked_at:
+        return {"samples": seen.samples, "looked_at": 0}
+    names = ("samples", "looked_at", "least_id", "most_id", "longest_run", "flat_samples")
+    numbers = {name: getattr(seen, name) for name in names}
+    if report.bos_token_id is not None:
+        tokens = seen.looked_at * report.seq_length
+        numbers |= {
+            "documents": seen.documents,
+            "documents_per_million_tokens": seen.documents / tokens * 1e6,
+            "tokens_per_document": tokens / seen.documents if seen.documents else None,
+            "samples_with_bos": seen.samples_with_bos / seen.looked_at,
         }
-        if self._documents:
-            return (
-                "ok",
-                f"{self._documents / tokens * 1e6:,.1f} documents per million tokens, of "
-                f"{tokens / self._documents:,.0f} each; {self._with_bos / self.seen:.1%} of the "
-                "samples hold one's beginning",
-            )
-        said = f"id {self._bos} is not among {tokens:,} tokens"
-        if self.seen == self.there or tokens >= SURELY_BOS_TOKENS:
-            return (
-                "fault",
-                f"{said}: documents run into each other unmarked, or it is another tokenizer's id",
-            )
-        return "warning", f"{said}: look at more (--samples 0 is all)"
+    numbers["copied_samples"] = len(seen.hashes) - len(set(seen.hashes))
+    stretches = np.concatenate(seen.stretches)
+    if stretches.size:
+        numbers["repeated_stretches"] = 1 - np.unique(stretches).size / stretches.size
+    if total := seen.counts.sum():
+        shares = seen.counts[seen.counts > 0] / total
+        numbers["unigram_entropy"] = float(-(shares * np.log(shares)).sum())
+        numbers["different_ids"] = shares.size
+    return numbers
 
-    def _equal(self) -> tuple[Verdict, str]:
-        share = self._flat / self.seen
-        self.numbers |= {"longest_run": self._longest_run, "flat_samples": self._flat}
-        said = (
-            f"at most {self._longest_run:,} in a row; {self._flat:,} samples ({share:.2%}) are one "
-            "token all through"
+
+def _contents(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iterator[Result]:
+    """Check the number of samples, the ids and the beginnings of documents."""
+    length = report.seq_length
+    if not seen.samples:
+        message = f"{numbers['tokens']} tokens, and one sample of {length} takes {length + 1}"
+        yield "samples", "fault", f"{message}: lower --seq-length or add data"
+    elif bad := seen.unreadable:
+        yield "samples", "fault", f"{len(bad)} places cannot be read; the first: {bad[0]}"
+    else:
+        message = f"{seen.samples:,} of {length} tokens; looked at {seen.looked_at:,}"
+        yield "samples", "ok", message
+    if not seen.looked_at:
+        return
+
+    vocab_size, bos = report.vocab_size, report.bos_token_id
+    message = f"{seen.least_id:,} to {seen.most_id:,}"
+    if seen.outside:
+        value, place = seen.outside[0]
+        bound = f"[0, {vocab_size})" if vocab_size else "the ids, which begin at 0"
+        yield "ids", "fault", f"{message}: id {value} at token {place:,} is outside {bound}"
+    elif vocab_size:
+        yield "ids", "ok", f"{message}, of {vocab_size:,}"
+    else:
+        message += "; neither the store nor --vocab-size says how many there may be"
+        message += ": give --vocab-size (128256 for the published stores, of Llama 3's tokenizer)"
+        yield "ids", "not checked", message
+
+    tokens = seen.looked_at * length
+    message = f"id {bos} is not among {tokens:,} tokens"
+    if bos is None:
+        message = "not checked: neither the store nor --bos-token-id says which id it is"
+        yield "BOS", "warning", message
+    elif seen.documents:
+        message = (
+            f"{numbers['documents_per_million_tokens']:,.1f} documents per million tokens, of "
+            f"{numbers['tokens_per_document']:,.0f} each; {numbers['samples_with_bos']:.1%} of the "
+            "samples hold the beginning of one"
         )
-        if self._longest_run >= RUN_FAULT or share >= FLAT_FAULT:
-            return "fault", said
-        return ("warning" if self._longest_run >= RUN_WARNING else "ok"), said
-
-    def _copies(self) -> tuple[Verdict, str]:
-        again = len(self.copies) - len(set(self.copies))
-        self.numbers["copied_samples"] = again
-        said = f"{again:,} samples ({again / self.seen:.2%}) are exact copies of another"
-        return _by_share(again / self.seen, 0.0, self.copy_fault), said
-
-    @property
-    def copy_fault(self) -> float:
-        """Share of copied samples that is a fault; samples of few tokens coincide by nature."""
-        return max(COPY_FAULT, 5 / self._seq_length)
-
-    def stretches(self) -> np.ndarray:
-        """Hashes of the stretches that were kept."""
-        return np.concatenate(self._stretches) if self._stretches else np.zeros(0, np.uint64)
-
-    @property
-    def keep_one_of(self) -> int:
-        """How sparsely stretches were kept; a power of 2."""
-        return self._keep_one_of
-
-    def _repeats(self) -> tuple[Verdict, str]:
-        kept = self.stretches()
-        if not kept.size:
-            return "not checked", f"too little that is not one token, in stretches of {_STRETCH}"
-        share = 1 - np.unique(kept).size / kept.size
-        self.numbers["repeated_stretches"] = share
-        said = f"{share:.1%} of the stretches of {_STRETCH} tokens occur again"
-        return _by_share(share, REPEAT_WARNING, REPEAT_FAULT), said
-
-    def _entropy(self) -> tuple[Verdict, str]:
-        total = self._counts.sum()
-        if not total:
-            return "not checked", "no countable ids"
-        shares = self._counts[self._counts > 0] / total
-        entropy = float(-(shares * np.log(shares)).sum())
-        self.numbers |= {"unigram_entropy": entropy, "different_ids": shares.size}
-        said = f"{entropy:.2f} nats per token, {shares.size:,} different ids"
-        if entropy < ENTROPY_FAULT:
-            return "fault", f"{said}: hardly anything but one token"
-        if entropy < ENTROPY_WARNING:
-            return "warning", f"{said}: far less than text has"
-        # With fewer tokens, chance alone makes the frequencies differ.
-        enough = self._vocab_size and total >= 20 * self._vocab_size
-        if enough and entropy > UNIFORM_SHARE * math.log(self._vocab_size):
-            return "warning", f"{said}: as good as random, of which nothing is learned"
-        return "ok", said
+        yield "BOS", "ok", message
+    elif seen.looked_at == seen.samples or tokens >= CERTAIN_BOS_TOKENS:
+        message += ": documents are joined without a mark, or it is another tokenizer's id"
+        yield "BOS", "fault", message
+    else:
+        yield "BOS", "warning", f"{message}: look at more (--samples 0 is all)"
 
 
-def _overlap(train: _Look, val: _Look) -> list[Finding]:
-    """How much of what was seen of val was seen in train."""
-    if not (train.seen and val.seen):
-        return []
-    shared = set(train.copies)
-    again = sum(copy in shared for copy in val.copies)
-    rate = max(train.keep_one_of, val.keep_one_of)
-    ours, theirs = (look.stretches() for look in (val, train))
-    ours = ours[_kept(ours, rate)]
-    share = float(np.isin(ours, theirs).mean()) if ours.size else 0.0
-    val.numbers |= {"samples_in_train": again, "stretches_in_train": share}
-    said = (
-        f"{again:,} samples ({again / val.seen:.2%}) and {share:.1%} of the stretches of "
-        f"{_STRETCH} tokens stand in train too"
+def _degenerate(seen: _Seen, report: Report, numbers: Mapping[str, Any]) -> Iterator[Result]:
+    """Check for long runs, copied samples, repeated stretches and odd frequencies."""
+    if not seen.looked_at:
+        return
+    run, flat = seen.longest_run, seen.flat_samples / seen.looked_at
+    message = f"{run:,} in a row at most; {seen.flat_samples:,} samples ({flat:.2%}) are one token"
+    if run >= RUN_FAULT or flat >= FLAT_FAULT:
+        yield "equal tokens", "fault", message
+    else:
+        yield "equal tokens", "warning" if run >= RUN_WARNING else "ok", message
+    copies = numbers["copied_samples"]
+    share = copies / seen.looked_at
+    message = f"{copies:,} samples ({share:.2%}) are exact copies of another"
+    yield "copies", _by_copies(share, report), message
+    if "repeated_stretches" in numbers:
+        share = numbers["repeated_stretches"]
+        message = f"{share:.1%} of the stretches of {_STRETCH} tokens occur again"
+        yield "repeats", _by_share(share, REPEAT_WARNING, REPEAT_FAULT), message
+    else:
+        message = f"no stretch of {_STRETCH} tokens that is not one token throughout"
+        yield "repeats", "not checked", message
+
+    if "unigram_entropy" not in numbers:
+        yield "frequencies", "not checked", "no countable ids"
+        return
+    entropy = numbers["unigram_entropy"]
+    message = f"{entropy:.2f} nats per token, {numbers['different_ids']:,} different ids"
+    # With fewer tokens, chance alone makes the frequencies differ.
+    vocab_size = report.vocab_size or 0
+    enough = seen.counts.sum() >= 20 * vocab_size > 0
+    if entropy < ENTROPY_FAULT:
+        yield "frequencies", "fault", f"{message}: hardly anything but one token"
+    elif entropy < ENTROPY_WARNING:
+        yield "frequencies", "warning", f"{message}: far less than text has"
+    elif enough and entropy > UNIFORM_SHARE * math.log(vocab_size):
+        yield "frequencies", "warning", f"{message}: as of random ids, and nothing to learn"
+    else:
+        yield "frequencies", "ok", message
+
+
+def _held_out(report: Report, train: _Seen, val: _Seen) -> Result:
+    """Check how many of val's samples, and which share of its stretches, are in train too."""
+    copies = set(train.hashes)
+    samples = sum(sample in copies for sample in val.hashes)
+    share = samples / val.looked_at
+    own = np.concatenate(val.stretches)
+    shared = np.isin(own[_kept(own, train.keep_one_of)], np.concatenate(train.stretches))
+    stretches = float(shared.mean()) if shared.size else 0.0
+    report.numbers["val"] |= {"samples_in_train": samples, "stretches_in_train": stretches}
+    verdicts = _by_copies(share, report), _by_share(stretches, REPEAT_WARNING, REPEAT_FAULT)
+    message = (
+        f"{samples:,} samples ({share:.2%}) and {stretches:.1%} of the stretches of {_STRETCH} "
+        "tokens are in train too"
     )
-    verdicts = {
-        _by_share(again / val.seen, 0.0, val.copy_fault),
-        _by_share(share, REPEAT_WARNING, REPEAT_FAULT),
-    }
-    worst = next(verdict for verdict in ("fault", "warning", "ok") if verdict in verdicts)
-    return [Finding("val", "held out", worst, said)]
+    return "held out", max(verdicts, key=("ok", "warning", "fault").index), message
+
+
+def _by_copies(share: float, report: Report) -> Verdict:
+    # Samples of few tokens are equal by chance.
+    return _by_share(share, 0.0, max(COPY_FAULT, 5 / report.seq_length))
 
 
 def _by_share(share: float, warning: float, fault: float) -> Verdict:
@@ -393,33 +397,8 @@ def _by_share(share: float, warning: float, fault: float) -> Verdict:
     return "warning" if share > warning else "ok"
 
 
-def _runs_of_samples(
-    wanted: int, there: int, seq_length: int, seed: int
-) -> Iterator[tuple[int, int]]:
-    """First sample and number of samples to read at once: all in order, or one of each stratum."""
-    if wanted == there:
-        step = max(1, _BLOCK_TOKENS // seq_length)
-        for first in range(0, there, step):
-            yield first, min(step, there - first)
-        return
-    edges = np.linspace(0, there, wanted + 1).astype(np.int64)
-    rng = np.random.default_rng(seed)
-    for first in rng.integers(edges[:-1], edges[1:]).tolist():
-        yield first, 1
-
-
-def _longest_run(tokens: np.ndarray) -> int:
-    changes = np.flatnonzero(tokens[1:] != tokens[:-1])
-    edges = np.concatenate([[-1], changes, [tokens.size - 1]])
-    return int(np.diff(edges).max())
-
-
-def _hash(row: np.ndarray) -> bytes:
-    return blake2b(np.ascontiguousarray(row).tobytes(), digest_size=16).digest()
-
-
 def _stretches(tokens: np.ndarray, keep_one_of: int) -> np.ndarray:
-    """Hashes of the runs of 64 tokens, at every place, that are not one token all through.
+    """Hashes of the runs of 64 tokens, at every place, that are not one token throughout.
 
     Which are kept depends on their content alone, so a copy elsewhere is kept too.
     """
@@ -445,7 +424,3 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

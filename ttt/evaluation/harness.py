@@ -99,7 +99,7 @@ class HarnessModel(LM):
 
         Where the state grows, texts longer than `max_length` are read window by window.
         """
-        found = []
+        scores = []
         for request in self._with_progress(requests, "rolling log-likelihood"):
             ids = self._tokenizer.encode(request.args[0]).tolist()
             bos = self._tokenizer.bos_token_id
@@ -113,12 +113,12 @@ class HarnessModel(LM):
                     ),
                 )
             pieces = [(np.asarray(a, np.int32), np.asarray(b, np.int32)) for a, b in windows]
-            found.append(sum(score for score, _ in self._score(pieces, greedy=False)))
-        return found
+            scores.append(sum(score for score, _ in self._score(pieces, greedy=False)))
+        return scores
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each up to the first of its stop texts."""
-        found = []
+        texts = []
         for request in self._with_progress(requests, "generate"):
             context, options = request.args
             until = options.get("until") or []
@@ -134,10 +134,10 @@ class HarnessModel(LM):
             state, _ = self._engine.read(self._engine.start(1), [ids])
             eos = self._tokenizer.eos_token_id
             stop = () if eos is None else (eos,)
-            _, written = self._engine.write(state, tokens, sampling, seed=len(found), stop=stop)
+            _, written = self._engine.write(state, tokens, sampling, seed=len(texts), stop=stop)
             said = self._tokenizer.decode(np.asarray(written.tokens[0]))
-            found.append(min((said.split(end)[0] for end in until if end), key=len, default=said))
-        return found
+            texts.append(min((said.split(end)[0] for end in until if end), key=len, default=said))
+        return texts
 
     # ---- what they are made of ----
 
@@ -162,16 +162,16 @@ class HarnessModel(LM):
         cut = len(self._tokenizer.encode(bare))
         return self._with_bos(whole[:cut]), whole[cut:]
 
-    def _shortened(self, ids: np.ndarray, room: int) -> np.ndarray:
-        """The last tokens, so that full attention has room for as many more."""
+    def _shortened(self, ids: np.ndarray, reserved: int) -> np.ndarray:
+        """The last tokens, so that full attention has slots for as many more."""
         if not self._bounded:
             return ids
-        return ids[-max(1, self.max_length - room) :]
+        return ids[-max(1, self.max_length - reserved) :]
 
     def _score(
         self, pieces: Sequence[tuple[np.ndarray, np.ndarray]], *, greedy: bool
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = []
+        results: list[tuple[float, bool]] = []
         batches = in_batches(len(pieces), self._batch_size) if pieces else []
         for rows in self._with_progress(batches, "log-likelihood") if greedy else batches:
             ends = [pieces[row][1] for row in rows]
@@ -182,11 +182,11 @@ class HarnessModel(LM):
             if greedy:
                 longest = max(len(end) for end in ends)
                 said = self._engine.write(state, longest, Sampling(temperature=0.0))[1].tokens
-            found += [
+            results += [
                 (-float(np.sum(nll, dtype=np.float64)), bool(np.array_equal(s[: len(e)], e)))
                 for nll, s, e in zip(scores, said, ends, strict=True)
             ]
-        return found[: len(pieces)]
+        return results[: len(pieces)]
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@
                                           hashes.json      size and SHA-256 of every other file
 
 This is the layout of the published checkpoints, which have neither manifest nor hashes. A folder
-whose name is a number is a whole checkpoint: a save writes beside it, hashes what it wrote, sees it
-on the disk and renames; deletions rename first. What is found broken later is put aside as
-`<step>.broken`.
+whose name is a number is a whole checkpoint: a save writes beside it, hashes the files, waits until
+they are on the disk and renames; deletions rename first. A checkpoint that turns out broken is
+renamed to `<step>.broken`.
 """
 
 import hashlib
@@ -46,11 +46,11 @@ _JSON_FILES = {"train_ds_iter": "global_batch_progress.json", "manifest": "manif
 
 
 class CheckpointError(UserError):
-    """No such run, step or item, or one that does not fit what was asked for."""
+    """No such run, step or item, or one that does not fit the request."""
 
 
 type ShapeDtype = AnyArray | jax.ShapeDtypeStruct
-"""What a target needs to tell."""
+"""A target of a restore: its shape and dtype count."""
 
 
 def run_folder(root: str | Path, exp_folder: str, exp_name: str) -> Path:
@@ -69,7 +69,7 @@ class Checkpoints:
         """
         if keep < 1:
             raise CheckpointError(
-                f"keep_checkpoints={keep} would delete what was just saved: ask for 1 or more"
+                f"keep_checkpoints={keep} would delete what was just saved: set 1 or more"
             )
         self.folder = Path(folder).expanduser().absolute()
         self.keep = keep
@@ -101,16 +101,16 @@ class Checkpoints:
         return self.folder / str(steps[-1] if step == -1 else step)
 
     def newest_good(self) -> int | None:
-        """The newest undamaged step; None: the first process, which decides for all, sees none."""
+        """The newest undamaged step; None if the first process sees no checkpoint."""
         return self.find_good() if distributed.from_first(bool(self.steps())) else None
 
     def find_good(self, step: int = -1) -> int:
         """The newest whole and undamaged step, or `step` if it is that; damage is a loud warning.
 
         Every file is read and compared with `hashes.json`; a checkpoint with neither hashes nor
-        manifest is a published one and taken as it is. Nothing is changed. The first process looks,
+        manifest is a published one and taken as it is. Nothing is changed. The first process looks
         for all: on a shared file system another may see less.
-        Raises CheckpointError if no checkpoint, or not the one asked for, is good.
+        Raises CheckpointError if no checkpoint, or not the requested one, is good.
         """
         return distributed.from_first(distributed.first_does(lambda: self._find_good(step)) or 0)
 
@@ -131,10 +131,8 @@ class Checkpoints:
         )
 
     def put_aside_after(self, step: int) -> None:
-        """Rename the checkpoints of later steps, which `find_good` found broken, to STEP.broken."""
-        if jax.process_index() != 0:
-            return
-        for broken in [later for later in self.steps() if later > step]:
+        """Rename the checkpoints of later steps, broken for `find_good`, to STEP.broken."""
+        for broken in [later for later in self.steps() if later > step and distributed.is_first()]:
             aside = self.folder / f"{broken}.broken"
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(broken)).rename(aside)
@@ -175,7 +173,7 @@ class Checkpoints:
 
         def commit() -> None:
             response.result()
-            if jax.process_index() == 0:
+            if distributed.is_first():
                 for item, text in texts.items():
                     (partial / item).mkdir()
                     (partial / item / _JSON_FILES[item]).write_text(text, encoding="utf-8")
@@ -210,8 +208,8 @@ class Checkpoints:
         return RunError(
             f"the checkpoint of step {step} could not be written to {self.folder}: "
             f"{type(error).__name__}: {error}\n"
-            f"Of those before, {safe}. Make room or mend the disk, then start the same command "
-            "again: it goes on from there."
+            f"Of those before, {safe}. Free space or repair the disk, then start the same command "
+            "again: it continues from there."
         )
 
     def restore(self, step: int, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -234,13 +232,11 @@ class Checkpoints:
         return read_json(self.find(step), "manifest")
 
     def _delete_leftovers(self) -> None:
-        if jax.process_index() == 0:
+        if distributed.is_first():
             for path in [path for glob in _LEFTOVERS for path in self.folder.glob(glob)]:
                 shutil.rmtree(path)
 
     def _delete_old(self) -> None:
-        if jax.process_index() != 0:
-            return
         for step in self.steps()[: -self.keep]:
             if not self.milestone_freq or step % self.milestone_freq:
                 doomed = (self.folder / str(step)).rename(self.folder / f"{step}.deleting")
@@ -340,8 +336,8 @@ def check_mode(step_dir: str | Path, mode: str) -> None:
         what = {"jax": "a network", "token_stats": "counts of tokens", "simulate": "nothing at all"}
         raise CheckpointError(
             f"{step_dir} was made under training.runtime_mode={made} and holds "
-            f"{what.get(made, 'something else')}; {what[mode]} is asked for, and no mode can go on "
-            f"from another's: name a run of training.runtime_mode={mode}, or train this one so "
+            f"{what.get(made, 'something else')}; this run needs {what[mode]}, and no mode "
+            f"continues another's: name a run of training.runtime_mode={mode}, or train one "
             "under another training.exp_name"
         )
 
@@ -356,7 +352,7 @@ class RestoreAccount:
     cast: tuple[str, ...]
     """Restored in another float type; each with both types."""
     unused: tuple[str, ...]
-    """In the checkpoint, and asked for by nobody."""
+    """In the checkpoint, and not in the target."""
     narrowed: tuple[str, ...] = ()
     """Restored in part: the rest was taken away on purpose."""
     moved: tuple[str, ...] = ()
@@ -385,35 +381,30 @@ def account(
     Raises CheckpointError with all faults at once: a parameter that is missing and not allowed to
     be, or one whose shape differs or whose dtype is of another kind, allowed or not.
     """
-    faults = []
-    restored: dict[str, AnyArray] = {}
-    initialised = []
-    for name, wanted in target.items():
+    faults, cast, initialised = [], [], []
+    taken: dict[str, AnyArray] = {}
+    for name, leaf in target.items():
         if (saved := source.get(name)) is not None:
-            restored[name] = saved
-            both_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (wanted, saved))
-            if wanted.shape != saved.shape or (wanted.dtype != saved.dtype and not both_float):
+            both_float = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, saved))
+            if leaf.shape != saved.shape or (leaf.dtype != saved.dtype and not both_float):
                 faults.append(
-                    f"{name}: {_describe(wanted)} wanted, {_describe(saved)} in the checkpoint"
+                    f"{name}: {_describe(leaf)} expected, {_describe(saved)} in the checkpoint"
                 )
+                continue
+            if leaf.dtype != saved.dtype:
+                cast.append(f"{name} ({saved.dtype} to {leaf.dtype})")
+            taken[name] = saved.astype(leaf.dtype, copy=False)
         elif any(matches(glob, name) for glob in may_initialise):
             initialised.append(name)
         else:
-            faults.append(f"{name}: {_describe(wanted)} wanted, none in the checkpoint")
+            faults.append(f"{name}: {_describe(leaf)} expected, none in the checkpoint")
     if faults:
         raise CheckpointError(
             _listed(f"{len(faults)} of {len(target)} parameters cannot be restored", faults)
             + "\nSet the model's sizes as the checkpoint has them, or choose another checkpoint."
         )
-    cast = [
-        f"{name} ({array.dtype} to {target[name].dtype})"
-        for name, array in restored.items()
-        if array.dtype != target[name].dtype
-    ]
     unused = [name for name in source if name not in target]
-    taken = {name: array.astype(target[name].dtype, copy=False) for name, array in restored.items()}
-    lists = (tuple(restored), tuple(initialised), tuple(cast), tuple(unused))
-    return taken, RestoreAccount(*lists)
+    return taken, RestoreAccount(tuple(taken), tuple(initialised), tuple(cast), tuple(unused))
 
 
 @dataclass
@@ -436,11 +427,9 @@ def _item_folder(step_dir: str | Path, item: str) -> Path:
 
 def _savable(tree: PyTree) -> PyTree:
     """Scalars as arrays: Orbax refuses NumPy's, and would give Python's back without a dtype."""
-
-    def array(leaf: Any) -> AnyArray:
-        return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-    tree = jax.tree.map(array, tree)
+    tree = jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree
+    )
     for name, leaf in named_leaves(tree).items():
         # Orbax fails on these too, but half-way through a save.
         if leaf.size == 0 or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSU"):
@@ -451,18 +440,19 @@ def _savable(tree: PyTree) -> PyTree:
 def _restore_item(step_dir: Path, item: str, like: PyTree) -> PyTree:
     path = str(_item_folder(step_dir, item).parent)
     stored = ocp.metadata(path, item).metadata
-    wanted, saved = named_leaves(like), named_leaves(stored)
-    faults = [f"{name}: not in the checkpoint" for name in wanted if name not in saved]
-    faults += [f"{name}: not asked for" for name in saved if name not in wanted]
-    for name in wanted.keys() & saved.keys():
-        ours, theirs = _describe(wanted[name]), _describe(saved[name])
-        if ours != theirs:
-            faults.append(f"{name}: {ours} wanted, {theirs} stored")
+    target = named_leaves(like)
+    ours = {name: _describe(leaf) for name, leaf in target.items()}
+    theirs = {name: _describe(leaf) for name, leaf in named_leaves(stored).items()}
+    faults = [
+        f"{name}: {ours.get(name, 'nothing')} requested, {theirs.get(name, 'nothing')} stored"
+        for name in ours.keys() | theirs.keys()
+        if ours.get(name) != theirs.get(name)
+    ]
     if faults:
-        raise CheckpointError(_listed(f"{item} of {step_dir} is not what was asked for", faults))
-    # Asked for in the stored structure, so that only names have to agree: a NamedTuple is stored as
+        raise CheckpointError(_listed(f"{item} of {step_dir} does not fit the request", faults))
+    # Requested in the stored structure, so that only names have to agree: a NamedTuple is stored as
     # a dict, and trees may differ in where they hold None.
-    abstract = with_leaves(stored, {name: _abstract(leaf) for name, leaf in wanted.items()})
+    abstract = with_leaves(stored, {name: _abstract(leaf) for name, leaf in target.items()})
     return with_leaves(like, named_leaves(ocp.load(path, abstract, checkpointable_name=item)))
 
 

@@ -26,14 +26,14 @@ _MIN_COMPILE_SECONDS = 1.0
 # that a process which ends waits for the others.
 _HEARTBEAT_SECONDS = 40
 _SHUTDOWN_SECONDS = 10
-# What collectives say when the other end is gone: gloo's and NCCL's words, and the coordinator's.
+# Words in the errors of gloo, NCCL and the coordinator when another process is gone.
 _LOST = ("Gloo", "Connection closed", "Connection reset", "NCCL", "UNAVAILABLE", "coordination")
 
 
 def start(backend: BackendConfig) -> None:
     """Start JAX as `backend` says, before any other use of it. A second call is harmless.
 
-    Raises UserError where the platform is not there, or where JAX runs otherwise already.
+    Raises UserError where the platform is missing, or where JAX already runs otherwise.
     """
     if backend.compilation_cache_dir:
         cache = str(Path(backend.compilation_cache_dir).expanduser())
@@ -51,12 +51,12 @@ def start(backend: BackendConfig) -> None:
         _check(platform)
     elif not jax.config.jax_platforms and jax.default_backend() == "cpu" and gpu_is_visible():
         logging.getLogger(__name__).warning(UNUSED_GPU)
-    if not is_first():  # what all have to say, one says
+    if not is_first():  # one process logs for all
         logging.getLogger("ttt").setLevel(logging.WARNING)
 
 
 def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Whether this process logs and writes for all."""
     return jax.process_index() == 0
 
 
@@ -66,17 +66,17 @@ def from_first(number: int) -> int:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Return when every process has called this."""
     from_first(0)
 
 
 def is_loss_of_peer(error: Exception) -> bool:
-    """Whether an error of a computation tells that another process is gone."""
+    """Whether an error of a computation means that another process is gone."""
     return jax.process_count() > 1 and any(word in str(error) for word in _LOST)
 
 
 def first_does[R](action: Callable[[], R]) -> R | None:
-    """Let the first process alone act; a UserError there ends them all with its message."""
+    """Let the first process alone act; its UserError ends all processes."""
     fault: UserError | None = None
     result = None
     if is_first():
@@ -119,7 +119,7 @@ def _join(backend: BackendConfig) -> None:
             address or None,
             backend.num_processes if address else None,
             backend.process_id if address else None,
-            # Under Slurm JAX gives each process the one device of its number, unless told.
+            # Under Slurm JAX gives each process only the device of its number by default.
             [] if _has_the_node() else None,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,

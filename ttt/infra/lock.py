@@ -1,4 +1,4 @@
-"""One run to a folder: locks that the system gives up when their process dies, however it dies."""
+"""One run to a folder: locks that the system releases when their process ends, however it ends."""
 
 import fcntl
 import json
@@ -16,18 +16,18 @@ LOCK_FILE = ".lock"
 
 
 class RunLock:
-    """Holds the folders of a run against a second run, as a context manager.
+    """Keeps a second run out of the folders of a run, as a context manager.
 
     `flock` on a file `.lock` in each folder: it ends with the process, so nothing has to be cleaned
-    up after a crash; the file that stays is empty of meaning. On NFS (version 4, or 3 with lockd)
-    the lock also holds between hosts; on a file system without locks a warning is all there is.
+    up after a crash, and the file itself means nothing. On NFS (version 4, or 3 with lockd) the
+    lock also holds between hosts; on a file system without locks there is only a warning.
     """
 
     def __init__(self, *folders: Path, active: bool = True, named_by: str = "training.exp_name"):
         """Bind to folders; nothing is made.
 
         active: false in all processes of a run but one.
-        named_by: the setting that names the folders, for whoever must choose others.
+        named_by: the setting that names the folders, for the error message.
         """
         self._named_by = named_by
         self._folders = folders if active else ()
@@ -45,13 +45,13 @@ class RunLock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let others in."""
+        """Release all locks."""
         for descriptor in self._held.values():
             os.close(descriptor)
         self._held = {}
 
     def make(self) -> None:
-        """Make and lock the other folders too, and sign all locks.
+        """Make and lock the other folders too, and write this process into all locks.
 
         Raises UserError if another run was faster, or if a folder cannot be written to.
         """
@@ -59,10 +59,15 @@ class RunLock:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise _no_place(folder, error) from error
+                raise _not_writable(folder, error) from error
             self._take(folder)
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         for descriptor in self._held.values():
-            _sign(descriptor)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, owner, 0)
+            except OSError as error:  # only the message of a second run needs it
+                _logger.debug("the lock does not name its owner: %s", error)
 
     def _take(self, folder: Path) -> None:
         path = folder.resolve() / LOCK_FILE
@@ -71,14 +76,14 @@ class RunLock:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise _no_place(folder, error) from error
+            raise _not_writable(folder, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = _holder(descriptor)
+            owner = _owner(descriptor)
             os.close(descriptor)
             raise UserError(
-                f"another run works in {folder} ({holder}), and two would spoil each other's "
+                f"another run works in {folder} ({owner}), and two would spoil each other's "
                 f"record and checkpoints: wait for it, stop it, or choose another {self._named_by}."
             ) from error
         except OSError as error:
@@ -92,8 +97,7 @@ class RunLock:
     def check(self) -> None:
         """Raise a RunError if a folder vanished, or is no longer the one that was locked.
 
-        Where a mount goes away the empty mount point stays, and writing there would fill the wrong
-        disk.
+        An unmounted disk leaves an empty folder, and writing there would fill another disk.
         """
         for path, descriptor in self._held.items():
             try:
@@ -104,11 +108,11 @@ class RunLock:
                 raise RunError(
                     f"{path.parent} vanished or was replaced under the run (is the disk still "
                     "mounted?): nothing was written there. Bring it back and start the same "
-                    "command again; it goes on from the last checkpoint in it."
+                    "command again; it continues from the last checkpoint in it."
                 )
 
 
-def _no_place(folder: Path, error: OSError) -> UserError:
+def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write to {folder} ({error.strerror}), where a run keeps its record or its "
         "checkpoints: make it writable, or set deploy_paths.experiments and "
@@ -116,19 +120,9 @@ def _no_place(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _sign(descriptor: int) -> None:
-    """Say who holds the lock, for the message of those who do not get it."""
-    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+def _owner(descriptor: int) -> str:
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text, 0)
-    except OSError as error:
-        _logger.debug("no name in the lock: %s", error)
-
-
-def _holder(descriptor: int) -> str:
-    try:
-        who = json.loads(os.pread(descriptor, 1000, 0))
-        return f"process {who['pid']} on {who['host']}"
+        owner = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {owner['pid']} on {owner['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "it does not say who it is"
+        return "its process is unknown"

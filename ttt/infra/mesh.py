@@ -257,5 +257,5 @@ class Layout:
         )
 
 
-def _along(spec: PartitionSpec, wanted: str) -> PartitionSpec:
-    return PartitionSpec(*(axis if axis == wanted else None for axis in spec))
+def _along(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    return PartitionSpec(*(name if name == axis else None for name in spec))

@@ -1,6 +1,6 @@
 """The manifest of a plan, and how far the plan is: `<experiments>/<exp_folder>/manifest.json`.
 
-`registry`, `size`, `runtime_mode` and `flags`: what was asked for. `seconds_per_token`: kind of
+`registry`, `size`, `runtime_mode` and `flags`: the request. `seconds_per_token`: kind of
 stage -> median seconds and the runs that it comes from, written once and kept, so that a plan that
 goes on stays the same. `runs`: each with its settings, `command`, `status` (pending, running,
 finished, interrupted, failed) and `gates`. `paths`: which runs make which `path`, by `matching` and
@@ -16,7 +16,7 @@ from ttt.errors import UserError
 from ttt.infra.record import write_whole
 
 NAME = "manifest.json"
-_ELSE = "Choose another --exp-folder for the new plan, or ask for the same as before."
+_ELSE = "Choose another --exp-folder for the new plan, or give the same flags as before."
 MATCHINGS = {
     "tokens": "token-matched",
     "wall_clock": "wall-clock-matched",
@@ -31,16 +31,17 @@ def label(matching: str) -> str:
 
 
 class Gate(NamedTuple):
-    """A condition that a plan puts to a run, and what became of it."""
+    """A condition on a finished run, and its result."""
 
     name: str
     holds: bool | None
-    """None: it does not apply, and `said` has the reason."""
+    """None: it does not apply, for the reason in `said`."""
     said: str
+    """The values behind the result (the name is that of manifests on disk)."""
 
 
 class ManifestError(UserError):
-    """A manifest that is not there, cannot be read, or belongs to another plan."""
+    """A manifest that is missing, cannot be read, or belongs to another plan."""
 
 
 class PlanManifest:
@@ -53,7 +54,7 @@ class PlanManifest:
 
     @classmethod
     def read(cls, folder: Path) -> "PlanManifest":
-        """The manifest of an experiment folder; raises ManifestError if there is none to use."""
+        """The manifest of an experiment folder; raises ManifestError if it cannot be used."""
         path = folder / NAME
         if not path.exists():
             raise ManifestError(f"{path} is missing: a plan writes it (scripts/06_phase1_pilot.py)")
@@ -74,10 +75,10 @@ class PlanManifest:
     def open(
         cls, folder: Path, flags: Mapping[str, Any], head: Mapping[str, Any]
     ) -> "PlanManifest":
-        """The manifest that is there, or a new one, which is not on the disk yet.
+        """The manifest on disk, or a new one, which is not on disk yet.
 
         head: `registry`, `size` and `runtime_mode`.
-        Raises ManifestError if the one that is there was made for other flags.
+        Raises ManifestError if the one on disk was made for other flags.
         """
         if not (folder / NAME).exists():
             empty = {"flags": dict(flags), "seconds_per_token": {}, "runs": [], "paths": []}
@@ -105,12 +106,12 @@ class PlanManifest:
         return {kind: entry["seconds"] for kind, entry in frozen.items()} or None
 
     def freeze(self, seconds_per_token: Mapping[str, Any]) -> None:
-        """Keep what was measured."""
+        """Keep the measured seconds for good."""
         self._content["seconds_per_token"] = dict(seconds_per_token)
         self._write()
 
     def adopt(self, runs: Sequence[Mapping[str, Any]], paths: Sequence[Mapping[str, Any]]) -> None:
-        """Take runs and paths in, in their order; entries that are there stay as they are.
+        """Take runs and paths in, in their order; known entries stay as they are.
 
         Raises ManifestError if a run of the same name was planned with other settings before.
         """
@@ -131,7 +132,7 @@ class PlanManifest:
         return self.runs[name]["status"]
 
     def note(self, name: str, status: str, gates: Sequence[Gate] | None = None) -> None:
-        """Write what became of a run."""
+        """Write a run's status, and its gates if given."""
         entry = next(entry for entry in self._content["runs"] if entry["name"] == name)
         entry["status"] = status
         if gates is not None:

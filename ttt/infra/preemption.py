@@ -1,8 +1,8 @@
-"""A request to stop, as a signal: heard at once, obeyed where the run says it can.
+"""A request to stop, as a signal: received at once, followed where the run can stop.
 
 SIGTERM and SIGUSR1 come from clusters, Ctrl-C (SIGINT) from a terminal. Under submitit its own
 signal (SIGUSR2 unless configured otherwise) counts too: submitit would leave in the middle of a
-step. The run ends it with `Stopped`, and ttt/entry.py hands the signal back to submitit.
+step. The run ends with `Stopped`, and ttt/entry.py hands the signal back to submitit.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any, Self
 _logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What asks any run to stop."""
+"""The signals that ask any run to stop."""
 
 INTERRUPTED = 130
 """Exit code after a second Ctrl-C."""
@@ -25,12 +25,12 @@ class StopRequest:
 
     The main thread may be inside a compilation or a step for minutes, and Python runs its handlers
     only between two instructions of that thread. So a thread of its own reads the signals from a
-    pipe, which the C handler fills at once. Entered outside of the main thread it hears nothing.
+    pipe, which the C handler fills at once. Outside of the main thread it receives nothing.
     """
 
     def __init__(self):
         self.signal_number: int | None = None
-        """What asked first; None: nobody yet."""
+        """The first signal; None: none yet."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -41,7 +41,9 @@ class StopRequest:
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end)
         for number in (*SIGNALS, *_submitit_signal()):
-            self._before[number] = signal.signal(number, lambda number, frame: self._ask(number))
+            self._before[number] = signal.signal(
+                number, lambda number, frame: self._receive(number)
+            )
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -60,7 +62,7 @@ class StopRequest:
 
     @property
     def name(self) -> str:
-        """The signal that asked, as a user knows it."""
+        """The first signal, as a user knows it."""
         if self.signal_number is None:
             return "another process"
         number = signal.Signals(self.signal_number)
@@ -68,22 +70,22 @@ class StopRequest:
 
     def _listen(self) -> None:
         warned = False
-        while got := os.read(self._read_end, 1):
-            number = got[0]
+        while byte := os.read(self._read_end, 1):
+            number = byte[0]
             if number not in self._before:
                 continue
             if warned and number == signal.SIGINT:
                 os._exit(INTERRUPTED)
-            self._ask(number)
+            self._receive(number)
             if not warned:
                 warned = True
                 _logger.warning(
-                    "asked to stop by %s: finishing the step and saving; a second Ctrl-C leaves at "
-                    "once, back to the last checkpoint",
+                    "asked to stop by %s: finishing the step and saving; a second Ctrl-C stops at "
+                    "once and loses the steps since the last checkpoint",
                     self.name,
                 )
 
-    def _ask(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         if self.signal_number is None:
             self.signal_number = number
 

@@ -7,7 +7,7 @@
                                           eval/<name>-<step>.json  its summary
 
 `RunRecord` writes these files and reads one of them at a time; a file that cannot be read is an
-error. `read_run` reads them all, and says which are missing or broken. Nothing else reads them.
+error. `read_run` reads them all, and lists which are missing or broken. Nothing else reads them.
 
 Every line of `metrics.jsonl` has `step` (outer steps done) and metrics of that step: one line of
 its training, with `loss` (nats per token), and another one of an evaluation after it. JSON has no
@@ -67,11 +67,13 @@ class RunRecord:
         """
         self.folder = Path(folder).expanduser().absolute()
         self.active = active
+        self._run_json = self.folder / "run.json"
+        self._metrics_jsonl = self.folder / "metrics.jsonl"
 
     def start(
         self, config: Mapping[str, Any], *, devices: Sequence[str], data: Mapping[str, str]
     ) -> None:
-        """Open a new record, or reopen the one that is there for another attempt.
+        """Open a new record, or reopen an existing one for another attempt.
 
         config: resolved settings, masked here once more.
         devices: kinds of the accelerators, one per device.
@@ -90,7 +92,7 @@ class RunRecord:
         if self._run_json.exists():
             run = self.run()
             for earlier in run["attempts"]:
-                if earlier["status"] == "running":  # killed before it could say so
+                if earlier["status"] == "running":  # killed
                     earlier["status"] = "interrupted"
         machine = {"platform": platform.platform(), "cpus": os.cpu_count()}
         attempt = {
@@ -98,7 +100,8 @@ class RunRecord:
             "finished": None,
             "status": "running",
             "command": masked_arguments(sys.argv),
-            "versions": _versions(),
+            "versions": {"python": platform.python_version()}
+            | {package: _version(package) for package in _PACKAGES},
             "git": _git(),
             "hardware": machine | {"devices": list(devices)},
             "data": dict(data),
@@ -138,7 +141,7 @@ class RunRecord:
             if not isinstance(content.get("training"), dict):
                 raise ValueError("no settings of a training in it")
             return upgraded(content)
-        except Exception as error:  # there is no telling what a broken file makes a parser raise
+        except Exception as error:  # a parser of a broken file may raise anything
             message = " ".join(f"{type(error).__name__}: {error}".split())
             raise RecordError(f"{path} cannot be read ({message}): move the folder away") from error
 
@@ -146,10 +149,9 @@ class RunRecord:
         """Append a step's metrics: numbers, strings or lists of them, NumPy and JAX included."""
         if not self.active:
             return
-        line = json.dumps(_plain({"step": step, **metrics}), allow_nan=False)
-        # Opened each time, so that what is logged is in the file when the call returns.
+        # Opened each time, so that the line is in the file when the call returns.
         with self._metrics_jsonl.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(_line({"step": step, **metrics}))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All logged lines, in order; a last line that a crash cut off is left out."""
@@ -186,11 +188,10 @@ class RunRecord:
         return 0, None
 
     def sync(self) -> None:
-        """Wait until all that was logged is on the disk, where no power failure takes it back."""
-        if not self.active:
-            return
-        with self._metrics_jsonl.open("rb") as file:
-            os.fsync(file.fileno())
+        """Wait until all logged lines are on the disk, safe from a power failure."""
+        if self.active:
+            with self._metrics_jsonl.open("rb") as file:
+                os.fsync(file.fileno())
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps, and a last line that a crash cut off.
@@ -201,8 +202,7 @@ class RunRecord:
         if not self.active:
             return
         kept = [row for row in self.metrics() if row["step"] <= step]
-        lines = [json.dumps(_plain(row), allow_nan=False) + "\n" for row in kept]
-        write_whole(self._metrics_jsonl, "".join(lines))
+        write_whole(self._metrics_jsonl, "".join(map(_line, kept)))
 
     def save_arrays(
         self, name: str, step: int, arrays: Mapping[str, np.ndarray], summary: Mapping[str, Any]
@@ -217,17 +217,9 @@ class RunRecord:
     def last_evaluation(self) -> Path | None:
         """The path of the last final evaluation's summary; its arrays lie beside it."""
         paths = (self.folder / "eval").glob(f"{FINAL_EVALUATION}-*.json")
-        steps = {path: path.stem.removeprefix(f"{FINAL_EVALUATION}-") for path in paths}
-        numbered = [path for path, step in steps.items() if step.isdecimal()]
-        return max(numbered, key=lambda path: int(steps[path]), default=None)
-
-    @property
-    def _run_json(self) -> Path:
-        return self.folder / "run.json"
-
-    @property
-    def _metrics_jsonl(self) -> Path:
-        return self.folder / "metrics.jsonl"
+        steps = {path.stem.removeprefix(f"{FINAL_EVALUATION}-"): path for path in paths}
+        last = max((step for step in steps if step.isdecimal()), key=int, default="")
+        return steps.get(last)
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
         _write_json(self._run_json, {**run, "status": run["attempts"][-1]["status"]})
@@ -235,7 +227,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What the record of a training run holds; what is not there is empty."""
+    """The record of a training run; missing parts are empty."""
 
     folder: Path
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -249,7 +241,7 @@ class StoredRun:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the same, such as `learning_nll` [positions], the sum of −log p over sequences."""
     faults: tuple[str, ...] = ()
-    """Files that should be there and are not, or cannot be read."""
+    """Files that are missing or cannot be read."""
 
     @property
     def status(self) -> str:
@@ -272,7 +264,7 @@ class StoredRun:
         return self.training.get("runtime_mode", "jax")
 
     def noted(self, key: str) -> list[Mapping[str, Any]]:
-        """What the attempts say under `key`, without those that say nothing."""
+        """The attempts' values under `key`, without empty ones."""
         return [attempt[key] for attempt in self.attempts if attempt.get(key)]
 
 
@@ -291,7 +283,7 @@ def read_run(folder: Path) -> StoredRun:
             return load()
         except RecordError as error:
             fault(str(error))
-        except Exception as error:  # there is no telling what a broken file makes a parser raise
+        except Exception as error:  # a parser of a broken file may raise anything
             fault(f"{folder / name} cannot be read: {type(error).__name__}: {error}")
         return empty
 
@@ -337,7 +329,7 @@ def disk_fault(error: OSError) -> str:
 
 
 def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which the text of every secret, told by its name, is replaced by ***.
+    """A copy in which the text of every secret, known by its name, is replaced by ***.
 
     Secret is what is named `…key`, `…token`, `…password` or `…secret…` (not `bos_token_id`).
     """
@@ -356,14 +348,11 @@ def masked_arguments(arguments: Sequence[str]) -> list[str]:
     return [_SECRET_ARGUMENT.sub(rf"\1{_MASK}", argument) for argument in arguments]
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _git() -> dict[str, Any] | str:
@@ -400,6 +389,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
+
+
 def _number(value: Any) -> Any:
     """What `_plain` made of a float, as a float again."""
     if isinstance(value, list):
@@ -427,16 +420,16 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text so that readers and crashes meet the old file or the new one."""
+    """Write a text so that readers, and a crash, find the old file or the new one, never a part."""
     _write(path, lambda file: file.write(text.encode()))
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write beside and rename, so that readers and crashes meet the old file or the new one."""
+    """Write another file and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:
         write(file)
         file.flush()
-        os.fsync(file.fileno())  # or a power failure may leave the new name with nothing in it
+        os.fsync(file.fileno())  # or a power failure may leave an empty file of that name
     beside.replace(path)

@@ -1,4 +1,4 @@
-"""Where metrics go while a run is under way: the run record, and Weights & Biases if asked for."""
+"""Where metrics go during a run: the run record, and Weights & Biases if configured."""
 
 import logging
 import os

@@ -32,7 +32,7 @@ _SMALL_LOSS_BLOCK = 16384
 
 @dataclass(frozen=True)
 class Hardware:
-    """What there is to run on."""
+    """The machine that a run is planned for."""
 
     devices: int
     """All that take part."""
@@ -171,8 +171,8 @@ def _with(config: Config, settings: Mapping[str, Any]) -> Config:
 
 def advice(config: Config, plan: MemoryPlan) -> str:
     """What a user can do about a plan for `config` that does not fit."""
-    if found := remedies(config, plan):
-        listed = [f"  {change}: {gigabytes(other.memory.total)}" for change, other in found]
+    if fitting := remedies(config, plan):
+        listed = [f"  {change}: {gigabytes(other.memory.total)}" for change, other in fitting]
         return "\n".join(["By the same prediction these fit, each by itself:", *listed])
     state = plan.memory.parameters + plan.memory.optimizer + plan.memory.gradients
     return (
@@ -193,7 +193,7 @@ def remedies(config: Config, plan: MemoryPlan) -> list[tuple[str, MemoryPlan]]:
         return list(islice(fitting, 1))
 
     more = (choose(config, replace(plan.hardware, devices=count)) for count in devices)
-    alone = [found for changes in settings for found in first_that_fits(changes)]
+    alone = [fit for changes in settings for fit in first_that_fits(changes)]
     fitting = ((f"{other.hardware.devices} devices", other) for other in more if other.fits)
     alone += islice(fitting, 1)
     return alone or first_that_fits([together])

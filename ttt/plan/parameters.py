@@ -90,13 +90,13 @@ def block_weights(model: ModelConfig, kind: BlockKind) -> dict[str, Weight]:
 def parameters(model: ModelConfig) -> list[Parameter]:
     """All parameters."""
     width, vocab = model.hidden_size, model.vocab_size
-    found = [
+    result = [
         Parameter(f"{_MODEL}.wte.weight", Weight((vocab, width), 0, (None, "data"))),
         Parameter(f"{_MODEL}.ln_f.weight", Weight((width,), 0)),
     ]
     if not model.tie_word_embeddings:
-        found.append(Parameter(HEAD, Weight((width, vocab), 0, ("data", None))))
-    return found + [
+        result.append(Parameter(HEAD, Weight((width, vocab), 0, ("data", None))))
+    return result + [
         Parameter(kind.full_name(name), weight, kind.layers)
         for kind in block_kinds(model)
         for name, weight in block_weights(model, kind).items()

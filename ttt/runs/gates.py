@@ -27,7 +27,7 @@ def finite_loss(record: StoredRun) -> Gate:
     keys = ("loss", "eval_loss", "final_eval_loss")
     losses = [(row["step"], key, row[key]) for row in record.metrics for key in keys if key in row]
     if not losses:
-        return Gate(name, False, "there is no loss in metrics.jsonl")
+        return Gate(name, False, "metrics.jsonl has no loss")
     bad = [
         f"{key} {value} at step {step}"
         for step, key, value in losses
@@ -38,13 +38,20 @@ def finite_loss(record: StoredRun) -> Gate:
     return Gate(name, True, f"all {len(losses)} losses")
 
 
+def _no_start(run: PlannedRun, record: StoredRun) -> str:
+    """Why a run took no parameters from a parent; empty: it did."""
+    if run.parent is None:
+        return "not applicable: the run starts from no other"
+    if record.mode != "jax":
+        return f"not applicable: runtime_mode={record.mode} has no parameters"
+    return ""
+
+
 def restore_account(run: PlannedRun, record: StoredRun) -> Gate:
     """Whether every parameter came from the planned parent, or is new or narrowed on purpose."""
     name = "restore account"
-    if run.parent is None:
-        return Gate(name, None, "not applicable: the run starts from no other")
-    if record.mode != "jax":
-        return Gate(name, None, f"not applicable: runtime_mode={record.mode} has no parameters")
+    if reason := _no_start(run, record):
+        return Gate(name, None, reason)
     accounts = record.noted("restored")
     if not accounts:
         return Gate(name, False, f"the record has no account of what was taken from {run.parent}")
@@ -82,10 +89,8 @@ def warm_start(run: PlannedRun, record: StoredRun) -> Gate:
     loss is nearer to the parent's than to ln V, that of a model which knows nothing.
     """
     name = "warm start"
-    if run.parent is None:
-        return Gate(name, None, "not applicable: the run starts from no other")
-    if record.mode != "jax":
-        return Gate(name, None, f"not applicable: runtime_mode={record.mode} has no such loss")
+    if reason := _no_start(run, record):
+        return Gate(name, None, reason)
     starts = record.noted("start")
     if not starts:
         return Gate(name, False, "the record has no loss from before the first step")
@@ -94,8 +99,8 @@ def warm_start(run: PlannedRun, record: StoredRun) -> Gate:
     narrowed = any(account.get("narrowed") for account in record.noted("restored")[:1])
     if warm is None or parent is None:
         if start.get("preserving"):
-            return Gate(name, False, f"the start is to keep the function, but no loss tells: {why}")
-        return Gate(name, None, f"not applicable: {why or 'there is no loss of the parent'}")
+            return Gate(name, False, f"the start must keep the function, but has no losses: {why}")
+        return Gate(name, None, f"not applicable: {why or 'the parent has no loss'}")
     distance = abs(warm - parent)
     losses = f"loss {warm:.5f}, of the parent {parent:.5f}"
     if start.get("preserving"):

@@ -6,6 +6,7 @@ in seconds of training steps, each stage at its own measured seconds per token.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -58,37 +59,25 @@ def pretrain_steps(
     return steps
 
 
-def step_seconds_per_token(rows: Iterable[Mapping[str, Any]], tokens_per_step: int) -> list[float]:
-    """Seconds per token of each measured step among the lines of a `metrics.jsonl`.
+def seconds_per_token(
+    runs: Iterable[tuple[str, str, int, Iterable[Mapping[str, Any]]]],
+) -> dict[str, dict[str, Any]]:
+    """Kind of stage -> median `seconds` per token over all steps of its runs, `from` which.
 
-    Of the step itself, without waiting for data; lines of evaluations have none.
+    runs: of each its kind, name, tokens per step and lines of `metrics.jsonl`. The time of a step
+    is that of the step itself, without waiting for data; lines of evaluations have none.
+    Raises RunError for a kind without a timed step.
     """
-    seconds = [row["step_seconds"] for row in rows if "step_seconds" in row and "loss" in row]
-    return [value / tokens_per_step for value in seconds[WARM_UP_ROWS:]]
-
-
-def check_measurable(steps_of_runs: Mapping[str, int]) -> None:
-    """Raise UserError for runs that end before they could be timed, so before they are run.
-
-    steps_of_runs: name -> steps.
-    """
-    for name, steps in steps_of_runs.items():
-        if steps <= WARM_UP_ROWS:
-            raise UserError(
-                f"{name} has {steps} steps: wall-clock matching times the steps after the first "
-                f"{WARM_UP_ROWS} of each stage; give it more, or leave wall_clock out of --matching"
-            )
-
-
-def pooled(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, Any]]:
-    """Kind -> the median seconds per token over all steps of all its runs, and which runs.
-
-    measured: kind -> run -> seconds per token of its steps. Raises RunError for a kind without.
-    """
-    frozen = {}
-    for kind, runs in measured.items():
-        steps = [value for values in runs.values() for value in values]
-        if not steps:
-            raise RunError(f"{kind}: the records of {', '.join(runs)} hold no timed step")
-        frozen[kind] = {"seconds": median(steps), "from": sorted(runs), "steps": len(steps)}
-    return frozen
+    steps: dict[str, list[float]] = defaultdict(list)
+    names: dict[str, list[str]] = defaultdict(list)
+    for kind, name, tokens_per_step, rows in runs:
+        seconds = [row["step_seconds"] for row in rows if "step_seconds" in row and "loss" in row]
+        steps[kind] += [value / tokens_per_step for value in seconds[WARM_UP_ROWS:]]
+        names[kind].append(name)
+    for kind, values in steps.items():
+        if not values:
+            raise RunError(f"{kind}: the records of {', '.join(names[kind])} hold no timed step")
+    return {
+        kind: {"seconds": median(values), "from": sorted(names[kind]), "steps": len(values)}
+        for kind, values in steps.items()
+    }

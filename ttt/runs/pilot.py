@@ -1,7 +1,7 @@
-"""The ladder in a short budget: what script 06 is given, checked, shown and executed."""
+"""The ladder in a short budget: what script 06 asks for, checked and shown, and its data."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt.dataloader import text, token_store
-from ttt.entry import UNUSED_GPU, cuda_extra, gpu_is_visible
-from ttt.runs import compose, matching, registry, request
-from ttt.runs.execute import TRAIN, Execution
-from ttt.runs.plan import Plan, PlannedRun, PlanRequest, build
-
-
-@dataclass(frozen=True)
-class Flags:
-    """The flags of script 06; None: as the registry's pilot of the size has it."""
-
-    size: str = "tiny"
-    exp_folder: str = "phase1_pilot"
-    paths: str | None = None
-    seeds: str | None = None
-    matching: str | None = None
-    pretrain_steps: int | None = None
-    adapt_steps: int | None = None
-    ext_steps: int | None = None
-    seq_length: int | None = None
-    ext_seq_length: int | None = None
-    global_batch_size: int | None = None
-    data_root: str | None = None
-    dclm_root: str | None = None
-    books_root: str | None = None
-    bootstrap_token_data: bool = False
-    runtime_mode: str = "jax"
-    dummy_dataset: bool = False
-    checkpoint_root: str | None = None
-    exp_dir: str | None = None
-    override: list[str] = field(default_factory=list)
-    skip_existing: bool = False
-    dry_run: bool = False
+from ttt.errors import UserError
+from ttt.runs import registry, settings
+from ttt.runs.matching import WARM_UP_ROWS
+from ttt.runs.plan import Plan, PlannedRun, PlanRequest, build, config_of
 
 
 @dataclass(frozen=True)
 class PreparedPilot:
     """A pilot that is ready to run."""
 
-    flags: Flags
+    flags: Mapping[str, Any]
+    """Of script 06, as it parsed them."""
     request: PlanRequest
     matchings: tuple[str, ...]
     recorded: dict[str, Any]
@@ -57,74 +30,52 @@ class PreparedPilot:
     experiments: str
     """The root of the run records."""
 
+    @property
+    def folder(self) -> Path:
+        """`<experiments>/<exp_folder>`."""
+        return Path(self.experiments).expanduser().absolute() / self.flags["exp_folder"]
 
-def prepare(flags: Flags) -> PreparedPilot:
-    """Check everything that can be checked before the first run; raises UserError."""
+
+def prepare(flags: Mapping[str, Any]) -> PreparedPilot:
+    """Check everything that can be checked before the first run; raises UserError.
+
+    flags: of script 06; a flag that is missing or None is as the registry's pilot has it.
+        `size`, `exp_folder` and `runtime_mode` must be there.
+    """
     book = registry.load()
-    size = book.size(flags.size)
-    given = {
-        "paths": request.names(flags.paths, "--paths"),
-        "seeds": request.seeds(flags.seeds),
-        "matchings": request.matchings(flags.matching, flags.runtime_mode),
-        "pretrain_steps": flags.pretrain_steps,
-        "adapt_steps": flags.adapt_steps,
-        "extension_steps": flags.ext_steps,
-        "seq_length": flags.seq_length,
-        "extension_length": flags.ext_seq_length,
-        "global_batch_size": flags.global_batch_size,
-    }
-    pilot = size.pilot(given)
+    size = book.size(flags["size"])
+    mode = flags["runtime_mode"]
+    pilot = size.pilot(
+        {
+            "paths": settings.names(flags.get("paths"), "--paths"),
+            "seeds": settings.seeds(flags.get("seeds")),
+            "matchings": settings.matchings(flags.get("matching"), mode),
+            **{name: flags.get(name) for name in registry.BUDGET},
+        }
+    )
     for path in pilot.paths:
         book.path(path)
-    common = request.settings(
-        exp_folder=flags.exp_folder,
-        checkpoint_root=flags.checkpoint_root,
-        exp_dir=flags.exp_dir,
-        runtime_mode=flags.runtime_mode,
-        dummy_dataset=flags.dummy_dataset,
-        overrides=[*pilot.overrides, *flags.override],
-    )
-    data = request.data_settings(
-        size, data_root=flags.data_root, dclm=flags.dclm_root, books=flags.books_root
-    )
-    wanted = PlanRequest(book, size, pilot.paths, pilot.seeds, pilot.budget, (*common, *data))
-    known = tuple(how for how in pilot.matchings if how != "wall_clock")
-    plan = build(wanted, known, compose.facts)
-    matchings = known if flags.runtime_mode != "jax" else pilot.matchings  # else nothing is timed
+    common = settings.of_flags(flags, size, pilot.overrides)
+    request = PlanRequest(book, size, pilot.paths, pilot.seeds, pilot.budget, common)
+    planned = tuple(how for how in pilot.matchings if how != "wall_clock")
+    plan = build(request, planned)
+    matchings = pilot.matchings if mode == "jax" else planned  # other modes have no times
     if "wall_clock" in matchings:
-        matching.check_measurable({run.name: run.steps for run in plan.runs})
+        for run in plan.runs:
+            if run.steps <= WARM_UP_ROWS:
+                raise UserError(
+                    f"{run.name} has {run.steps} steps: wall-clock matching times the steps after "
+                    f"the first {WARM_UP_ROWS} of each stage; give it more, or leave wall_clock "
+                    "out of --matching"
+                )
     recorded = {
         **{key: list(value) for key, value in asdict(pilot).items() if key != "budget"},
         **asdict(pilot.budget),
         "matchings": list(matchings),
-        "settings": list(wanted.settings),
+        "settings": list(common),
     }
-    places = compose.config_of(plan.runs[0]).deploy_paths
-    return PreparedPilot(flags, wanted, matchings, recorded, plan, places.experiments)
-
-
-def run(prepared: PreparedPilot, console: Console, train: Sequence[str] = TRAIN) -> None:
-    """Run all that is left to do; raises RunError at the first failure (see `Execution.run`)."""
-    flags = prepared.flags
-    if flags.runtime_mode == "jax" and gpu_is_visible() and cuda_extra() is None:
-        console.print(f"warning: {UNUSED_GPU}", soft_wrap=True, style="bold", markup=False)
-    if flags.bootstrap_token_data:
-        bootstrap(prepared.plan, console)
-    check_data(prepared.plan)
-    Execution(
-        request=prepared.request,
-        matchings=prepared.matchings,
-        folder=Path(prepared.experiments).expanduser().absolute() / flags.exp_folder,
-        flags=prepared.recorded,
-        head={
-            "registry": "warmstart_registry",
-            "size": flags.size,
-            "runtime_mode": flags.runtime_mode,
-        },
-        skip_existing=flags.skip_existing,
-        console=console,
-        train=train,
-    ).run()
+    experiments = config_of(plan.runs[0]).deploy_paths.experiments
+    return PreparedPilot(flags, request, matchings, recorded, plan, experiments)
 
 
 def show(prepared: PreparedPilot, console: Console) -> None:
@@ -137,35 +88,34 @@ def show(prepared: PreparedPilot, console: Console) -> None:
         numbers = (f"{run.steps:,}", f"{run.tokens:,}", f"{run.seq_length:,}")
         table.add_row(run.name, run.parent or "", *numbers)
     console.print(table)
-    tokens: dict[str, int] = {run.name: run.tokens for run in plan.runs}
+    tokens = {run.name: run.tokens for run in plan.runs}
+    lines = []
     for path in plan.paths:
         total = sum(tokens[name] for name in path.runs)
-        line = f"{path.path} ({path.matching}, seed {path.seed}): {total:,} tokens"
-        console.print(line, soft_wrap=True, highlight=False)
+        lines.append(f"{path.path} ({path.matching}, seed {path.seed}): {total:,} tokens")
     if "wall_clock" in prepared.matchings:
-        console.print(
+        lines.append(
             "The wall-clock-matched runs follow when the token-matched ones have shown what a "
-            "token of each stage costs.",
-            soft_wrap=True,
+            "token of each stage costs."
         )
-    for run in plan.runs:
-        console.print(run.command_here, soft_wrap=True, highlight=False, markup=False)
+    lines += [run.command_here for run in plan.runs]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
 # ---- data --------------------------------------------------------------------------------
 
 
 def check_data(plan: Plan) -> None:
-    """Raise UserError for a token store that a run will not find; `train` makes the built-in."""
+    """Raise UserError for a missing token store; the built-in one is made by `train`."""
     for name, (root, run) in _stores(plan).items():
-        training = compose.config_of(run).training
+        training = config_of(run).training
         if name != "builtin" or Path(root).exists():
             for split in (training.data_split, training.eval_split):
                 token_store.open_split(root, split, remedy=token_store.remedy(name, root))
 
 
 def bootstrap(plan: Plan, console: Console) -> None:
-    """Make the token stores that are missing: the built-in text, or random ids, said so."""
+    """Make the token stores that are missing: the built-in text, or random ids with a warning."""
     for name, (root, run) in _stores(plan).items():
         if Path(root).exists():
             continue
@@ -174,7 +124,7 @@ def bootstrap(plan: Plan, console: Console) -> None:
             text.ensure_builtin(root)
             continue
         longest = max(one.seq_length for one in plan.runs)
-        vocab_size = compose.config_of(run).model.vocab_size
+        vocab_size = config_of(run).model.vocab_size
         console.print(
             f"RANDOM TOKENS: {root} did not exist and is filled with random ids below "
             f"{vocab_size}. Losses from it say nothing; it is for trying the plan out.",
@@ -190,7 +140,7 @@ def _stores(plan: Plan) -> Mapping[str, tuple[str, PlannedRun]]:
     """Dataset -> its root, and a run that reads it."""
     stores = {}
     for run in {run.experiment: run for run in plan.runs}.values():  # seeds read the same
-        config = compose.config_of(run)
+        config = config_of(run)
         name = config.training.dataset_name
         if not config.training.dummy_dataset:
             stores.setdefault(name, (config.deploy_paths.data[name], run))

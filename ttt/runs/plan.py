@@ -1,42 +1,33 @@
 """From registry, size and budget to runs in order of dependency.
 
-What a run amounts to (steps, tokens) is asked of the composed experiment, never computed a second
+How long a run is (steps, tokens) comes from the composed experiment and is never computed a second
 time here; budgets reach it through the keys of `size`, from which the experiments' own rules derive
 everything else.
 """
 
+import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from itertools import product
 
+from omegaconf import DictConfig, OmegaConf
+
+from ttt.config import compose, resolve
 from ttt.entry import cuda_extra
 from ttt.errors import UserError
 from ttt.figures import short
-from ttt.runs import matching
-from ttt.runs.matching import Cost
+from ttt.knobs import Config, TrainingConfig
+from ttt.runs.matching import Cost, pretrain_steps
 from ttt.runs.registry import Budget, LadderPath, Registry, Size, Stage
-
-
-class Facts(NamedTuple):
-    """What a composed experiment says of its run."""
-
-    steps: int
-    seq_length: int
-    global_batch_size: int
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Over all sequences of a step."""
-        return self.seq_length * self.global_batch_size
-
 
 _OTHER_ORDER = 1000
 """Between the data seeds of pretraining and adaptation, which read one corpus at one length: with
 the same seed the adaptation would read pretraining's first batches once more."""
-
-FactsOf = Callable[[str, tuple[str, ...]], Facts]
-"""(experiment, overrides) -> facts."""
+# What differs between runs of one stage: nothing in the configs follows from it.
+_OWN = re.compile(r"(training\.(?:exp_name|resume_exp_name|model_seed|data_seed))=(.*)")
 
 
 @dataclass(frozen=True)
@@ -117,10 +108,7 @@ class PlanRequest:
 
 
 def build(
-    request: PlanRequest,
-    matchings: Sequence[str],
-    facts_of: FactsOf,
-    per_token: Mapping[str, float] | None = None,
+    request: PlanRequest, matchings: Sequence[str], per_token: Mapping[str, float] | None = None
 ) -> Plan:
     """The plan of these matchings; `wall_clock` needs `per_token`, in seconds by kind.
 
@@ -128,78 +116,67 @@ def build(
     """
     runs: dict[str, PlannedRun] = {}
     paths = []
+    reference = request.registry.reference
     for how in matchings:
-        reference = request.registry.reference
-        first = () if how == "own" or reference in request.paths else (reference,)
-        for seed in request.seeds:
-            for name in (*first, *request.paths):
-                path = request.registry.path(name)
-                steps = _matched_steps(request, path, how, facts_of, per_token)
-                chain = _chain(request, path, steps, seed, facts_of)
-                for run in chain:
-                    if runs.setdefault(run.name, run) != run:
-                        raise UserError(
-                            f"{run.name}: two runs of the plan would have this name with different "
-                            "settings; give contexts or budgets that tell them apart"
-                        )
-                paths.append(PathRuns(name, how, seed, tuple(run.name for run in chain)))
+        added = () if how == "own" or reference in request.paths else (reference,)
+        for seed, name in product(request.seeds, (*added, *request.paths)):
+            path = request.registry.path(name)
+            steps = _matched_steps(request, path, how, per_token)
+            chain = _chain(request, path, steps, seed)
+            for run in chain:
+                if runs.setdefault(run.name, run) != run:
+                    raise UserError(
+                        f"{run.name}: two runs of the plan would have this name with different "
+                        "settings; give contexts or budgets that differ in the names"
+                    )
+            paths.append(PathRuns(name, how, seed, tuple(run.name for run in chain)))
     return Plan(tuple(runs.values()), tuple(paths))
 
 
 def _matched_steps(
-    request: PlanRequest,
-    path: LadderPath,
-    how: str,
-    facts_of: FactsOf,
-    per_token: Mapping[str, float] | None,
+    request: PlanRequest, path: LadderPath, how: str, per_token: Mapping[str, float] | None
 ) -> int | None:
     """Steps of the path's pretraining that match it to the reference; None: the budget's."""
     reference = request.registry.path(request.registry.reference)
     if how == "own" or path.name == reference.name:
         return None
-    costs, costs_of_reference = (
-        [_cost(request, stage, facts_of) for stage in one.stages] for one in (path, reference)
-    )
-    steps = matching.pretrain_steps(
-        path.name, costs, costs_of_reference, per_token if how == "wall_clock" else None
-    )
+    costs, target = ([_cost(request, stage) for stage in one.stages] for one in (path, reference))
+    steps = pretrain_steps(path.name, costs, target, per_token if how == "wall_clock" else None)
     return None if steps == costs[0].steps else steps
 
 
-def _cost(request: PlanRequest, stage: Stage, facts_of: FactsOf) -> Cost:
-    facts = facts_of(stage.experiment(request.size), _budgeted(request, stage, None))
-    return Cost(stage.kind, facts.steps, facts.tokens_per_step)
+def _cost(request: PlanRequest, stage: Stage) -> Cost:
+    training = training_of(stage.experiment(request.size), _budgeted(request, stage, None))
+    tokens = training.seq_length * training.global_batch_size
+    return Cost(stage.kind, training.total_steps, tokens)
 
 
 def _chain(
-    request: PlanRequest,
-    path: LadderPath,
-    pretrain_steps: int | None,
-    seed: int | None,
-    facts_of: FactsOf,
+    request: PlanRequest, path: LadderPath, pretrain_steps: int | None, seed: int | None
 ) -> list[PlannedRun]:
     """The runs of one path. pretrain_steps: of the first, where they are not the budget's."""
     chain: list[PlannedRun] = []
-    for stage, stage_before in zip(path.stages, (None, *path.stages), strict=False):
+    for stage in path.stages:
         parent = chain[-1] if chain else None
         experiment = stage.experiment(request.size)
         overrides = _budgeted(request, stage, None if parent else pretrain_steps)
-        facts = facts_of(experiment, overrides)
-        if parent is None and pretrain_steps not in (None, facts.steps):
+        training = training_of(experiment, overrides)
+        if parent is None and pretrain_steps not in (None, training.total_steps):
             raise UserError(
-                f"{experiment}: has {facts.steps} steps where the plan needs {pretrain_steps}; "
-                "leave training.total_steps to the plan, and change the budget instead"
+                f"{experiment}: has {training.total_steps} steps where the plan needs "
+                f"{pretrain_steps}; leave training.total_steps to the plan, and change the budget "
+                "instead"
             )
-        name = stage.run_name(request.size.name, short(facts.seq_length))
+        name = stage.run_name(request.size.name, short(training.seq_length))
         if pretrain_steps is not None:
             name += f"-{'after' if parent else 'steps'}{pretrain_steps}"
         if seed is not None:
             name += f"-seed{seed}"
             data_seed = seed + _OTHER_ORDER if stage.stage == "adapt" else seed
             overrides += (f"training.model_seed={seed}", f"training.data_seed={data_seed}")
-        if name != _leaf(experiment):
+        if name != _own_name(experiment):
             overrides += (f"training.exp_name={name}",)
-        if parent and stage_before and parent.name != _leaf(stage_before.experiment(request.size)):
+        if parent and parent.name != _own_name(parent.experiment):
             overrides += (f"training.resume_exp_name={parent.name}",)
         chain.append(
             PlannedRun(
@@ -211,14 +188,16 @@ def _chain(
                 parent=parent.name if parent else None,
                 parent_method=parent.method if parent else None,
                 seed=seed,
+                steps=training.total_steps,
+                seq_length=training.seq_length,
+                global_batch_size=training.global_batch_size,
                 overrides=overrides,
-                **facts._asdict(),
             )
         )
     return chain
 
 
-def _leaf(experiment: str) -> str:
+def _own_name(experiment: str) -> str:
     """The name that an experiment's run has unless the plan gives it another."""
     return experiment.rpartition("/")[2]
 
@@ -240,3 +219,50 @@ def _budgeted(request: PlanRequest, stage: Stage, pretrain_steps: int | None) ->
         settings["training.seq_length"] = budget.extension_length
     own = tuple(f"{key}={value}" for key, value in settings.items() if value is not None)
     return (*request.settings, *own)
+
+
+# ---- what the configs say ----------------------------------------------------------------
+
+
+@cache
+def _composed(arguments: tuple[str, ...]) -> DictConfig:
+    return compose(arguments)
+
+
+@cache
+def training_of(experiment: str, overrides: tuple[str, ...]) -> TrainingConfig:
+    """Steps and shapes of a run; raises UserError where its configuration is faulty."""
+    return resolve(_composed((f"+experiment={experiment}", *overrides))).training
+
+
+@cache
+def config_of(run: PlannedRun) -> Config:
+    """All settings of a planned run."""
+    own = [match.groups() for text in run.arguments if (match := _OWN.fullmatch(text))]
+    cfg = deepcopy(_composed(tuple(t for t in run.arguments if not _OWN.fullmatch(t))))
+    for key, text in own:
+        OmegaConf.update(cfg, key, int(text) if key.endswith("seed") else text)
+    return resolve(cfg)
+
+
+# ---- for a shell -------------------------------------------------------------------------
+
+
+def commands(request: PlanRequest, matching: str) -> Iterator[str]:
+    """The plan as lines in order of dependency; what is not a command is a comment."""
+    plan = build(request, [matching])
+    yield f"# {request.size.name}: {len(plan.runs)} runs, each after the one that it starts from"
+    for path in plan.paths:
+        matched = "" if matching == "own" else f", matched by {matching}"
+        seed = "" if path.seed is None else f", seed {path.seed}"
+        yield f"# {path.path}{matched}{seed}: {request.registry.path(path.path).title}"
+        yield f"#   {' -> '.join(path.runs)}"
+    for number, run in enumerate(plan.runs, 1):
+        yield ""
+        paths = dict.fromkeys(path.path for path in plan.paths if run.name in path.runs)
+        start = f", from {run.parent}" if run.parent else ""
+        yield (
+            f"# {number}. {', '.join(paths)}: {run.steps:,} steps, {run.tokens:,} tokens at "
+            f"{run.seq_length:,}{start}"
+        )
+        yield run.command_here

@@ -6,7 +6,7 @@ stages follow from its entry, and their experiments from the stages (ttt/experim
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from ttt import experiment_rules as rules
 from ttt.config import choices, config_dir, experiments
 from ttt.errors import UserError
-
-MATCHINGS = ("own", "tokens", "wall_clock")
-"""What makes two paths comparable: nothing (every experiment's own steps), equally many trained
-tokens, or equally many seconds of training steps."""
+from ttt.infra.plan_manifest import MATCHINGS
 
 _SHARE = r"-([1-9]\d?)pct$"  # the end of a path's name: the percent of its adaptation
 _FOLDERS = {"pretrain": "pretrain", "adapt": "adapt", "extend": "extension"}
 _PREFIXES = {"pretrain": "pretrain", "adapt": "adapt", "extend": "ext"}
-
-
-class RegistryError(UserError):
-    """A registry that cannot be used; all its faults."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,10 @@ class Budget:
     """Sequences of pretraining; the extension's batch follows from it."""
     window: int | None = None
     chunk: int | None = None
+
+
+BUDGET = tuple(field.name for field in fields(Budget))
+_LISTS = ("paths", "seeds", "matchings", "overrides")
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ class Size:
             node = OmegaConf.create({**self.pilot_rules, **stated})
             values: Any = OmegaConf.to_container(node, resolve=True)
         except OmegaConfBaseException as error:
-            raise RegistryError(f"sizes.{self.name}.pilot: {error}; correct it") from error
-        numbers = {name: values[name] for name in _BUDGET}
+            raise UserError(f"sizes.{self.name}.pilot: {error}; correct it") from error
+        numbers = {name: values[name] for name in BUDGET}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}={value}: must be a whole number from 1; change it")
@@ -123,8 +120,8 @@ class Registry:
     """All of it."""
 
     reference: str
-    paths: Mapping[str, Mapping[str, Any]]
-    """As they are written, each with the default adaptation; see `path`."""
+    entries: Mapping[str, Mapping[str, Any]]
+    """The paths as they are written, by name."""
     sizes: Mapping[str, Size]
 
     def size(self, name: str) -> Size:
@@ -132,11 +129,29 @@ class Registry:
         return self.sizes[one_of(name, self.sizes, "size")]
 
     def path(self, name: str) -> LadderPath:
-        """By name, shares such as `P1-5pct` included, or a UserError that lists them."""
+        """By name, with a share such as `P1-5pct` or without, or a UserError that lists them."""
         match = re.fullmatch(rf"(.+){_SHARE}", name)
-        if match and self.paths.get(match[1], {}).get("adapt"):
-            return _path(name, self.paths[match[1]], int(match[2]))
-        return _path(name, self.paths[one_of(name, self.paths, "path")], rules.DEFAULT_SHARE)
+        if match and self.entries.get(match[1], {}).get("adapt"):
+            entry, percent = self.entries[match[1]], int(match[2])
+        else:
+            entry = self.entries[one_of(name, self.entries, "path")]
+            percent = rules.DEFAULT_SHARE
+        method, title, adapts = entry["method"], entry["title"], entry.get("adapt")
+        parent, suffix = entry.get("parent", method), rules.share_suffix(percent)
+        stages = [Stage("pretrain", parent, f"pretrain-{parent}")]
+        if adapts:
+            share, origin = percent / rules.DEFAULT_SHARE, f"-from-{parent}{suffix}"
+            stages.append(Stage("adapt", method, f"adapt-{method}", origin, share))
+        kind, origin = f"extend-{method}", "" if parent == method else f"-from-{parent}"
+        if origin and method == rules.LEARNER:  # with MLPs of full width, as the parent's
+            kind += "-full"
+            origin += f"-bridge{suffix}" if adapts else "-direct"
+        stages.append(Stage("extend", method, kind, origin))
+        if suffix:
+            title += (
+                f", with {percent} % of the pretraining's steps instead of {rules.DEFAULT_SHARE} %"
+            )
+        return LadderPath(name, title, tuple(stages))
 
 
 def one_of(name: str, names: Iterable[str], what: str) -> str:
@@ -149,58 +164,27 @@ def one_of(name: str, names: Iterable[str], what: str) -> str:
 def load(path: Path | None = None) -> Registry:
     """Read and check the registry at `path`, that of the configs by default.
 
-    Raises RegistryError with every unknown key, missing key and path without experiments.
+    Raises UserError with every unknown key, missing key and path without experiments.
     """
     path = path or config_dir() / "research" / "warmstart_registry.yaml"
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, OmegaConfBaseException, ValueError) as error:
-        raise RegistryError(f"{path}: cannot be read ({error}); repair it") from error
-    faults = list(_faults(content))
-    if not faults:
-        sizes = {name: _size(name, each, content) for name, each in content["sizes"].items()}
+        raise UserError(f"{path}: cannot be read ({error}); repair it") from error
+    if not (faults := list(_faults(content))):
+        sizes = {}
+        for name, entry in content["sizes"].items():
+            own = rules.pretraining_context(config_dir(), name)
+            contexts = {"adapt": own, "extend": entry["extension"]}
+            sizes[name] = Size(name, contexts, content["pilot"] | entry.get("pilot", {}))
         registry = Registry(content["reference"], content["paths"], sizes)
-        faults = list(_missing_experiments(registry))
-        if not faults:
+        if not (faults := list(_missing_experiments(registry))):
             return registry
     listed = "\n".join(f"  {number}. {fault}" for number, fault in enumerate(faults, 1))
-    raise RegistryError(f"{path}:\n{listed}")
-
-
-def _path(name: str, entry: Mapping[str, Any], percent: int) -> LadderPath:
-    """The path of an entry, with an adaptation of so many percent of the pretraining's steps."""
-    method, title = entry["method"], entry["title"]
-    parent = entry.get("parent", method)
-    suffix = rules.share_suffix(percent)
-    stages = [Stage("pretrain", parent, f"pretrain-{parent}")]
-    if entry.get("adapt"):
-        share = percent / rules.DEFAULT_SHARE
-        origin = f"-from-{parent}{suffix}"
-        stages.append(Stage("adapt", method, f"adapt-{method}", origin, share))
-    kind, origin = f"extend-{method}", ""
-    if parent != method:
-        origin = f"-from-{parent}"
-        if method == rules.LEARNER:  # with MLPs of full width, as the parent's
-            kind += "-full"
-            origin += f"-bridge{suffix}" if entry.get("adapt") else "-direct"
-    stages.append(Stage("extend", method, kind, origin))
-    if suffix:
-        title += (
-            f", with {percent} % of the pretraining's steps in place of {rules.DEFAULT_SHARE} %"
-        )
-    return LadderPath(name, title, tuple(stages))
-
-
-def _size(name: str, entry: Mapping[str, Any], content: Mapping[str, Any]) -> Size:
-    own = rules.pretraining_context(config_dir(), name)
-    contexts = {"adapt": own, "extend": entry["extension"]}
-    return Size(name, contexts, content["pilot"] | entry.get("pilot", {}))
+    raise UserError(f"{path}:\n{listed}")
 
 
 # ---- what must hold ----------------------------------------------------------------------
-
-_LISTS = ("paths", "seeds", "matchings", "overrides")
-_BUDGET = tuple(field.name for field in fields(Budget))
 
 
 def _faults(content: Any) -> Iterator[str]:
@@ -212,46 +196,41 @@ def _faults(content: Any) -> Iterator[str]:
     paths = content["paths"]
     for name, entry in paths.items():
         yield from _keys(f"paths.{name}", entry, ("title", "method"), "parent", "adapt")
-    if content["reference"] not in paths:
-        yield _dangling("reference", content["reference"], paths)
+    yield from _unknown("reference", [content["reference"]], paths)
+    yield from _unknown("sizes", content["sizes"], choices("model"))
+    yield from _keys("pilot", content["pilot"], (*_LISTS, *BUDGET))
     pilots = {"pilot": content["pilot"]}
-    yield from _keys("pilot", content["pilot"], (*_LISTS, *_BUDGET))
-    sizes = choices("model")
     for name, entry in content["sizes"].items():
-        if name not in sizes:
-            yield _dangling("sizes", name, sizes)
         yield from _keys(f"sizes.{name}", entry, ("extension",), "pilot")
         if isinstance(entry, dict) and "pilot" in entry:
             pilots[f"sizes.{name}.pilot"] = entry["pilot"]
-            yield from _keys(f"sizes.{name}.pilot", entry["pilot"], (), *_LISTS, *_BUDGET)
+            yield from _keys(f"sizes.{name}.pilot", entry["pilot"], (), *_LISTS, *BUDGET)
     for where, pilot in pilots.items():
-        for key, names in {"paths": paths, "matchings": MATCHINGS}.items():
-            for name in pilot.get(key, ()) if isinstance(pilot, dict) else ():
-                if re.sub(_SHARE, "", str(name)) not in names:
-                    yield _dangling(f"{where}.{key}", name, names)
+        if isinstance(pilot, dict):
+            named = (re.sub(_SHARE, "", str(path)) for path in pilot.get("paths", ()))
+            yield from _unknown(f"{where}.paths", named, paths)
+            yield from _unknown(f"{where}.matchings", pilot.get("matchings", ()), MATCHINGS)
 
 
 def _missing_experiments(registry: Registry) -> Iterator[str]:
-    """Paths that no experiments make up, each with the first that is missing."""
+    """Paths that lack an experiment, each with the first that is missing."""
     known = experiments()
-    for path in map(registry.path, registry.paths):
+    for path in map(registry.path, registry.entries):
         needed = (s.experiment(size) for size in registry.sizes.values() for s in path.stages)
         if missing := next((name for name in needed if name not in known), None):
             close = difflib.get_close_matches(missing, known, n=1)
             yield (
                 f"paths.{path.name}: needs the experiment {missing}, which no file or rule makes; "
-                f"correct its method, parent or adapt (there is {', '.join(close)})"
+                f"correct its method, parent or adapt (close to it: {', '.join(close)})"
             )
 
 
-def _keys(where: str, entry: Any, needed: tuple[str, ...], *others: str) -> Iterator[str]:
+def _keys(where: str, entry: Any, needed: Sequence[str], *others: str) -> Iterator[str]:
     known = (*needed, *others)
     if not isinstance(entry, dict):
         yield f"{where}={entry}: must be keys with values; write {{{known[0]}: …}}"
         return
-    for key in needed:
-        if key not in entry:
-            yield f"{where}: lacks {key}; add it"
+    yield from (f"{where}: lacks {key}; add it" for key in needed if key not in entry)
     for key in entry:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
@@ -259,5 +238,7 @@ def _keys(where: str, entry: Any, needed: tuple[str, ...], *others: str) -> Iter
             yield f"{where}.{key}: no such key; remove it{hint}"
 
 
-def _dangling(where: str, name: Any, names: Iterable[str]) -> str:
-    return f"{where}={name}: must be one of {', '.join(names)}; choose one, or add it"
+def _unknown(where: str, names: Iterable[str], known: Collection[str]) -> Iterator[str]:
+    for name in names:
+        if name not in known:
+            yield f"{where}={name}: must be one of {', '.join(known)}; choose one, or add it"

@@ -79,20 +79,19 @@ def test_muon_trains_every_matrix_of_a_block_by_itself_and_adamw_all_else(model)
     rng = np.random.default_rng(0)
     steps = [{name: rng.normal(size=x.shape) for name, x in names.items()} for _ in range(3)]
 
-    def follow(start: MetaModel, gradients: list) -> MetaModel:
-        optimizer = make_optimizer(MUON)
-        state = optimizer.init(start)
-        with jax.numpy_dtype_promotion("standard"):
-            for gradient in gradients:
-                updates, state = optimizer.update(gradient, state, start)
-                start = optax.apply_updates(start, updates)
-        return start
+    optimizer = make_optimizer(MUON)
 
-    as_models = [
-        tree.with_leaves(start, {name: jnp.float32(x) for name, x in step.items()})
-        for step in steps
-    ]
-    ours = tree.named_leaves(jax.jit(follow)(start, as_models))
+    @jax.jit
+    def step_of(model, state, gradient):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradient, state, model)
+            return optax.apply_updates(model, updates), state
+
+    trained, state = start, optimizer.init(start)
+    for step in steps:
+        gradient = tree.with_leaves(start, {name: jnp.float32(x) for name, x in step.items()})
+        trained, state = step_of(trained, state, gradient)
+    ours = tree.named_leaves(trained)
 
     clipped = [oracle.clip_by_global_norm(step, MUON.clip_gradient) for step in steps]
     matrices = {p.name for p in parameters(model) if p.in_muon}

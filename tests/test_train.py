@@ -316,6 +316,7 @@ def test_a_decay_branch_of_a_stable_run_is_the_straight_run_even_if_killed(confi
         (["schedule=cosine"], [], r"trained with schedule=cosine, which has no stable part"),
         ([], ["training.optimizer_outer.lr_decay_start=5"], r"lr_decay_start=5 .* at least 6"),
         ([], ["training.optimizer_outer.lr=1e-2"], r"optimizer_outer.lr: 0.003 -> 0.01"),
+        ([], ["training.ilr_warmup_steps=7"], r"training.ilr_warmup_steps: 0 -> 7"),
         (
             [],
             ["training.seq_length=32", "training.global_batch_size=2", "training.data_seed=1"],
@@ -335,6 +336,17 @@ def test_a_branch_that_would_not_go_on_as_its_parent_is_refused(configure, paren
     with pytest.raises(UserError, match=f"(?s){message}"):
         train.run(configure(*simulated, whole, *longer, *BRANCH, *branch))
     assert not record_of(configure(*BRANCH)).folder.exists()
+
+
+def test_a_branch_may_be_of_another_length_whose_warm_ups_are_over_too(configure):
+    simulated = [*WSD, "training.runtime_mode=simulate"]
+    stable = ["training.optimizer_outer.lr_decay_start=6", "training.ilr_warmup_steps=3"]
+    train.run(configure(*simulated, *stable, "training.exp_name=stable"))
+    longer = ["training.total_steps=8", "training.optimizer_outer.lr_decay_steps=8"]
+    warm = ["training.optimizer_outer.lr_warmup_steps=4", "training.ilr_warmup_steps=5"]
+    branch = configure(*simulated, *stable, *longer, *warm, *BRANCH)
+    train.run(branch)
+    assert record_of(branch).run()["status"] == "finished"
 
 
 def test_all_of_a_run_that_is_at_its_end_already_is_refused(configure):

@@ -160,10 +160,10 @@ def mark(axes: Any, tokens: int, text: str) -> None:
     )
 
 
-def legend_below(figure: Any, axes: Any) -> None:
-    """One legend for all panels, that of `axes`."""
+def legend_below(figure: Any, axes: Any, columns: int = 4) -> None:
+    """One legend for all panels, that of `axes`, in so many columns at most."""
     handles, labels = axes.get_legend_handles_labels()
-    look: dict[str, Any] = {"ncols": min(4, len(labels)), "frameon": False, "fontsize": 8}
+    look: dict[str, Any] = {"ncols": min(columns, len(labels)), "frameon": False, "fontsize": 8}
     figure.legend(handles, labels, loc="outside lower center", **look)
 
 

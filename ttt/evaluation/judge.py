@@ -59,7 +59,7 @@ class CountJudge:
             ) from error
         training = replace(run.training, count_model_tokens=COUNTED)
         self._config = replace(config, model=run.config, training=training)
-        self.name = f"a count of token pairs in {self._source.name}"
+        self.name = f"token pairs of {resources.held_out_name(own)}"
 
     @cached_property
     def _counts(self) -> CountModel:

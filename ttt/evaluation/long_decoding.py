@@ -206,18 +206,16 @@ class LongDecoding(AbstractSuite):
             "interval": "95 %, bootstrap over sequences",
         }
 
-    def _curves(self, rows: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
-        """(label, look, rows) of each text: by each run, mode and penalty, and the held-out one."""
+    def _curves(self, rows: pd.DataFrame) -> list[tuple[str, str, dict[str, Any], pd.DataFrame]]:
+        """(whose, penalty, look, rows) of each text: those written, and the held-out one."""
         written, true = rows[rows.text != TRUE], rows[rows.text == TRUE]  # failed rows have none
         curves = []
         for reader, penalty in product(self.readers, self._penalties):
-            none = penalty == 1
-            label = f"{reader.label}, {'no penalty' if none else f'penalty {penalty:g}'}"
-            look = reader.style | ({"alpha": 0.55, "lw": 1.0} if none else {})
             own = reader.own(written[written.repetition_penalty == penalty])
-            curves.append((label, look, own))
+            look = reader.style | ({"alpha": 0.55, "lw": 1.0} if penalty == 1 else {})
+            curves.append((reader.label, "none" if penalty == 1 else f"{penalty:g}", look, own))
         look = figures.style(0) | {"color": "0.5", "marker": "x", "lw": 1.2}
-        return [curve for curve in [*curves, ("held-out text", look, true)] if len(curve[2])]
+        return [curve for curve in [*curves, ("held-out text", "-", look, true)] if len(curve[3])]
 
     def table(self, rows: pd.DataFrame) -> Table:
         """Log-loss of both halves, and repetition."""
@@ -230,12 +228,14 @@ class LongDecoding(AbstractSuite):
             ("longest_repeat", "decoded"): "longest repeat",
         }
         columns: dict[str, list[str]] = defaultdict(list)
-        for label, _, own in self._curves(rows):
+        for label, penalty, _, own in self._curves(rows):
             known = own.dropna(subset="value").set_index(["measure", "half"]).value.to_dict()
             columns["text"].append(label)
+            columns["penalty"].append(penalty)
             for key, name in wanted.items():
                 columns[name].append(f"{known[key]:.3f}" if key in known else "failed")
-        return printed(f"long decoding: log-loss by {self._judge.name}, and repetition", columns)
+        title = f"long decoding: log-loss by {self._judge.name}, and repetition"
+        return printed(title, columns, names=2)
 
     def draw(self, rows: pd.DataFrame, folder: Path, title: str) -> list[Path]:
         """`long_decoding.png`: log-loss over position, read and written."""
@@ -244,10 +244,11 @@ class LongDecoding(AbstractSuite):
             return []
         figure, [[axes]] = figures.grid(1, 1, (7, 4.4))
         curves = self._curves(good)
-        for label, look, own in curves:
-            if own is not curves[-1][2]:  # what was read is the same for all: the last one shows it
+        for label, penalty, look, own in curves:
+            if own is not curves[-1][3]:  # what was read is the same for all: the last one shows it
                 own = own[own.half == "decoded"]
             middle = (own.position_from + own.position_to) / 2
+            label += f", penalty {penalty}" if penalty != "-" else ""
             plot(axes, middle, own, band=0.1, label=label, **look)
         axes.axvline(self._settings.prefill, color="0.6", lw=1, ls=":")
         look = {"xycoords": ("data", "axes fraction"), "va": "top", "color": "0.4", "fontsize": 8}
@@ -256,8 +257,8 @@ class LongDecoding(AbstractSuite):
         figures.tidy(axes)
         axes.set_xlim(0, self._context)
         axes.set_xlabel("token position")
-        axes.set_ylabel(f"log-loss ({self._judge.unit}), by {self._judge.name}")
-        figures.legend_below(figure, axes)
+        axes.set_ylabel(f"log-loss by {self._judge.name}\n({self._judge.unit})")
+        figures.legend_below(figure, axes, columns=2)  # long names
         figures.finish(figure, folder / "long_decoding.png", title)
         return [folder / "long_decoding.png"]
 

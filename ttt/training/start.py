@@ -182,7 +182,8 @@ def check_branch(
 
     step_folder, manifest: of the parent's checkpoint. data: split -> fingerprint.
     """
-    was = upgraded(manifest["config"])["training"]["optimizer_outer"]
+    trained = upgraded(manifest["config"])["training"]
+    was = trained["optimizer_outer"]
     training, step = config.training, int(step_folder.name)
     own = training.optimizer_outer
     if was["schedule"] != "wsd":
@@ -204,8 +205,11 @@ def check_branch(
             f"from step {step} begins in the stable part of its own schedule too; set them to at "
             f"most and at least {step}"
         )
+    own_settings = list(_OWN_OF_BRANCH)
+    if max(trained["ilr_warmup_steps"], training.ilr_warmup_steps) <= step:  # both are over
+        own_settings.append("training.ilr_warmup_steps")
     changed = changed_settings(manifest, config, data)
-    changed = {k: v for k, v in changed.items() if not any(matches(g, k) for g in _OWN_OF_BRANCH)}
+    changed = {k: v for k, v in changed.items() if not any(matches(g, k) for g in own_settings)}
     if changed and not training.allow_config_change:
         raise UserError(
             f"{step_folder} was trained with other settings, and a branch goes on as its parent "

@@ -91,7 +91,7 @@ def faults(changes, name=E2E):
         ({"model.bos_token_id": 2048}, ["bos_token_id=2048", "vocab_size=2048"]),
         ({"model.eos_token_id": -1}, ["eos_token_id=-1", "not be negative"]),
         ({"training.optimizer_outer.lr": 0}, ["lr=0", "above 0"]),
-        ({"training.optimizer_outer.end_lr": 1}, ["end_lr=1.0", "lr=0.003"]),
+        ({"training.optimizer_outer.end_lr": 1}, ["end_lr=1.0", "lr=0.012"]),
         ({"training.optimizer_outer.lr": float("nan")}, ["finite number"]),
         ({"training.optimizer_outer.b2": 1.0}, ["b2=1.0", "[0, 1)"]),
         ({"training.optimizer_outer.lr_warmup_steps": 5000}, ["lr_warmup_steps=5000", "warm-up"]),
@@ -312,7 +312,7 @@ def test_extension_batch_holds_twice_the_tokens_and_never_nothing():
 def test_the_record_is_json_and_holds_no_secret():
     record = to_dict(resolve(changed({"training.wandb_key": "hush-hush"})))
     assert "hush" not in json.dumps(record)
-    assert record["training"]["optimizer_outer"]["lr"] == 3e-3
+    assert record["training"]["optimizer_outer"]["lr"] == 12e-3
     assert record["training"]["spec_outer"] == ["**"]
     stores = {"dclm_filter_8k", "books3", "builtin", "builtin_bpe"}
     assert record["deploy_paths"]["data"].keys() == stores
@@ -342,7 +342,7 @@ def test_differences_are_those_that_change_the_numbers():
     assert differences(before, after) == {
         "model.qk_norm": (True, False),
         "training.data_seed": (0, 1),
-        "training.optimizer_outer.lr": (3e-3, 2e-3),
+        "training.optimizer_outer.lr": (12e-3, 2e-3),
     }
 
 

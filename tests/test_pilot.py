@@ -1,13 +1,20 @@
 """The ladder for real: script 06 trains with the command `train`, script 05 reads what it left."""
 
 import json
+import sysconfig
+from pathlib import Path
 
 import pytest
+
+from ttt.dataloader import builtin
 
 
 @pytest.mark.slow
 def test_a_pilot_trains_is_reported_and_is_not_trained_again(run_script, tmp_path, monkeypatch):
     monkeypatch.delenv("TTT_EXPERIMENTS", raising=False)
+    library = Path(sysconfig.get_path("stdlib")) / "asyncio"
+    few = {f"python/{path.name}": path for path in library.glob("*.py")}
+    monkeypatch.setattr(builtin, "_modules", lambda: few)
     root, pilot = tmp_path / "experiments", "06_phase1_pilot.py"
     flags = {
         "exp-dir": root,
@@ -29,7 +36,7 @@ def test_a_pilot_trains_is_reported_and_is_not_trained_again(run_script, tmp_pat
     assert code == 0, said.out + said.err
     assert f"report: {root / 'counts' / 'report' / 'report.md'}" in said.out
     assert (root / "counts" / "report" / "report.json").is_file()
-    assert (tmp_path / "data" / "builtin").is_dir()
+    assert (tmp_path / "data" / "builtin_bpe").is_dir()
 
     monkeypatch.setenv("TTT_EXPERIMENTS", str(root))
     code, said = run_script("05_phase1_report.py", "--format", "json")

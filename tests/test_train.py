@@ -26,6 +26,8 @@ from ttt.plan.memory_plan import choose
 SMALL = [
     "data=bytes",
     "training.sample_tokens=0",
+    "size.pretrain_lr=3e-3",
+    "training.optimizer_outer.optimizer_type=adamw",
     "size.intermediate_size=32",
     "size.window=24",
     "size.chunk=16",

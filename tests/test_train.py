@@ -247,7 +247,7 @@ def test_a_parent_of_another_width_is_an_error_with_path_and_shapes(configure):
     )
     with pytest.raises(UserError) as refusal:
         train.run(child)
-    assert "blocks.feed_forward.w1.weight: float32[2, 16, 48] wanted" in str(refusal.value)
+    assert "blocks.feed_forward.w1.weight: float32[2, 16, 48] expected" in str(refusal.value)
     assert "float32[2, 16, 32] in the checkpoint" in str(refusal.value)
     assert not record_of(child).folder.exists()
 

@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimisations take a third of the suite's time, and small programs run well without them.
-# The golden losses and gradients are checked with them too (tests/test_golden.py).
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# LLVM's further optimisations take a fifth of the suite's time, and small programs run well
+# without. The golden losses and gradients are checked with them too (tests/test_golden.py).
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import jax
 import pytest

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = [
     "data=bytes",
     "training.sample_tokens=0",
+    "model.remat_prefix=attention",
     "+experiment=tiny/pretrain/pretrain-tiny-e2e",
     "size.intermediate_size=32",
     "size.window=24",

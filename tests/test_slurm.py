@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 LIMIT_SECONDS = 1200
 CACHE = [f"backend.compilation_cache_dir={jax.config.jax_compilation_cache_dir}"]
 TINY = [
+    "+experiment=tiny/pretrain/pretrain-tiny-e2e",
     "data=bytes",
     "training.sample_tokens=0",
-    "+experiment=tiny/pretrain/pretrain-tiny-e2e",
     "backend.platform=cpu",
     *CACHE,
     "size.intermediate_size=32",

@@ -39,6 +39,7 @@ TINY = f"""
 size.intermediate_size=32 size.window=24 size.chunk=16
 model.hidden_size=16 model.intermediate_size=32 model.num_hidden_layers=2
 model.suffix_len=1 model.num_attention_heads=2
+data=bytes training.sample_tokens=0
 training.dataset_name=text training.seq_length=64 training.global_batch_size=4
 training.eval_batch_size=2 training.eval_batches=20 training.eval_every_steps={EVAL_EVERY}
 training.save_every_steps={SAVE_EVERY}

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from rich.console import Console
 
 from ttt import mixers
@@ -97,7 +98,7 @@ def train_network(config: Config) -> None:
             if training.sample_tokens and jax.process_count() == 1:
                 show_sample(run, state.model)
     if distributed.is_first():
-        show_next(config)
+        show_next()
 
 
 def train_light(config: Config) -> None:
@@ -280,9 +281,9 @@ def show_sample(run: TrainingRun, model: MetaModel) -> None:
     write_whole(path, sample.text + "\n")
 
 
-def show_next(config: Config) -> None:
+def show_next() -> None:
     """Print the commands that a user may want next, as far as the command line tells them."""
-    if not HydraConfig.initialized():
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
         return
     settings = shlex.join(word for word in masked_arguments(sys.argv[1:]) if "=" in word)
     lines = [

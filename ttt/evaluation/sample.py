@@ -15,7 +15,8 @@ from ttt.inference.sampling import Sampling
 from ttt.knobs import Config
 from ttt.model.transformer import MetaModel
 
-SAMPLING = Sampling(temperature=0.7, top_p=0.95)
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+LINES = 12
 MOST_SEARCHED = 64_000_000
 """Training tokens, from the first, in which lines are looked up."""
 _BLOCK = 1 << 20
@@ -49,7 +50,8 @@ def write_sample(config: Config, model: MetaModel) -> Sample:
     state, _ = engine.read(engine.start(1), [prompt])
     end = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
     _, written = engine.write(state, tokens, SAMPLING, stop=end)
-    lines = tokenizer.decode(written.tokens[0]).splitlines()[1:-1]  # the first and last are parts
+    # The first line is the rest of one that was read, the last may not be complete.
+    lines = tokenizer.decode(written.tokens[0]).splitlines()[1:-1][:LINES]
     train = token_store.open_split(root, training.data_split)
     known, counted = known_lines(lines, train, tokenizer)
     return Sample(len(prompt), "\n".join(lines), counted, known)

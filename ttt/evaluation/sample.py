@@ -15,7 +15,7 @@ from ttt.inference.sampling import Sampling
 from ttt.knobs import Config
 from ttt.model.transformer import MetaModel
 
-SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+SAMPLING = Sampling(temperature=0.9, top_p=0.95)
 LINES = 12
 MOST_SEARCHED = 64_000_000
 """Training tokens, from the first, in which lines are looked up."""

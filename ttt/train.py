@@ -4,6 +4,7 @@ The order matters: everything that a user can have got wrong is found before the
 """
 
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from ttt.evaluation import result
 from ttt.evaluation.loss_by_position import LearningComparison, PositionLoss
 from ttt.evaluation.result import Row
 from ttt.evaluation.sample import write_sample
+from ttt.figures import short
 from ttt.infra import distributed
 from ttt.infra.mesh import check_divides
 from ttt.infra.progress import Progress
@@ -98,7 +100,7 @@ def train_network(config: Config) -> None:
             if training.sample_tokens and jax.process_count() == 1:
                 show_sample(run, state.model)
     if distributed.is_first():
-        show_next()
+        show_next(training.seq_length)
 
 
 def train_light(config: Config) -> None:
@@ -281,8 +283,11 @@ def show_sample(run: TrainingRun, model: MetaModel) -> None:
     write_whole(path, sample.text + "\n")
 
 
-def show_next() -> None:
-    """Print the commands that a user may want next, as far as the command line tells them."""
+def show_next(length: int) -> None:
+    """Print the commands that a user may want next, as far as the command line tells them.
+
+    length: tokens of the run's sequences.
+    """
     if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
         return
     settings = shlex.join(word for word in masked_arguments(sys.argv[1:]) if "=" in word)
@@ -291,9 +296,12 @@ def show_next() -> None:
         f"uv run evaluate {settings}   # loss by context, needles, long decoding",
     ]
     experiment = HydraConfig.get().runtime.choices.get("experiment") or ""
-    extension = experiment.replace("pretrain", "extension", 1).replace("pretrain-", "ext-", 1)
-    if longer := [name for name in experiments() if name.startswith(f"{extension}-")]:
-        lines.append(f"uv run train +experiment={min(longer, key=len)}   # on to longer contexts")
+    extension = experiment.replace("/pretrain/pretrain-", "/extension/ext-")
+    longer = re.compile(rf"{re.escape(extension)}-(\d+)K")
+    contexts = [1024 * int(match[1]) for name in experiments() if (match := longer.fullmatch(name))]
+    if further := [context for context in contexts if context > length]:
+        name = f"{extension}-{short(min(further))}"
+        lines.append(f"uv run train +experiment={name}   # on to longer contexts")
     Console(highlight=False, markup=False).print("next:", *lines, sep="\n  ", soft_wrap=True)
 
 

@@ -166,10 +166,11 @@ def test_two_nodes_train_and_a_time_limit_only_interrupts_them(tmp_path, slurm):
     assert training_steps(short) == list(range(1, 21))
     assert len(short.run()["attempts"][0]["hardware"]["devices"]) == 2
 
-    # Long enough to meet its limit: Slurm looks every 30 s for jobs whose signal is due.
-    steps = int(32 / min(row["step_seconds"] for row in short.metrics() if "loss" in row))
+    # Steps that wait, so that the run meets its limit without work for the machine: Slurm looks
+    # every 30 s for jobs whose signal is due.
+    steps, slow = 120, slurm | {"PYTHONPATH": str(Path(__file__).parent / "slow_steps")}
     run = (*two, "training.exp_name=long", f"training.total_steps={steps}")
-    with start(tmp_path, *run, environment=slurm) as process:
+    with start(tmp_path, *run, environment=slow) as process:
         try:
             wait(process, lambda: len(long.metrics()) >= 3)
             # Starting takes how long it takes; from here on a minute or two are left, and the

@@ -11,6 +11,7 @@ from test_train import (  # noqa: F401 - fixtures
     losses_of,
     record_of,
     store,
+    train_until_killed,
     weights_of,
 )
 
@@ -21,7 +22,6 @@ from ttt.dataloader import lm_dataset, token_store
 from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.infra.checkpoint import Checkpoints
-from ttt.infra.record import RunRecord
 from ttt.model import trained
 from ttt.report import frame
 from ttt.training import light, step
@@ -223,17 +223,7 @@ def test_a_killed_count_goes_on_bit_for_bit(configure, monkeypatch):  # noqa: F8
     straight = configure(COUNTS, "training.exp_name=straight")
     train.run(straight)
     killed = configure(COUNTS, "training.exp_name=killed")
-    log = RunRecord.log
-
-    def die_at_five(record, step, **metrics):
-        if step == 5:
-            raise KeyboardInterrupt
-        log(record, step, **metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunRecord, "log", die_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(killed)
+    train_until_killed(killed, monkeypatch, step=5)
     assert record_of(killed).run()["status"] == "interrupted"
     train.run(killed)
     assert losses_of(killed) == losses_of(straight)

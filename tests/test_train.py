@@ -95,6 +95,21 @@ def losses_of(config) -> list[float]:
     return [row["loss"] for row in record_of(config).metrics() if "loss" in row]
 
 
+def train_until_killed(config, monkeypatch, step):
+    """Train until the record of a step would be written."""
+    log = RunRecord.log
+
+    def die(record, number, **metrics):
+        if number == step:
+            raise KeyboardInterrupt
+        log(record, number, **metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "log", die)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config)
+
+
 def test_a_run_learns_and_leaves_a_whole_record(configure):
     config = configure(
         "training.total_steps=40",
@@ -162,17 +177,7 @@ def test_a_killed_run_goes_on_bit_for_bit(configure, monkeypatch):
     train.run(straight)
 
     killed = configure("training.exp_name=killed")
-    log = RunRecord.log
-
-    def die_at_five(record, step, **metrics):
-        if step == 5:
-            raise KeyboardInterrupt
-        log(record, step, **metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunRecord, "log", die_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(killed)
+    train_until_killed(killed, monkeypatch, step=5)
     assert record_of(killed).run()["status"] == "interrupted"
     train.run(killed)
     assert losses_of(killed) == losses_of(straight)
@@ -294,17 +299,7 @@ def test_a_decay_branch_of_a_stable_run_is_the_straight_run_even_if_killed(confi
     assert losses_of(straight)[5] != losses_of(stable)[5]
 
     branch = configure(*decayed, *BRANCH, "training.resume_step=3", "training.save_every_steps=1")
-    log = RunRecord.log
-
-    def die_at_five(record, step, **metrics):
-        if step == 5:
-            raise KeyboardInterrupt
-        log(record, step, **metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunRecord, "log", die_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(branch)
+    train_until_killed(branch, monkeypatch, step=5)
     train.run(branch)
     assert record_of(branch).run()["attempts"][1]["restored"]["from"].endswith("branch/4")
     assert losses_of(branch) == losses_of(straight)[3:]

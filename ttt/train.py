@@ -97,7 +97,7 @@ def train_network(config: Config) -> None:
                 speed=partial(speed, config),
             )
             evaluate(run, state, evaluator, window, learning=learns(training))
-            if training.sample_tokens and jax.process_count() == 1:
+            if training.sample_tokens and not training.dummy_dataset and jax.process_count() == 1:
                 show_sample(run, state.model)
     if distributed.is_first():
         show_next(training.seq_length)

@@ -251,9 +251,9 @@ class HeldOut:
 
         It ends at the stretch before it in the split, whose document is known by then.
         """
-        found = np.zeros_like(self.starts)
+        beginnings = np.zeros_like(self.starts)
         if isinstance(self.source, RandomTokens):
-            return found
+            return beginnings
         before, document = -1, 0
         for i in np.argsort(self.starts):
             start = int(self.starts[i])
@@ -263,8 +263,8 @@ class HeldOut:
                 document = place
             elif least > before + 1:
                 document = least
-            found[i], before = document, start
-        return found
+            beginnings[i], before = document, start
+        return beginnings
 
 
 def _read(

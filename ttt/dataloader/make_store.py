@@ -67,10 +67,13 @@ def make_store(
             "leave it out."
         )
     vocab_size, bos_token = vocab_size or text.BPE_VOCAB_SIZE, options.get("bos_token")
-    if dry_run:
-        tokenizer = None if name == "bpe" else text.load_tokenizer(name, bos_token)
-        text.check_readable(corpus, tokenizer)
-    else:
+    if name == "bpe" and bos_token:
+        raise UserError(f"A new tokenizer has its own BOS: leave out {bos_token!r}.")
+    if name != "bpe":
+        text.load_tokenizer(name, bos_token)  # a fault of it comes before those of the files
+    if name != "bytes":
+        text.check_readable(corpus)
+    if not dry_run:
         with text.tokenizer_for(name, corpus, vocab_size, bos_token) as tokenizer:
             text.write_corpus(root, corpus, tokenizer, **bounds, on_progress=on_progress)
     return f"{corpus.source}, from {corpus.size / 1e6:.1f} MB of text"

@@ -151,9 +151,6 @@ def tokenizer_for(
     if name != "bpe":
         yield load_tokenizer(name, bos_token)
         return
-    if bos_token:
-        raise UserError(f"A new tokenizer has its own BOS: leave out {bos_token!r}.")
-    check_readable(corpus)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / TOKENIZER_FILE
         train_bpe(corpus, vocab_size).save(str(file))
@@ -249,13 +246,13 @@ def _corpus(source: str, paths: set[Path], seed: int, val_share: float) -> Corpu
     return Corpus(source, {"train": ordered[held_out:], "val": ordered[:held_out]})
 
 
-def check_readable(corpus: Corpus, tokenizer: AbstractTokenizer | None = None) -> None:
-    """Raise `UserError` that names every file `tokenizer` cannot take, before hours of work.
+def check_readable(corpus: Corpus) -> None:
+    """Raise `UserError` that names every file that is not UTF-8, before hours of work.
 
-    tokenizer: None stands for one that takes UTF-8.
+    Tokenizers other than bytes take UTF-8 alone.
     """
     bad = []
-    for path in () if isinstance(tokenizer, ByteTokenizer) else corpus.paths:
+    for path in corpus.paths:
         try:
             path.read_bytes().decode()
         except UnicodeDecodeError:
@@ -281,11 +278,9 @@ def write_corpus(
     Holds some 8 MB of text at a time, or the largest document. `train_tokens` and `val_tokens` are
     upper bounds, None for everything. `on_progress` gets documents.
 
-    Raises `UserError`, leaving nothing behind, if `root` exists or a file is not what `tokenizer`
-    takes.
+    Leaves nothing behind where it raises: `UserError` if `root` exists, `UnicodeDecodeError` at a
+    file that `tokenizer` cannot take (`check_readable` names them all before).
     """
-    token_store.refuse_existing(root)
-    check_readable(corpus, tokenizer)
     attributes: dict[str, Any] = {
         "source": corpus.source,
         "tokenizer": "bytes",

@@ -206,6 +206,7 @@ def test_files_that_are_no_utf8_are_all_named_and_nothing_is_made(tmp_path, note
         ("random", {"tokenizer": "bytes"}, "tokenizer: not for source random"),
         ("builtin", {"text": ["{notes}/**"]}, "text: not for source builtin"),
         ("text", {"text": ["{notes}/**"], "vocab_size": 300}, "the tokenizer bytes has its own"),
+        ("text", {"text": ["{notes}/**"], "tokenizer": "bpe", "vocab_size": 9}, "alone are 258"),
         ("text", {"text": ["{notes}/**"], "tokenizer": "bpe", "bos_token": "<s>"}, "its own BOS"),
         ("random", {"val_tokens": 0}, "val_tokens=0 must be at least 1"),
         ("random", {"vocab_size": 1 << 32}, "vocab_size=4294967296 must be at most 2147483648"),

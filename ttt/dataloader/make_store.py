@@ -66,6 +66,10 @@ def make_store(
             f"vocab_size={vocab_size}: the tokenizer {name} has its own; give tokenizer bpe, or "
             "leave it out."
         )
+    if vocab_size and vocab_size < text.ByteTokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size={vocab_size}: 256 bytes, BOS and EOS alone are 258 ids; raise it."
+        )
     vocab_size, bos_token = vocab_size or text.BPE_VOCAB_SIZE, options.get("bos_token")
     if name == "bpe" and bos_token:
         raise UserError(f"A new tokenizer has its own BOS: leave out {bos_token!r}.")

@@ -30,6 +30,7 @@ MODEL = ModelConfig(
     prime=True,
     feed_forward_prime="swiglu",
     rope_theta=10000.0,
+    rope_scaling=(),
     rms_norm_eps=1e-6,
     # Large enough for the softmax and the inner gradient to be far from uniform and from zero.
     initializer_range=0.3,

@@ -103,10 +103,21 @@ def swiglu(x: Node, w1: Node, w2: Node, w3: Node) -> Node:
     return (silu(x @ w1) * (x @ w3)) @ w2
 
 
-def rotate(x: Node, positions: np.ndarray, theta: float) -> Node:
-    """Turn the pair (2i, 2i+1) of x [t, H, K] by the angle position · theta^(-2i/K)."""
+def rotate(x: Node, positions: np.ndarray, model: Mapping) -> Node:
+    """Turn the pair (2i, 2i+1) of x [t, H, K] by position times its frequency, theta^(-2i/K).
+
+    With Llama 3's scaling, turns longer than the original positions / low are `factor` times
+    slower, those shorter than positions / high stay, and between them both are blended.
+    """
     width = x.value.shape[-1]
-    angle = positions[:, None, None] * theta ** (-np.arange(0, width, 2) / width)
+    frequency = model["rope_theta"] ** (-np.arange(0, width, 2) / width)
+    if scaling := model.get("rope_scaling"):
+        factor, low, high, positions_then = scaling
+        for i, f in enumerate(frequency):
+            turns = positions_then * f / (2 * np.pi)  # within the original positions
+            share = min(max((turns - low) / (high - low), 0.0), 1.0)
+            frequency[i] = share * f + (1 - share) * f / factor
+    angle = positions[:, None, None] * frequency
 
     def turn(a, sign):
         turned = (a[..., 0::2] + 1j * a[..., 1::2]) * np.exp(sign * 1j * angle)
@@ -201,9 +212,8 @@ def attention(x: Node, kind: str, weights: Params, past: Past, model: Mapping) -
     mask = ahead >= 0
     if kind == "SWA":
         mask &= ahead < model["sliding_window_size"]
-    theta = model["rope_theta"]
-    shared = (repeat_heads(y, heads // kv_heads) for y in (rotate(key, at_key, theta), value))
-    y = attend(rotate(query, at_query, theta), *shared, mask)
+    shared = (repeat_heads(y, heads // kv_heads) for y in (rotate(key, at_key, model), value))
+    y = attend(rotate(query, at_query, model), *shared, mask)
     y = y.reshape(tokens, heads * head_dim) @ Node(weights["seq_modeling_block.wo.weight"])
     return y, (key.value, value.value)
 

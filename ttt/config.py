@@ -298,6 +298,10 @@ _TYPES: dict[Any, Rule] = {
         lambda v: isinstance(v, list) and all(map(_is_whole, v)),
         "must be a list of whole numbers; write [1,2]",
     ),
+    tuple[float, ...]: Rule(
+        lambda v: isinstance(v, list) and all(map(_is_number, v)),
+        "must be a list of numbers; write [1.0,2.0]",
+    ),
     Mapping[str, str]: Rule(
         lambda v: isinstance(v, dict) and _are_texts(v.values()),
         "must be names with texts; write {a: b}",
@@ -471,11 +475,31 @@ def with_stored(config: Config, stored: Mapping[str, Any]) -> Config:
     return resolve(OmegaConf.create(nested))
 
 
+def stored_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Model and training of a `to_dict` result, as far as this version has the settings."""
+    stored = upgraded(stored)
+    return {
+        section: _known(stored.get(section, {}), f"{section}.") for section in ("model", "training")
+    }
+
+
+def _known(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    known = {}
+    for name, value in values.items():
+        key = prefix + name
+        if key in _LEAVES:
+            known[name] = value
+        elif isinstance(value, Mapping) and any(leaf.startswith(f"{key}.") for leaf in _LEAVES):
+            known[name] = _known(value, f"{key}.")
+    return known
+
+
 def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A `to_dict` result with what older versions did where they had no setting."""
     model = dict(stored.get("model", {}))
     if heads := model.get("num_attention_heads"):
         since = {"layer_types": [], "num_key_value_heads": heads, "attention_bias": False}
+        since["rope_scaling"] = []
         model = since | {"head_dim": model["hidden_size"] // heads} | model
     training = dict(stored.get("training", {}))
     outer = dict(training.get("optimizer_outer", {}))

@@ -59,7 +59,7 @@ def run(config: Config) -> int | None:
     suites = [SUITES[name](config, runs, models) for name in config.evaluation.suites]
     record = RunRecord(folder_of(config, runs))
     devices = [device.device_kind for device in jax.devices()]
-    record.start(to_dict(config), devices=devices, data=fingerprints(config))
+    record.start(to_dict(config), devices=devices, data=fingerprints(config, runs[0]))
     record.note(restored={"runs": about})
 
     def save(which: AbstractSuite, rows: Sequence[Row]) -> None:
@@ -95,12 +95,12 @@ def folder_of(config: Config, runs: Sequence[TrainedModel]) -> Path:
     return root / f"evaluation-{name}" / "eval"
 
 
-def fingerprints(config: Config) -> dict[str, str]:
+def fingerprints(config: Config, run: TrainedModel) -> dict[str, str]:
     """What tells the held-out text from other text."""
     split = config.evaluation.split
     if config.training.dummy_dataset:
         return {split: "random tokens"}
-    return {split: token_store.fingerprint(resources.store_folder(config), split)}
+    return {split: token_store.fingerprint(resources.store_folder(config, run), split)}
 
 
 def show(which: AbstractSuite, rows: Sequence[Row], folder: Path, title: str) -> None:

@@ -36,6 +36,32 @@ PATTERNS = (
 """The names. `own` is the size's context in pretraining, `share` is empty or `-Npct`."""
 
 
+EXTERNAL = {
+    "pretrain-{model}-fa-scratch-8K": ("fa", "pretrain", ""),
+    "pretrain-{model}-e2e-scratch-8K": ("e2e", "pretrain", ""),
+    "ext-{model}-fa-32K-from-scratch": ("fa", "extension", "pretrain-{model}-fa-scratch-8K"),
+    "ext-{model}-e2e-32K-from-scratch": ("e2e", "extension", "pretrain-{model}-e2e-scratch-8K"),
+    "pretrain-{model}-fa-import-8K": ("fa", "pretrain", "import-{model}-fa-base"),
+    "ext-{model}-fa-32K-from-import": ("fa", "extension", "pretrain-{model}-fa-import-8K"),
+    "adapt-{model}-swa-8K-from-import": ("swa", "adaptation", "pretrain-{model}-fa-import-8K"),
+    "adapt-{model}-e2e-8K-from-import": ("e2e", "adaptation", "adapt-{model}-swa-8K-from-import"),
+    "ext-{model}-e2e-32K-from-import-bridge": (
+        "e2e",
+        "extension",
+        "adapt-{model}-e2e-8K-from-import",
+    ),
+    "ext-{model}-e2e-32K-from-import-direct": (
+        "e2e",
+        "extension",
+        "pretrain-{model}-fa-import-8K",
+    ),
+}
+"""Run of an imported model's matrix -> (method, stage, run that it starts from), parents first.
+
+Their experiments are `external/MODEL/RUN`; the models are the files in `configs/model/external`.
+"""
+
+
 def share_suffix(percent: int) -> str:
     """The end of a name that tells the share of an adaptation: 5 -> -5pct; the default has none."""
     return "" if percent == DEFAULT_SHARE else f"-{percent}pct"
@@ -54,7 +80,17 @@ def names(configs: Path) -> tuple[str, ...]:
         for pattern, choices in _all_choices(configs)
         for values in product(*choices.values())
     )
-    return tuple(sorted(made))
+    return tuple(sorted([*made, *external_names(configs)]))
+
+
+@cache
+def external_names(configs: Path) -> tuple[str, ...]:
+    """The experiments of imported models, parents first."""
+    return tuple(
+        f"external/{model}/{run.format(model=model)}"
+        for model in _files(configs, "model/external")
+        for run in EXTERNAL
+    )
 
 
 def short_list(configs: Path) -> list[str]:
@@ -63,12 +99,16 @@ def short_list(configs: Path) -> list[str]:
     for pattern, choices in _all_choices(configs):
         braces = {f: v[0] if len(v) == 1 else f"{{{','.join(v)}}}" for f, v in choices.items()}
         lines.append(pattern.format(**braces))
+    models = f"{{{','.join(_files(configs, 'model/external'))}}}"
+    lines += [f"external/{models}/{run.replace('{model}', 'MODEL')}" for run in EXTERNAL]
     return lines
 
 
 @cache
 def make(configs: Path, name: str) -> dict[str, Any] | None:
     """The content of the experiment's file, its defaults list included; None: no rule makes it."""
+    if name in external_names(configs):
+        return _external_content(name)
     size = name.split("/")[0]
     if size not in _files(configs, "model"):
         return None
@@ -105,6 +145,36 @@ def _content(configs: Path, name: str, fields: dict[str, str]) -> dict[str, Any]
         content["size"] = {"adapt_share": share / 100}
     if parent:  # the parent has no prime MLPs: its width is kept, so that its weights fit
         content["model"] = {"width_policy": "full"}
+    return content | {"training": training}
+
+
+def _external_content(name: str) -> dict[str, Any]:
+    _, model, run = name.split("/")
+    method, stage, parent = EXTERNAL[run.replace(f"-{model}-", "-{model}-", 1)]
+    content: dict[str, Any] = {
+        "defaults": [
+            {"/model": f"external/{model}"},
+            {"/method": method},
+            {"/training": stage},
+            *([{"/context": "32K"}] if stage == "extension" else []),
+            "_self_",
+        ]
+    }
+    training: dict[str, Any] = {"exp_name": run, "exp_folder": "external_phase1"}
+    if parent:
+        training |= {"load_part": "params", "resume_exp_name": parent.format(model=model)}
+    if "import" in run:
+        # The imported function is kept: its rotary base and MLP width; and rates that do not
+        # destroy it. An inner rate of 1 does (docs/external.md).
+        content["model"] = {"rope_theta": "${size.rope_theta}", "width_policy": "full"}
+        training["optimizer_outer"] = {"lr": "${size.adapt_lr}"}
+        if method == LEARNER:
+            training |= {"prime_init": "copy", "optimizer_inner": {"lr": 0.3}}
+            if stage == "adaptation":  # another order than that of the adaptation before it
+                training["data_seed"] = 2000
+    if run.endswith("-direct"):
+        training["ilr_init"] = 0.1
+        training["ilr_warmup_steps"] = "${ttt.floordiv:${training.total_steps},10}"
     return content | {"training": training}
 
 

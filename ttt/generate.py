@@ -96,7 +96,7 @@ def prepare(config: Config) -> Inputs:
     request = config.generate
     step_folder = find_checkpoint(config)
     checkpoint.check_mode(step_folder, "jax")
-    tokenizer = find_tokenizer(config)
+    tokenizer = find_tokenizer(config, step_folder)
     try:
         ids = tokenizer.encode(prompt_of(config))
     except UnicodeDecodeError as error:
@@ -132,12 +132,21 @@ def find_checkpoint(config: Config) -> Path:
     return Checkpoints(folder).find(request.step)
 
 
-def find_tokenizer(config: Config) -> AbstractTokenizer:
-    """The one requested, or the one of the dataset; it must fit the model's vocabulary."""
+def find_tokenizer(config: Config, step_folder: Path) -> AbstractTokenizer:
+    """The one requested, that of the checkpoint, or that of the dataset; it must fit the model."""
     request, model, name = config.generate, config.model, config.training.dataset_name
     root = config.deploy_paths.data.get(name, "")
+    own = text.checkpoint_tokenizer(step_folder, checkpoint.read_manifest(step_folder))
     if request.tokenizer:
         tokenizer = text.load_tokenizer(request.tokenizer)
+        if own is not None and own.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"generate.tokenizer={request.tokenizer}: it is the tokenizer "
+                f"{tokenizer.fingerprint}, and the model reads ids of {own.fingerprint}; leave it "
+                "out, for the checkpoint has its own"
+            )
+    elif own is not None:
+        tokenizer = own
     elif root and Path(root).exists():
         tokenizer = text.store_tokenizer(root)
     elif builtin.DATASETS.get(name) == "bytes":

@@ -115,6 +115,14 @@ LayerTypes = Annotated[
         tuple(MIXERS),
     ),
 ]
+RopeScaling = Annotated[
+    tuple[float, ...],
+    Rule(
+        lambda v: not v or (len(v) == 4 and min(v) > 0 and v[1] < v[2]),
+        "must be [], or Llama 3's [factor, low_freq_factor, high_freq_factor, "
+        "original_max_position_embeddings], all above 0 and the second below the third; correct it",
+    ),
+]
 FeedForward = Annotated[str, _one_of(FEED_FORWARDS)]
 DType = Annotated[str, _one_of(DTYPES)]
 TrainMode = Annotated[str, _one_of(TRAIN_MODES)]
@@ -173,6 +181,9 @@ class ModelConfig:
     """Whether the suffix blocks have prime MLPs."""
     feed_forward_prime: FeedForward
     rope_theta: Positive
+    rope_scaling: RopeScaling
+    """Llama 3's stretch of the slow rotations: factor, low and high frequency factor, original
+    positions (`ttt.ops.rotary`); empty: none."""
     rms_norm_eps: Positive
     initializer_range: Positive
     """Standard deviation of the initial weights."""

@@ -15,9 +15,12 @@ from pathlib import Path
 from ttt.dataloader import text, token_store
 from ttt.dataloader.text import Corpus
 from ttt.dataloader.token_store import OnProgress
+from ttt.errors import UserError
 
-DATASETS = {"builtin": "bytes", "builtin_bpe": "bpe"}
-"""Dataset name -> tokenizer, a key of `ttt.dataloader.text.TOKENIZERS`."""
+IMPORTED = "imported"
+"""In place of a tokenizer's name: that of the model whose checkpoint is read or trained on."""
+DATASETS = {"builtin": "bytes", "builtin_bpe": "bpe", "builtin_imported": IMPORTED}
+"""Dataset name -> tokenizer, as `ttt.dataloader.text.tokenizer_for` takes it, or `IMPORTED`."""
 HELD_OUT = {"dev": 0.05, "val": 0.1}
 """Shares of the modules: to choose settings by, and to report."""
 
@@ -64,17 +67,32 @@ def corpus(*, seed: int = 0) -> Corpus:
 
 
 def ensure(
-    name: str, root: Path | str, *, on_progress: OnProgress = lambda done, total: None
+    name: str,
+    root: Path | str,
+    *,
+    tokenizer_file: Path | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> None:
     """Make the built-in store `name` of `DATASETS` at `root` unless it exists: half a minute, once.
 
     Several processes may do so at once: each builds its own, and the first to finish stays.
+    tokenizer_file: of the imported model, for the dataset that takes it; UserError without.
     """
     if Path(root).exists():
         return
+    how = DATASETS[name]
+    if how == IMPORTED:
+        if tokenizer_file is None or not tokenizer_file.is_file():
+            raise UserError(
+                f"dataset {name}: it is cut into tokens as an imported model's text is, and no "
+                "checkpoint with a tokenizer is named; start from one "
+                "(training.load_part=params training.resume_exp_name=NAME), or choose another "
+                "training.dataset_name"
+            )
+        how = str(tokenizer_file)
     try:
         modules = corpus()
-        with text.tokenizer_for(DATASETS[name], modules) as tokenizer:
+        with text.tokenizer_for(how, modules) as tokenizer:
             text.write_corpus(root, modules, tokenizer, on_progress=on_progress)
     except token_store.StoreError:
         if not Path(root).exists():

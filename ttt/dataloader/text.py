@@ -6,13 +6,16 @@ share of them is held out as `val`, so that no document is in both splits.
 
 import glob
 import hashlib
+import json
 import os
+import re
 import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -43,6 +46,8 @@ class AbstractTokenizer(ABC):
     vocab_size: int
     bos_token_id: int
     eos_token_id: int | None
+    fingerprint: str
+    """Of what decides which ids a text gets; equal where two tokenizers give the same."""
 
     def encode(self, text: str | bytes) -> Int[np.ndarray, " N"]:
         """Ids of one text, int32, without BOS; raises `UnicodeDecodeError` as `encode_many`."""
@@ -63,6 +68,7 @@ class ByteTokenizer(AbstractTokenizer):
     vocab_size = 258
     bos_token_id = 256
     eos_token_id: int | None = 257
+    fingerprint = "bytes"
 
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each text, int32, without BOS."""
@@ -106,6 +112,21 @@ class FileTokenizer(AbstractTokenizer):
         self.bos_token_id = vocabulary[self.bos_token]
         self.eos_token_id = next((vocabulary[n] for n in EOS_NAMES if n in vocabulary), None)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of vocabulary, merges and cuts, however the file writes them."""
+        content = json.loads(self._tokenizer.to_str())
+        model, cut = content["model"], json.dumps(content["pre_tokenizer"], sort_keys=True)
+        parts = {
+            "normalizer": content["normalizer"],
+            # Offsets into the text, which ids do not depend on.
+            "pre_tokenizer": re.sub(r'"trim_offsets": \w+', "", cut),
+            "model": [model.get(key) for key in ("type", "vocab", "merges")],
+            "ignore_merges": bool(model.get("ignore_merges")),
+            "added": sorted((t["id"], t["content"]) for t in content["added_tokens"]),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each text; raises `UnicodeDecodeError`. The library's threads use all cores."""
         decoded = [text.decode() for text in texts]
@@ -134,6 +155,46 @@ def store_tokenizer(root: Path | str) -> AbstractTokenizer:
         raise UserError(f"{root} does not name its tokenizer: give one (`bytes` or a JSON file).")
     file = name if name == "bytes" else Path(root) / name
     return load_tokenizer(file, attributes.get("bos_token"))
+
+
+def about_tokenizer(tokenizer: AbstractTokenizer | None) -> dict[str, str | None]:
+    """What a checkpoint's manifest says of its tokenizer."""
+    bos = tokenizer.bos_token if isinstance(tokenizer, FileTokenizer) else None
+    return {"tokenizer": tokenizer.fingerprint if tokenizer else None, "bos_token": bos}
+
+
+def tokenizer_files(tokenizer: AbstractTokenizer | None) -> dict[str, bytes]:
+    """Name -> content of what lies in a checkpoint beside it."""
+    is_file = isinstance(tokenizer, FileTokenizer)
+    return {TOKENIZER_FILE: tokenizer.path.read_bytes()} if is_file else {}
+
+
+def checkpoint_tokenizer(folder: Path, manifest: Mapping[str, Any]) -> AbstractTokenizer | None:
+    """The tokenizer that a checkpoint brings along; None: it has none.
+
+    folder: of the checkpoint. manifest: its content.
+    """
+    if (folder / TOKENIZER_FILE).is_file():
+        return FileTokenizer(folder / TOKENIZER_FILE, manifest.get("bos_token"))
+    return ByteTokenizer() if manifest.get("tokenizer") == ByteTokenizer.fingerprint else None
+
+
+def check_store(root: Path | str, fingerprint: str | None, model: str) -> None:
+    """Raise `UserError` unless the store at `root` was made by a model's tokenizer.
+
+    fingerprint: of that tokenizer; None: the model knows none. model: its name, for the message.
+    """
+    if fingerprint is None:
+        return
+    names = token_store.read_attributes(root).get("tokenizer")
+    own = store_tokenizer(root).fingerprint if names else "that it does not name"
+    if own != fingerprint:
+        raise UserError(
+            f"{root} was made by a tokenizer {own}, and {model} reads ids of the tokenizer "
+            f"{fingerprint}: other ids are other text to it. Make the store anew with the "
+            f"{TOKENIZER_FILE} in the model's checkpoint (scripts/04_make_token_data.py "
+            "--tokenizer FILE)"
+        )
 
 
 @contextmanager

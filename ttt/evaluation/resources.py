@@ -15,6 +15,7 @@ from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
 from ttt.inference.engine import Engine
 from ttt.inference.sampling import Sampling
+from ttt.infra import checkpoint
 from ttt.infra.mesh import replicate
 from ttt.knobs import Config
 from ttt.model.trained import TrainedModel
@@ -90,8 +91,8 @@ def write_on(
     return result[: len(prompts)]
 
 
-def store_folder(config: Config) -> Path:
-    """The held-out text's token store; the built-in one is made on first use."""
+def store_folder(config: Config, run: TrainedModel) -> Path:
+    """The held-out text's token store for a run; the built-in one is made on first use."""
     name, places = config.evaluation.dataset_name, config.deploy_paths.data
     if name not in places:
         raise UserError(
@@ -101,15 +102,18 @@ def store_folder(config: Config) -> Path:
     root = Path(places[name])
     if name in builtin.DATASETS and not root.exists():
         logger.info("making the built-in corpus (Python source) in %s", root)
-        builtin.ensure(name, root)
+        file = run.folder / text.TOKENIZER_FILE if run.folder else None
+        builtin.ensure(name, root, tokenizer_file=file)
     return root
 
 
 def held_out(config: Config, run: TrainedModel, length: int) -> Source:
     """Samples of `length` + 1 held-out tokens for a run; raises a UserError if there are none."""
     dummy = config.training.dummy_dataset
-    root = "" if dummy else store_folder(config)
+    root = "" if dummy else store_folder(config, run)
     try:
+        if not dummy:
+            text.check_store(root, run.tokenizer, run.name)
         return lm_dataset.open_source(
             root,
             config.evaluation.split,
@@ -132,15 +136,26 @@ def held_out_name(config: Config) -> str:
 
 def tokenizer(config: Config, run: TrainedModel) -> AbstractTokenizer:
     """The tokenizer behind the text, which must fit the run's vocabulary; raises a UserError."""
-    name = config.evaluation.tokenizer
+    name, own = config.evaluation.tokenizer, None
+    if run.folder is not None:
+        own = text.checkpoint_tokenizer(run.folder, checkpoint.read_manifest(run.folder))
     try:
-        found = text.load_tokenizer(name) if name else text.store_tokenizer(store_folder(config))
+        if name:
+            tokenizer = text.load_tokenizer(name)
+        else:
+            tokenizer = own or text.store_tokenizer(store_folder(config, run))
     except UserError as error:
         raise UserError(f"{error} The evaluation takes it as evaluation.tokenizer=FILE.") from error
-    if found.vocab_size > run.config.vocab_size or found.bos_token_id != run.config.bos_token_id:
+    fits = own is None or tokenizer.fingerprint == own.fingerprint
+    model = run.config
+    if tokenizer.vocab_size > model.vocab_size or tokenizer.bos_token_id != model.bos_token_id:
+        fits = False
+    if not fits:
         raise UserError(
-            f"evaluation.tokenizer={name or store_folder(config)} has {found.vocab_size} ids and "
-            f"BOS {found.bos_token_id}, but {run.name} has model.vocab_size={run.config.vocab_size}"
-            f" and bos_token_id={run.config.bos_token_id}: give the tokenizer it was trained with"
+            f"evaluation.tokenizer={name or config.evaluation.dataset_name}: it has "
+            f"{tokenizer.vocab_size} ids, BOS {tokenizer.bos_token_id}, fingerprint "
+            f"{tokenizer.fingerprint}, but {run.name} has model.vocab_size={model.vocab_size}, "
+            f"bos_token_id={model.bos_token_id}, tokenizer {run.tokenizer or 'unknown'}: give the "
+            "tokenizer it was trained with"
         )
-    return found
+    return tokenizer

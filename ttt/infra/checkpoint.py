@@ -4,6 +4,7 @@
                                           opt_state        any pytree of arrays
                                           train_ds_iter    JSON: the loader's position
                                           manifest         JSON: what the caller wants to know later
+                                          tokenizer.json   of the text it was trained on, if known
                                           hashes.json      size and SHA-256 of every other file
 
 This is the layout of the published checkpoints, which have neither manifest nor hashes. A folder
@@ -51,6 +52,11 @@ class CheckpointError(UserError):
 
 type ShapeDtype = AnyArray | jax.ShapeDtypeStruct
 """A target of a restore: its shape and dtype count."""
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder of checkpoints, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_folder(root: str | Path, exp_folder: str, exp_name: str) -> Path:
@@ -143,15 +149,18 @@ class Checkpoints:
         step: int,
         *,
         model_weights: PyTree,
-        opt_state: PyTree,
+        opt_state: PyTree | None,
         loader_state: dict[str, Any],
         manifest: dict[str, Any],
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Start to write a step, whole or not at all; then delete what retention does not keep.
 
         Returns when the arrays may change again; `wait` tells when the step is on disk. Waits for
         the save before it, and raises what became of that one.
+        opt_state: None for weights that no training goes on from.
         loader_state, manifest: JSON-able.
+        files: more to lay beside them, name -> content.
         """
         self.wait()
         if step in self.steps():
@@ -159,7 +168,9 @@ class Checkpoints:
                 f"{self.folder} has a step {step} already, and saves do not overwrite: delete it, "
                 "or continue from the latest step"
             )
-        items = {"model_weights": _savable(model_weights), "opt_state": _savable(opt_state)}
+        items = {"model_weights": _savable(model_weights)}
+        if opt_state is not None:
+            items["opt_state"] = _savable(opt_state)
         texts = {"train_ds_iter": json.dumps(loader_state), "manifest": json.dumps(manifest)}
         partial = self.folder / f"{step}.saving"
         try:
@@ -177,6 +188,8 @@ class Checkpoints:
                 for item, text in texts.items():
                     (partial / item).mkdir()
                     (partial / item / _JSON_FILES[item]).write_text(text, encoding="utf-8")
+                for name, content in (files or {}).items():
+                    (partial / name).write_bytes(content)
                 _write_hashes(partial)
                 partial.rename(self.folder / str(step))
                 _sync(self.folder)
@@ -320,6 +333,14 @@ def read_json(step_dir: str | Path, item: str) -> dict[str, Any]:
     """A JSON item."""
     path = _item_folder(step_dir, item) / _JSON_FILES[item]
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_manifest(step_dir: str | Path) -> dict[str, Any]:
+    """The manifest; empty for a published checkpoint, which has none."""
+    try:
+        return read_json(step_dir, "manifest")
+    except CheckpointError:
+        return {}
 
 
 def check_mode(step_dir: str | Path, mode: str) -> None:

@@ -69,6 +69,7 @@ class Attention(AbstractMixer):
     heads: int = eqx.field(static=True)
     kv_heads: int = eqx.field(static=True)
     theta: float = eqx.field(static=True)
+    scaling: tuple[float, ...] = eqx.field(static=True)
     window: int | None = eqx.field(static=True)
     block: int = eqx.field(static=True)
     backend: str = eqx.field(static=True)
@@ -82,6 +83,7 @@ class Attention(AbstractMixer):
         *,
         window: int | None,
         theta: float,
+        scaling: tuple[float, ...] = (),
         norm_eps: float | None = None,
         bias: bool = False,
         block: int,
@@ -108,7 +110,7 @@ class Attention(AbstractMixer):
             None if norm_eps is None else RMSNorm(head_dim, eps=norm_eps, dtype=dtype)
             for _ in range(2)
         )
-        self.heads, self.kv_heads, self.theta = heads, kv_heads, theta
+        self.heads, self.kv_heads, self.theta, self.scaling = heads, kv_heads, theta, scaling
         self.window, self.block, self.backend = window, block, backend
 
     def init_state(self, context: int, dtype: jnp.dtype) -> KeyValueCache:
@@ -122,7 +124,7 @@ class Attention(AbstractMixer):
         """The whole sequence; T a multiple of the block, or smaller."""
         q, k, v = self._project(x)
         positions = jnp.arange(x.shape[0])
-        q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        q, k = self._rotate(q, positions), self._rotate(k, positions)
         return self._output(self._whole(q, k, v))
 
     def prefill(
@@ -131,8 +133,8 @@ class Attention(AbstractMixer):
         """The first T tokens; T a multiple of the block, or smaller."""
         q, k, v = self._project(x)
         length, positions = x.shape[0], jnp.arange(x.shape[0])
-        turned = rotate(k, positions, self.theta)
-        q = rotate(q, positions, self.theta)
+        turned = self._rotate(k, positions)
+        q = self._rotate(q, positions)
         if self.window is None and choose(self.backend, x.dtype) == "blocks":
             y = self._whole_growing(q, turned, v)
         else:
@@ -189,8 +191,8 @@ class Attention(AbstractMixer):
         keys = jnp.concatenate([state.keys, k], axis=1)
         values = jnp.concatenate([state.values, v], axis=1)
         positions = jnp.arange(self.window + new)
-        q = rotate(q, positions[self.window :], self.theta)
-        rotated = rotate(keys, positions, self.theta)
+        q = self._rotate(q, positions[self.window :])
+        rotated = self._rotate(keys, positions)
         y = self._behind_window(q, rotated, values, self._first(state.seen))
         keys, values = (y[:, new:] for y in (keys, values))
         return KeyValueCache(keys, values, state.seen + new), self._output(y)
@@ -199,7 +201,7 @@ class Attention(AbstractMixer):
         """Empty slots behind a window's cache; without a window they are there already."""
         if self.window is None:
             return OpenCache(state.keys, None, state.values, state.seen)
-        rotated = rotate(state.keys, jnp.arange(self.window), self.theta)
+        rotated = self._rotate(state.keys, jnp.arange(self.window))
         keys, rotated, values = (
             jnp.pad(y, ((0, 0), (0, slots), (0, 0))) for y in (state.keys, rotated, state.values)
         )
@@ -212,7 +214,7 @@ class Attention(AbstractMixer):
         q, k, v = self._project(x)
         at = slot + (opened.seen if self.window is None else self.window)
         positions = at + jnp.arange(x.shape[0], dtype=jnp.int32)
-        q, turned = (rotate(y, positions, self.theta) for y in (q, k))
+        q, turned = (self._rotate(y, positions) for y in (q, k))
 
         def written(slots: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(slots, new, at, axis=1)
@@ -288,6 +290,11 @@ class Attention(AbstractMixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def _rotate(
+        self, x: Float[Array, "_ T K"], positions: Int[Array, " T"]
+    ) -> Float[Array, "_ T K"]:
+        return rotate(x, positions, self.theta, self.scaling)
 
     def _output(self, y: Float[Array, "H T K"]) -> Float[Array, "T D"]:
         return self.wo(jnp.swapaxes(y, 0, 1).reshape(y.shape[1], -1))

@@ -19,6 +19,7 @@ def _attention(config: ModelConfig, window: int | None, key: PRNGKeyArray) -> At
         config.head_dim,
         window=window,
         theta=config.rope_theta,
+        scaling=config.rope_scaling,
         norm_eps=config.rms_norm_eps if config.qk_norm else None,
         bias=config.attention_bias,
         block=config.attention_block or config.mini_batch_size,

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from ttt import mixers
 from ttt.config import with_stored
 from ttt.errors import UserError
 from ttt.infra import checkpoint
-from ttt.infra.checkpoint import CheckpointError, Checkpoints
+from ttt.infra.checkpoint import Checkpoints
 from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model import published
 from ttt.model.transformer import MetaModel
@@ -33,6 +34,10 @@ class TrainedModel:
     training: TrainingConfig
     model: MetaModel
     """Leaves are NumPy arrays."""
+    folder: Path | None = None
+    """Of its checkpoint; None: the model is not on disk."""
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer whose ids it reads; None: unknown."""
 
     @property
     def config(self) -> ModelConfig:
@@ -124,12 +129,10 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
         )
     step_folder = checkpoints.find(step)
     checkpoint.check_mode(step_folder, "jax")
-    try:
-        stored = checkpoint.read_json(step_folder, "manifest").get("config", {})
-    except CheckpointError:  # published checkpoints have none
+    manifest = checkpoint.read_manifest(step_folder)
+    if not manifest:
         logger.info("%s has no manifest: its settings are those of the command line", step_folder)
-        stored = {}
-    own = with_stored(config, stored)
+    own = with_stored(config, manifest.get("config", {}))
     model = own.model
     if config.evaluation.compute_dtype != "model":
         model = replace(model, compute_dtype=config.evaluation.compute_dtype)
@@ -142,7 +145,8 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
     training = replace(
         own.training, eval_batch_size=config.evaluation.batch_size, inner_remat_freq=1
     )
-    return TrainedModel(name, int(step_folder.name), training, weights)
+    number, known = int(step_folder.name), manifest.get("tokenizer")
+    return TrainedModel(name, number, training, weights, step_folder, known)
 
 
 def _others(checkpoints: Checkpoints) -> str:

@@ -96,6 +96,11 @@ def of_flags(flags: Mapping[str, Any], size: Size, first: Sequence[str] = ()) ->
     flags: as a script parsed them; a flag that is missing is one that was not given.
     first: overrides that come before the user's own.
     """
+    return (*of_run(flags, first), *of_data(flags, size))
+
+
+def of_run(flags: Mapping[str, Any], first: Sequence[str] = ()) -> tuple[str, ...]:
+    """`of_flags` without the data: the place to run at, the user's overrides, folders, W&B."""
     overrides = [*first, *flags.get("override", ())]
     for text in overrides:
         check_override(text)
@@ -106,7 +111,7 @@ def of_flags(flags: Mapping[str, Any], size: Size, first: Sequence[str] = ()) ->
         and (flag, value) != ("runtime_mode", "jax")
     ]
     deploy = [f"+deploy={flags['deploy']}"] if flags.get("deploy") else []
-    return (*deploy, *overrides, *own, *of_data(flags, size))
+    return (*deploy, *overrides, *own)
 
 
 def of_data(flags: Mapping[str, Any], size: Size) -> tuple[str, ...]:

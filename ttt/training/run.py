@@ -14,8 +14,9 @@ import jax
 from jaxtyping import PyTree
 
 from ttt.config import to_dict
-from ttt.dataloader import builtin, lm_dataset, token_store
+from ttt.dataloader import builtin, lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import HeldOut, Source
+from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import RunError, Stopped, UserError
 from ttt.infra import checkpoint, distributed
 from ttt.infra.checkpoint import Checkpoints
@@ -31,6 +32,8 @@ from ttt.training.start import (
     check_optimizer,
     check_parent,
     listed,
+    parents_checkpoints,
+    tokenizer_file,
 )
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,26 @@ class Data(NamedTuple):
     train: Source
     evaluation: HeldOut
     fingerprints: dict[str, str]
+    tokenizer: AbstractTokenizer | None
+    """That of the store; None: it names none, or the tokens are random."""
+
+
+class Origin(NamedTuple):
+    """What every checkpoint of a run, and of the runs that start from it, says of its text."""
+
+    tokenizer: AbstractTokenizer | None
+    """Whose ids the model reads; None: unknown."""
+    provenance: dict[str, Any] | None
+    """Of the imported weights that it all began with; None: it began with random ones."""
+
+    @classmethod
+    def of(cls, data: Data, folder: Path | None) -> "Origin":
+        """Of a run on `data` that starts from the checkpoint in `folder`, if any."""
+        if folder is None:
+            return cls(data.tokenizer, None)
+        before = checkpoint.read_manifest(folder)
+        own = data.tokenizer or text.checkpoint_tokenizer(folder, before)
+        return cls(own, before.get("provenance"))
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,7 @@ class TrainingRun:
     spent: Spent
     as_items: Callable[[Any], dict[str, PyTree]]
     """A state as the array items of a checkpoint."""
+    origin: Origin
 
 
 def open_data(config: Config) -> Data:
@@ -71,7 +95,7 @@ def open_data(config: Config) -> Data:
     def make_builtin() -> None:
         if not Path(root).exists():
             logger.info("making the built-in corpus (Python source) in %s", root)
-            builtin.ensure(name, root)
+            builtin.ensure(name, root, tokenizer_file=tokenizer_file(config))
 
     if name in builtin.DATASETS and not training.dummy_dataset:
         distributed.first_does(make_builtin)
@@ -98,7 +122,10 @@ def open_data(config: Config) -> Data:
         seed=config.evaluation.seed,
         count=most if training.eval_batches else 0,
     )
-    return Data(train, stretches, fingerprints)
+    tokenizer = None
+    if not training.dummy_dataset and token_store.read_attributes(root).get("tokenizer"):
+        tokenizer = text.store_tokenizer(root)
+    return Data(train, stretches, fingerprints, tokenizer)
 
 
 def open_batches(run: TrainingRun) -> grain.DatasetIterator:
@@ -139,9 +166,16 @@ def opened(
         distributed.first_does(lambda: held.enter_context(lock))
         own = checkpoints.newest_good()
         distributed.first_does(lambda: check_continues(config, data, checkpoints, record, own))
+        folder = None if own is None else checkpoints.find(own)
         if own is None and training.load_part != "none":
             distributed.first_does(lambda: check_parent(config, data.fingerprints))
-        parts = (Tracker(record), lock, StopRequest(), Spent(), as_items)
+            folder = parents_checkpoints(config).find(training.resume_step)
+            if not training.dummy_dataset:
+                known = checkpoint.read_manifest(folder).get("tokenizer")
+                root = config.deploy_paths.data[training.dataset_name]
+                text.check_store(root, known, training.resume_exp_name)
+        origin = Origin.of(data, folder)
+        parts = (Tracker(record), lock, StopRequest(), Spent(), as_items, origin)
         yield TrainingRun(config, data, checkpoints, own, record, *parts)
 
 
@@ -158,6 +192,12 @@ def check_continues(
             )
         return
     checkpoint.check_mode(checkpoints.find(step), config.training.runtime_mode)
+    if not (checkpoints.find(step) / "opt_state").is_dir():
+        raise UserError(
+            f"training.exp_name={name}: {checkpoints.folder} holds imported weights, which stay as "
+            "they are; give the run a name of its own and start from them "
+            f"(training.load_part=params training.resume_exp_name={name})"
+        )
     if step > config.training.total_steps:
         raise UserError(
             f"training.total_steps={config.training.total_steps}: {name} has a checkpoint of step "
@@ -206,6 +246,8 @@ def attempt(run: TrainingRun, start: StartPoint) -> Generator[None]:
     run.record.truncate_after(int(start.state.step))
     if start.account is not None:
         run.record.note(restored=start.account)
+    if run.origin.provenance is not None:
+        run.record.note(provenance=run.origin.provenance)
     training = run.config.training
     if training.log_wandb and run.record.active:
         run.tracker.mirror(
@@ -270,7 +312,13 @@ def save(run: TrainingRun, state: Any, batches: grain.DatasetIterator) -> None:
             int(state.step),
             **run.as_items(state),
             loader_state=batches.get_state(),
-            manifest={"config": to_dict(run.config), "data": run.data.fingerprints},
+            manifest={
+                "config": to_dict(run.config),
+                "data": run.data.fingerprints,
+                "provenance": run.origin.provenance,
+                **text.about_tokenizer(run.origin.tokenizer),
+            },
+            files=text.tokenizer_files(run.origin.tokenizer),
         )
 
 

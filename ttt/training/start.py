@@ -21,6 +21,7 @@ from ttt.config import differences, to_dict, upgraded, with_stored
 from ttt.core import tree
 from ttt.core.batch import Batch
 from ttt.dataloader.lm_dataset import HeldOut, Source
+from ttt.dataloader.text import TOKENIZER_FILE
 from ttt.errors import UserError
 from ttt.globs import matches
 from ttt.infra import checkpoint
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 # What a model computes beside its weights; a change here changes the function, not the shapes.
 _FUNCTION = (
     "rope_theta",
+    "rope_scaling",
     "rms_norm_eps",
     "qk_norm",
     "attention_bias",
@@ -128,6 +130,17 @@ def parents_checkpoints(config: Config) -> Checkpoints:
     return Checkpoints(
         checkpoint.run_folder(root, training.resume_exp_folder, training.resume_exp_name)
     )
+
+
+def tokenizer_file(config: Config) -> Path | None:
+    """The one in the checkpoint that the run goes on or starts from; None: there is none."""
+    training, root = config.training, config.deploy_paths.checkpoint
+    own = Checkpoints(checkpoint.run_folder(root, training.exp_folder, training.exp_name))
+    sources = [own] if training.load_part == "none" else [own, parents_checkpoints(config)]
+    for source in sources:
+        if source.latest() is not None:
+            return source.find() / TOKENIZER_FILE
+    return None
 
 
 def check_parent(config: Config, data: Mapping[str, str]) -> None:

@@ -14,11 +14,11 @@ not imported again without --force.
 Exit codes: 0 all done; 1 something could not be done; 2 a mistake in the request
 """
 
-import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from ttt.config import checkpoint_root
 from ttt.entry import exit_codes
 from ttt.infra.progress import Progress
 from ttt.interop import catalog
@@ -31,7 +31,7 @@ def main() -> None:
     keys = ", ".join(catalog.MODELS)
     add("--model", default="all", help=f"all, {keys}, or any name with --from-dir; default: all")
     add("--profile-root", type=Path, default=Path("artifacts/external_models"), help="of 07")
-    add("--checkpoint-root", default=os.environ.get("TTT_CHECKPOINTS", "./checkpoints"))
+    add("--checkpoint-root", default=checkpoint_root())
     add("--exp-folder", default=catalog.EXP_FOLDER, help=f"default: {catalog.EXP_FOLDER}")
     add("--from-dir", type=Path, help="Hugging Face folder or GGUF file, in place of a profile")
     add("--force", action="store_true", help="import again what is imported")

@@ -5,6 +5,7 @@ Hydra composes `configs/` into a DictConfig (`compose`); `resolve` turns it into
 """
 
 import difflib
+import json
 import math
 import os
 import re
@@ -483,6 +484,12 @@ def stored_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def of_stored(stored: Mapping[str, Any]) -> Config:
+    """The configuration of a `to_dict` result, such as a manifest's, on this machine's paths."""
+    flat = _flat(stored_settings(stored))
+    return resolve(compose([f"{key}={json.dumps(value)}" for key, value in flat.items()]))
+
+
 def _known(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     known = {}
     for name, value in values.items():
@@ -675,6 +682,11 @@ def head_dim(width: int, heads: int) -> int:
 def share_of_steps(steps: int, share: float) -> int:
     """The whole steps nearest to a share of `steps`, and 1 at least."""
     return max(1, round(steps * share))
+
+
+def checkpoint_root() -> str:
+    """Where checkpoints lie unless the command line says otherwise."""
+    return os.environ.get("TTT_CHECKPOINTS", "./checkpoints")
 
 
 def _cache_dir(name: str) -> str:

@@ -22,7 +22,6 @@ from ttt.inference.engine import Engine
 from ttt.inference.sampling import Sampling
 from ttt.inference.state import State, read_about, size_in_bytes
 from ttt.infra import checkpoint, distributed
-from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.progress import Progress
 from ttt.knobs import Config
 from ttt.model.published import load_model
@@ -121,15 +120,9 @@ def prepare(config: Config) -> Inputs:
 def find_checkpoint(config: Config) -> Path:
     """The step's folder that `generate.checkpoint` and `generate.step` name."""
     request, training = config.generate, config.training
-    root = Path(config.deploy_paths.checkpoint).expanduser()
-    if request.checkpoint:
-        named = Path(request.checkpoint).expanduser()
-        folder = named if named.is_dir() else root / named
-    else:
-        folder = checkpoint.run_folder(root, training.exp_folder, training.exp_name)
-    if (folder / "model_weights").is_dir():
-        return folder.absolute()
-    return Checkpoints(folder).find(request.step)
+    root = config.deploy_paths.checkpoint
+    own = checkpoint.run_folder(root, training.exp_folder, training.exp_name)
+    return checkpoint.find_folder(root, request.checkpoint or str(own), request.step)
 
 
 def find_tokenizer(config: Config, step_folder: Path) -> AbstractTokenizer:

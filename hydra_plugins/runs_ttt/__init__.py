@@ -5,7 +5,6 @@ checkpoints are looked for where `TTT_CHECKPOINTS` says, or in ./checkpoints.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from ttt.config import config_dir, stored_settings
+from ttt.config import checkpoint_root, config_dir, stored_settings
 
 _GROUP = "run"
 _MANIFEST = Path("manifest") / "manifest.json"
@@ -87,5 +86,4 @@ class RunSearchPath(SearchPathPlugin):
         """Behind the package's own files."""
         folder: Any = str(config_dir())
         if any(element.path in (folder, f"file://{folder}") for element in search_path.get_path()):
-            root = os.environ.get("TTT_CHECKPOINTS", "./checkpoints")
-            search_path.append("ttt-runs", f"{RunSource.scheme()}://{root}")
+            search_path.append("ttt-runs", f"{RunSource.scheme()}://{checkpoint_root()}")

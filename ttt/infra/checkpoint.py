@@ -256,6 +256,15 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
 
+def find_folder(root: str | Path, name: str, step: int = -1) -> Path:
+    """A step's folder: of the run FOLDER/NAME below `root`, or at the path of a run or a step."""
+    named = Path(name).expanduser()
+    folder = named if named.is_dir() else Path(root).expanduser() / named
+    if (folder / "model_weights").is_dir():
+        return folder.absolute()
+    return Checkpoints(folder).find(step)
+
+
 def _folders_first() -> ocp.Context:
     """Orbax set to make a checkpoint's folders before it returns.
 

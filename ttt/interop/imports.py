@@ -149,7 +149,7 @@ def import_model(
         )
         arrays, audit = convert(source, on_progress)
         ids = tokenizer.encode(CHECK_TEXT)[:CHECK_TOKENS]
-        check = compare(source, network(config, arrays, source), ids)
+        check = compare(source, network(config, arrays, source.path), ids)
         known = provenance(source, tokenizer, about, check)
         if checkpoints.latest() is not None:
             aside = folder.with_name(f"{folder.name}.replaced")
@@ -213,13 +213,13 @@ def provenance(
 # ---- the check -----------------------------------------------------------------------
 
 
-def network(config: Config, arrays: dict[str, np.ndarray], source: Source) -> MetaModel:
-    """The network of a configuration with these parameters: all of them, and no other."""
+def network(config: Config, arrays: dict[str, np.ndarray], path: Path) -> MetaModel:
+    """The network of a configuration with the parameters at `path`: all of them, and no other."""
     own = replace(config.model, remat_prefix="none", remat_suffix="none")
     shapes = jax.eval_shape(lambda: MetaModel(own, key=jax.random.key(0)))
-    model, account = published.take(shapes, arrays, source.path)
+    model, account = published.take(shapes, arrays, path)
     if account.unused or account.initialised:
-        raise RunError(f"{source.path}: {account}")
+        raise RunError(f"{path}: {account}")
     return model
 
 

@@ -473,21 +473,40 @@ def with_stored(config: Config, stored: Mapping[str, Any]) -> Config:
     for section in ("model", "training"):
         known = {k: v for k, v in stored.get(section, {}).items() if k in nested[section]}
         nested[section] |= {k: v for k, v in known.items() if k not in _PROGRAMS}
+    nested["deploy_paths"]["data"] = _place_of_dataset(stored) | nested["deploy_paths"]["data"]
     return resolve(OmegaConf.create(nested))
 
 
 def stored_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Model and training of a `to_dict` result, as far as this version has the settings."""
+    """Model and training of a `to_dict` result, as far as this version has the settings.
+
+    And the place of its dataset, where the configs have none.
+    """
     stored = upgraded(stored)
-    return {
-        section: _known(stored.get(section, {}), f"{section}.") for section in ("model", "training")
+    default = OmegaConf.load(config_dir() / "deploy" / "default.yaml")
+    data = {
+        name: place
+        for name, place in _place_of_dataset(stored).items()
+        if name not in default.deploy_paths.data
     }
+    sections = {name: _known(stored.get(name, {}), f"{name}.") for name in ("model", "training")}
+    return sections | ({"deploy_paths": {"data": data}} if data else {})
+
+
+def _place_of_dataset(stored: Mapping[str, Any]) -> dict[str, str]:
+    """The dataset that a run was trained on, and where it lay."""
+    name = stored.get("training", {}).get("dataset_name", "")
+    places = stored.get("deploy_paths", {}).get("data", {})
+    return {name: places[name]} if name in places else {}
 
 
 def of_stored(stored: Mapping[str, Any]) -> Config:
     """The configuration of a `to_dict` result, such as a manifest's, on this machine's paths."""
     flat = _flat(stored_settings(stored))
-    return resolve(compose([f"{key}={json.dumps(value)}" for key, value in flat.items()]))
+    added = ("deploy_paths.data.",)
+    return resolve(
+        compose([f"{'+' * key.startswith(added)}{key}={json.dumps(v)}" for key, v in flat.items()])
+    )
 
 
 def _known(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def settings(facts: Facts, name: str, bos_token_id: int, places: list[str]) -> C
         "model.rope_scaling": list(facts.rope_scaling),
         "model.post_norm": False,
         "model.compute_dtype": "fp32",
+        "model.remat_prefix": "none",
+        "model.remat_suffix": "none",
         "training.exp_name": run_name(name),
         "training.dataset_name": "builtin_imported",
         "training.seq_length": facts.positions,

@@ -37,6 +37,8 @@ def commands(flags: Mapping[str, Any]) -> list[str]:
     for key in keys:
         model = catalog.MODELS[key]
         lines.append(f"# {key}")
+        first = next(iter(EXTERNAL)).format(model=model.short)  # the overrides are the same for all
+        resolve(compose([f"+experiment=external/{model.short}/{first}", *_overrides(flags, model)]))
         if "adapter" in paths:
             lines += _import_commands(flags, model)
         for run, (_, _, parent) in EXTERNAL.items():
@@ -65,9 +67,7 @@ def _import_commands(flags: Mapping[str, Any], model: catalog.Model) -> list[str
 
 
 def _command(flags: Mapping[str, Any], model: catalog.Model, name: str) -> str:
-    overrides = _overrides(flags, model)
-    resolve(compose([f"+experiment={name}", *overrides]))
-    return shlex.join(["uv", "run", "train", f"+experiment={name}", *overrides])
+    return shlex.join(["uv", "run", "train", f"+experiment={name}", *_overrides(flags, model)])
 
 
 def _overrides(flags: Mapping[str, Any], model: catalog.Model) -> list[str]:

@@ -308,3 +308,13 @@ def test_every_model_with_a_key_has_its_sizes_in_the_configs():
     for short, expected in sizes.items():
         config = resolve(compose([f"+experiment=external/{short}/pretrain-{short}-fa-import-8K"]))
         assert count(parameters(config.model)) == expected
+
+
+def test_generate_goes_on_from_a_run_by_its_name(place, monkeypatch, capfd):
+    monkeypatch.setenv("TTT_CHECKPOINTS", str(place / "ckpt"))
+    words = ["generate", "+run=ext/import-mine-fa-base", "generate.prompt='the rain'"]
+    monkeypatch.setattr("sys.argv", [*words, "generate.max_new_tokens=4", "generate.context=32"])
+    generate.main()
+    said = capfd.readouterr()
+    assert "wrote" in said.err
+    assert said.out.strip()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A module may be named before it is written; none may be written unnamed.
 FLOORS = (
     (
-        *("ttt", "ttt.errors", "ttt.globs", "ttt.mixers", "ttt.knobs", "ttt.config", "ttt.entry"),
+        *("ttt.errors", "ttt.globs", "ttt.mixers", "ttt.knobs", "ttt.config", "ttt.entry"),
         *("ttt.experiment_rules", "ttt.figures", "ttt.intervals"),
     ),
     ("ttt.core", "hydra_plugins"),
@@ -28,6 +28,8 @@ FLOORS = (
     ("ttt.evaluation", "ttt.bench"),
     ("ttt.runs", "ttt.report"),
     ("ttt.train", "ttt.evaluate", "ttt.generate", "ttt.benchmark"),
+    ("ttt.language_model",),
+    ("ttt",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -58,6 +60,9 @@ JAX_FREE = (
     "ttt.figures",
     "ttt.intervals",
     "ttt.evaluation.repetition",
+    "ttt.interop.catalog",
+    "ttt.interop.reference",
+    "ttt.runs.external",
     "ttt.evaluation.ruler",
     "ttt.report.frame",
     "ttt.report.compare",

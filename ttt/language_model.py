@@ -10,6 +10,7 @@ True
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,13 +150,13 @@ class LanguageModel:
         top_k: int = 0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
-        show: bool = False,
+        on_text: Callable[[str], object] = lambda part: None,
     ) -> str:
         """Write on after what was read: up to `most` tokens, or to the model's end of text.
 
         temperature: 0: always the likeliest token. top_p, top_k: choose among the likeliest that
             have this probability together, or are so many; 1 and 0: among all.
-        show: print the text while it comes.
+        on_text: hears each part of the text when it is there, such as `sys.stdout.write`.
         Raises UserError beyond full attention's context.
         """
         if not self.tokens_seen:
@@ -165,8 +166,7 @@ class LanguageModel:
 
         def add(part: str) -> None:
             said.append(part)
-            if show:
-                print(part, end="", flush=True)  # noqa: T201 (asked for)
+            on_text(part)
 
         stream = Stream(self.tokenizer, add)
         stop = (self.config.model.eos_token_id, self.config.model.bos_token_id)
@@ -179,7 +179,7 @@ class LanguageModel:
             on_progress=lambda new: stream.add(new[0]),
         )
         stream.end()
-        return "".join(said)[:-1]  # the end of the line that `show` ends with
+        return "".join(said)[:-1]  # without the end of the line that a terminal needs
 
     def loss(self, text: str) -> float:
         """Mean loss of a text on its own, in nats per token; what was read before is untouched."""

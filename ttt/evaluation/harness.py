@@ -44,7 +44,7 @@ class HarnessModel(LM):
 
     def __init__(
         self,
-        experiment: str,
+        experiment: str = "",
         *,
         run: str = "",
         exp_folder: str = "",
@@ -58,8 +58,9 @@ class HarnessModel(LM):
         """Load a checkpoint.
 
         experiment: as in `+experiment=NAME`; run, exp_folder, step: which of its checkpoints.
+            Without an experiment, run is FOLDER/NAME, as in `+run=FOLDER/NAME`.
         tokenizer: `bytes`, a `tokenizers` JSON file or a folder with a `tokenizer.json`; empty: the
-            one that the experiment's token store names.
+            one of the checkpoint or of the experiment's token store.
         learn: off: the inner rate is 0.
         max_length: tokens of a request; 0: the trained length. Binding where the state
             grows with the context.
@@ -68,15 +69,12 @@ class HarnessModel(LM):
         super().__init__()
         if tokenizer and Path(tokenizer).is_dir():
             tokenizer = str(Path(tokenizer) / "tokenizer.json")
-        settings = {
-            "training.exp_name": run,
-            "training.exp_folder": exp_folder,
-            "evaluation.tokenizer": tokenizer,
-        }
+        settings = {"evaluation.tokenizer": tokenizer}
+        if experiment:
+            settings |= {"training.exp_name": run, "training.exp_folder": exp_folder}
         overrides = [f"{key}='{value}'" for key, value in settings.items() if value]
-        config = resolve(
-            compose([f"+experiment={experiment}", f"evaluation.step={step}", *overrides])
-        )
+        start = f"+experiment={experiment}" if experiment else f"+run={run}"
+        config = resolve(compose([start, f"evaluation.step={step}", *overrides]))
         (self._run,) = trained.load(config)
         self._tokenizer = resources.tokenizer(config, self._run)
         self.max_length = max_length or self._run.training.seq_length

@@ -33,8 +33,9 @@ from ttt.model.layers import for_compute
 from ttt.model.published import to_published
 from ttt.model.transformer import MetaModel
 
-# Tokens that full attention, which has no chunks of its own, reads at a time.
-CHUNK_OF_FULL_ATTENTION = 512
+# Tokens that full attention, which has no chunks of its own, reads at a time. What is left of a
+# prompt costs a whole chunk, twice: as it is read, and as writing begins.
+CHUNK_OF_FULL_ATTENTION = 128
 # Chunks that one call of the compiled program reads, and tokens that one writes: enough to hide the
 # call, few enough to hear of the progress.
 _CHUNKS_PER_CALL = 16

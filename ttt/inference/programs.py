@@ -5,6 +5,7 @@ layers one by one: taking a layer out of a stack would copy it for every token. 
 sequence alone stands in lanes: leaves [B, ...], and [...] where there is but one.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ from ttt.model.transformer import (
     step_blocks,
 )
 from ttt.ops.cross_entropy import token_nll, whole_nll
+
+# Tokens that the MLPs of a stretch take at once.
+_PIECE = 512
 
 
 class Writing(NamedTuple):
@@ -194,10 +198,12 @@ class Programs:
         model, length = slow, tokens.shape[1] - 1  # nothing is fast
         lm, blocks = model.language_model, model.language_model.model.h
 
+        piece = math.gcd(length, _PIECE)
+
         def one(ids: Int[Array, " T"]) -> tuple[PyTree, PyTree, Array]:
             x = model.embed(ids)
-            prefix, x = prefill_blocks(blocks.prefix_blocks, x, self.slots, self.chunk)
-            suffix, x = prefill_blocks(blocks.suffix_blocks, x, self.slots, self.chunk)
+            prefix, x = prefill_blocks(blocks.prefix_blocks, x, self.slots, piece)
+            suffix, x = prefill_blocks(blocks.suffix_blocks, x, self.slots, piece)
             return prefix, suffix, x
 
         prefix, suffix, x = _rows(_over(one, len(tokens))(_lanes(tokens[:, :-1])), len(tokens))

@@ -399,7 +399,10 @@ def test_an_import_that_is_there_stays_unless_forced(tmp_path, run_script):
     assert (folder / "0" / "hashes.json").stat() == before
     assert run_script(*script, "--checkpoint-root", root, "--force")[0] == 0
     assert (folder / "0" / "hashes.json").stat() != before
-    assert sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) == [folder.name]
+    assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name]
+    (folder / "0").rename(tmp_path / "elsewhere")
+    code, said = run_script(*script, "--checkpoint-root", root, "--force")
+    assert (code, "is in the way and holds no import" in said.err) == (2, True)
 
 
 def test_a_root_that_cannot_be_written_to_is_refused_at_once(tmp_path, run_script):

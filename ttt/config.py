@@ -490,6 +490,11 @@ def stored_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
         if name not in default.deploy_paths.data
     }
     sections = {name: _known(stored.get(name, {}), f"{name}.") for name in ("model", "training")}
+    model, training = sections.values()
+    names = mixers.cycle(model.get("seq_modeling_block", ""), model.get("layer_types", ()))
+    one_chunk = model.get("mini_batch_size") == training.get("seq_length")
+    if one_chunk and all(mixers.MIXERS[name].grows for name in names):  # it stays one
+        model["mini_batch_size"] = "${training.seq_length}"
     return sections | ({"deploy_paths": {"data": data}} if data else {})
 
 

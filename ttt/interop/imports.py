@@ -125,12 +125,7 @@ def import_model(
     that cannot be written to, an import that is there. RunError: the check failed.
     """
     folder = checkpoint.run_folder(root, exp_folder, run_name(name))
-    checkpoints = Checkpoints(folder)
-    if checkpoints.latest() is not None and not force:
-        raise UserError(
-            f"{checkpoints.find()} holds this import already, and nothing is overwritten; use it, "
-            "or import again with --force"
-        )
+    check_free(folder, force)
     check_writable(folder)
     check_names(source)
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,10 +148,9 @@ def import_model(
         ids = tokenizer.encode(CHECK_TEXT)[:CHECK_TOKENS]
         check = compare(source, network(config, arrays, source.path), ids)
         known = provenance(source, tokenizer, about, check)
-        if checkpoints.latest() is not None:
-            aside = folder.with_name(f"{folder.name}.replaced")
-            checkpoint.remove(aside)
-            folder.rename(aside)
+        new = folder.with_name(f".{folder.name}.new")
+        checkpoint.remove(new)  # of an import that was cut off
+        checkpoints = Checkpoints(new)
         checkpoints.save(
             0,
             model_weights=nested(arrays),
@@ -174,13 +168,34 @@ def import_model(
             },
         )
         checkpoints.wait()
-    step = checkpoints.find()
-    hashes = hashlib.sha256((step / "hashes.json").read_bytes()).hexdigest()
+    step = folder / "0"
+    hashes = hashlib.sha256((new / "0" / "hashes.json").read_bytes()).hexdigest()
     latest = {"step": 0, "path": str(step), "hashes_sha256": hashes, "provenance": known}
-    write_whole(folder / "latest.json", json.dumps(latest, indent=1) + "\n")
-    if force:
-        checkpoint.remove(folder.with_name(f"{folder.name}.replaced"))
+    write_whole(new / "latest.json", json.dumps(latest, indent=1) + "\n")
+    aside = folder.with_name(f".{folder.name}.old")
+    checkpoint.remove(aside)
+    if folder.exists():
+        folder.rename(aside)
+    new.rename(folder)
+    checkpoint.remove(aside)
     return Imported(step, config, check, audit)
+
+
+def check_free(folder: Path, force: bool) -> None:
+    """Raise a UserError for an import that is there, unless forced, and for anything else."""
+    if not folder.exists():
+        return
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.latest()
+    if step is None or not checkpoint.read_manifest(checkpoints.find()).get("provenance"):
+        raise UserError(f"{folder} is in the way and holds no import; move it away")
+    if (checkpoints.find() / "opt_state").is_dir():
+        raise UserError(f"{folder} holds a run that was trained; choose another --exp-folder")
+    if not force:
+        raise UserError(
+            f"{checkpoints.find()} holds this import already, and nothing is overwritten; use it, "
+            "or import again with --force"
+        )
 
 
 def check_writable(folder: Path) -> None:

@@ -17,6 +17,7 @@ from ttt.inference.engine import Engine
 from ttt.inference.sampling import Sampling, choose
 from ttt.inference.state import join, select, size_in_bytes
 from ttt.model.transformer import MetaModel
+from ttt.plan import memory
 
 T = 4 * MODEL.mini_batch_size
 PLAIN = replace(TRAINING, train_mode="pretrain")
@@ -417,3 +418,18 @@ def test_bfloat16_caches_are_saved_and_loaded_bit_for_bit(tmp_path):
     loaded = engine.load(tmp_path / "state")
     assert equal(loaded, state)
     assert loaded.prefix.rest[0].keys.dtype == jax.numpy.bfloat16
+
+
+def test_a_large_model_reads_the_same_in_less_memory():
+    bounds = {"_KEPT_WHILE_READING": 0, "_SHARE_WHILE_READING": 0, "_LOGITS_WHILE_READING": 512}
+    with patch.multiple(memory, **bounds):
+        engine = new_engine("e2e")
+        small = memory.for_reading(MODEL, learns=True)
+    assert (small.remat_suffix, small.loss_block) == ("block", 16)
+    assert memory.for_reading(MODEL, learns=True).remat_suffix == "none"
+    _, found = engine.read(engine.start(1), [tokens_of()])
+    np.testing.assert_allclose(found[0], training_nll("e2e"), atol=1e-5)
+    larger = replace(MODEL, mini_batch_size=1024, vocab_size=50_000, hidden_size=576)
+    assert memory.for_reading(larger, learns=False).loss_block == 8192
+    assert memory.for_reading(larger, learns=False).attention_block == 512
+    assert memory.for_reading(larger, learns=True).remat_suffix == "dots"

@@ -47,13 +47,15 @@ def root():
     """A checkpoint root with the imported model, shared by all workers and later runs."""
     place = Path(os.environ.get("TTT_TEST_MODELS", Path(tempfile.gettempdir()) / "ttt-test-models"))
     place.mkdir(parents=True, exist_ok=True)
-    model, root = catalog.MODELS[KEY], place / "checkpoints"
+    sources = sorted(Path(imports.__file__).parent.glob("*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    model, root = catalog.MODELS[KEY], place / f"checkpoints-{code}"  # anew once the code changed
     folder = checkpoint.run_folder(root, catalog.EXP_FOLDER, catalog.run_name(model.short))
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "latest.json").is_file():
             try:
-                catalog.prepare(model, place, from_dir=None, force=True, say=lambda line: None)
+                catalog.prepare(model, place, from_dir=None, force=False, say=lambda line: None)
             except UserError as error:
                 pytest.skip(f"SmolLM2-135M is not here: {error}")
             source, about = catalog.locate(model, place, None)

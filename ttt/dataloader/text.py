@@ -121,7 +121,9 @@ class FileTokenizer(AbstractTokenizer):
             "normalizer": content["normalizer"],
             # Offsets into the text, which ids do not depend on.
             "pre_tokenizer": re.sub(r'"trim_offsets": \w+', "", cut),
-            "model": [model.get(key) for key in ("type", "vocab", "merges")],
+            "model": [model["type"], model.get("merges")],
+            # Some files repeat their special tokens in the model's vocabulary, some do not.
+            "vocabulary": self._tokenizer.get_vocab(with_added_tokens=True),
             "ignore_merges": bool(model.get("ignore_merges")),
             "added": sorted((t["id"], t["content"]) for t in content["added_tokens"]),
         }

@@ -32,6 +32,7 @@ from ttt.knobs import ModelConfig, TrainingConfig
 from ttt.model.layers import for_compute
 from ttt.model.published import to_published
 from ttt.model.transformer import MetaModel
+from ttt.plan.memory import for_reading
 
 # Tokens that full attention, which has no chunks of its own, reads at a time. What is left of a
 # prompt costs a whole chunk, twice: as it is read, and as writing begins.
@@ -76,9 +77,8 @@ class Engine:
         self.config: ModelConfig = model.config
         self._training = training
         self._model = model
-        # A chunk's gradient is the only one there is, and its intermediates are few.
-        how = {"mini_batch_size": self.chunk, "remat_prefix": "none", "remat_suffix": "none"}
-        config = replace(model.config, **how)
+        own = replace(model.config, mini_batch_size=self.chunk)
+        config = for_reading(own, learns=self.learns)
         # The one copy of the weights that the engine makes, beside the caller's.
         self._fast, self._slow = jax.jit(self._parted)(model.with_config(config))
         inner = training.optimizer_inner

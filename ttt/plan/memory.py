@@ -1,7 +1,8 @@
 """Bytes of a training step in closed form, from a configuration alone. No JAX."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ttt.knobs import ModelConfig, TrainingConfig
 from ttt.mixers import Mixer
@@ -178,6 +179,47 @@ def learning_memory(
         chunk=_INTERMEDIATES[training.inner_gradient] * (kept + work)
         + _LOGIT_COPIES * _logits(model, tokens),
     )
+
+
+# ---- reading -------------------------------------------------------------------------------
+
+# While a model reads, memory is the weights and little more: bounds for what a chunk's gradient
+# keeps, and for the logits and the queries that are in work together.
+_KEPT_WHILE_READING = 64_000_000
+_SHARE_WHILE_READING = 1 / 8
+_LOGITS_WHILE_READING = 1 << 25
+_QUERIES_WHILE_READING = 512
+
+
+def for_reading(model: ModelConfig, *, learns: bool) -> ModelConfig:
+    """The settings of memory with which a model reads a chunk, one sequence at a time.
+
+    The same function in a little more than its weights: of the suffix's policies the one that
+    recomputes least among those that keep at most 64 MB, or an eighth of the parameters; logits in
+    blocks of at most 32 MB; 512 queries at a time unless the model states a block.
+    """
+    chunk = model.mini_batch_size
+    most = int(_LOGITS_WHILE_READING / (chunk * _BYTES["fp32"]))
+    block = min(model.loss_block or model.vocab_size, most)
+    return replace(
+        model,
+        remat_prefix="none",
+        remat_suffix=_policy_for_reading(model) if learns else "none",
+        attention_block=model.attention_block or math.gcd(chunk, _QUERIES_WHILE_READING),
+        loss_block=0 if block >= model.vocab_size else max(1, block),
+    )
+
+
+def _policy_for_reading(model: ModelConfig) -> str:
+    size = count(parameters(model)) * _BYTES[model.param_dtype]
+    most = max(_KEPT_WHILE_READING, _SHARE_WHILE_READING * size)
+    suffix = [kind for kind in block_kinds(model) if kind.stack == "suffix"]
+
+    def kept(policy: str) -> int:
+        return model.mini_batch_size * sum(k.layers * _kept(model, policy, k) for k in suffix)
+
+    policies = ("none", "dots", "attention")
+    return next((policy for policy in policies if kept(policy) <= most), "block")
 
 
 # ---- blocks and loss -----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The network and its losses against the NumPy oracle and finite differences."""
 
 from dataclasses import asdict, replace
+from functools import cache, partial
 
 import equinox as eqx
 import jax
@@ -83,8 +84,14 @@ def sequence(model, length=32, seed=0):
     return from_tokens(random_tokens(length + 1, seed=seed, model=model), model.bos_token_id)
 
 
+@partial(jax.jit, static_argnames="training")
 def score(model, batch, training, scale=1.0):
-    return jax.jit(lambda model: sequence_loss(model, batch, training, scale))(model)
+    return sequence_loss(model, batch, training, scale)
+
+
+@partial(jax.jit, static_argnames="training")
+def outer_gradient(model, batch, training):
+    return jax.grad(lambda model: sequence_loss(model, batch, training, 1.0).loss)(model)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,7 +122,7 @@ def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64,
     model = make_model(replace(config, **EXACT))
     tokens = random_tokens(33)
     batch = from_tokens(tokens, config.bos_token_id)
-    gradient = jax.jit(jax.grad(lambda m: sequence_loss(m, batch, training, 1.0).loss))(model)
+    gradient = outer_gradient(model, batch, training)
     params = {name: np.asarray(x) for name, x in published.to_published(model).items()}
     draw = np.random.default_rng(0)
     direction = {name: draw.normal(size=x.shape) for name, x in params.items()}
@@ -140,11 +147,8 @@ def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64,
     ],
 )
 def test_rematerialisation_changes_no_gradient(other):
-    batch = sequence(MODEL)
-
     def gradient(config, training):
-        model = make_model(config)
-        return jax.jit(jax.grad(lambda m: sequence_loss(m, batch, training, 1.0).loss))(model)
+        return outer_gradient(make_model(config), sequence(MODEL), training)
 
     plain = gradient(MODEL, TRAINING)
     other = gradient(replace(MODEL, **other), replace(TRAINING, inner_remat_freq=3))
@@ -154,6 +158,7 @@ def test_rematerialisation_changes_no_gradient(other):
         )
 
 
+@cache
 def batch_gradient(config, training, form, attention):
     """Loss and gradient of a batch of two, as one vector."""
     model = make_model(replace(config, attention=attention))
@@ -193,11 +198,10 @@ def test_in_bf16_the_fast_form_is_as_near_to_float32_as_the_plain_one():
 
 def test_no_loss_depends_on_a_later_token_at_chunk_borders_and_between():
     model, tokens = make_model(MODEL), random_tokens(33)
-    nll = jax.jit(
-        lambda tokens: (
-            sequence_loss(model, from_tokens(tokens, MODEL.bos_token_id), TRAINING, 1.0).token_nll
-        )
-    )
+
+    def nll(tokens):
+        return score(model, from_tokens(tokens, MODEL.bos_token_id), TRAINING).token_nll
+
     before = nll(tokens)
     for changed in (7, 8, 9, 12, 16, 31):
         later = tokens.copy()
@@ -250,7 +254,7 @@ def test_an_empty_chunk_counts_zero_and_its_gradient_is_finite():
     got = score(model, batch, TRAINING)
     assert got.chunk_losses[1] == 0
     np.testing.assert_allclose(got.loss, np.sum(got.chunk_losses) / 4, rtol=1e-6)
-    gradient = jax.jit(jax.grad(lambda m: sequence_loss(m, batch, TRAINING, 1.0).loss))(model)
+    gradient = outer_gradient(model, batch, TRAINING)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 

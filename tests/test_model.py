@@ -139,19 +139,27 @@ def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64,
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("group", "other"),
     [
-        {"remat_prefix": "block", "remat_suffix": "dots"},
-        {"remat_prefix": "dots", "remat_suffix": "block"},
-        {"remat_prefix": "chunk", "remat_suffix": "chunk", "attention_block": 4, "loss_block": 16},
+        (3, {"remat_prefix": "block", "remat_suffix": "dots"}),  # of four chunks: and one behind it
+        (2, {"remat_prefix": "dots", "remat_suffix": "block"}),
+        (
+            2,
+            {
+                "remat_prefix": "chunk",
+                "remat_suffix": "chunk",
+                "attention_block": 4,
+                "loss_block": 16,
+            },
+        ),
     ],
 )
-def test_rematerialisation_changes_no_gradient(other):
+def test_rematerialisation_changes_no_gradient(group, other):
     def gradient(config, training):
         return outer_gradient(make_model(config), sequence(MODEL), training)
 
     plain = gradient(MODEL, TRAINING)
-    other = gradient(replace(MODEL, **other), replace(TRAINING, inner_remat_freq=3))
+    other = gradient(replace(MODEL, **other), replace(TRAINING, inner_remat_freq=group))
     for name, expected in named_leaves(plain).items():
         np.testing.assert_allclose(
             named_leaves(other)[name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
@@ -163,7 +171,7 @@ def batch_gradient(config, training, form, attention):
     """Loss and gradient of a batch of two, as one vector."""
     model = make_model(replace(config, attention=attention))
     batch = from_tokens(random_tokens(2, 33), config.bos_token_id)
-    chosen = replace(training, inner_gradient=form, inner_remat_freq=3)
+    chosen = replace(training, inner_gradient=form)
 
     def loss(model):
         return jnp.mean(loop.batch_losses(model, batch, chosen, 0.7).loss)
@@ -173,26 +181,29 @@ def batch_gradient(config, training, form, attention):
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "group"),
     [
-        "meta",
-        "meta, no clipping, warming up",
-        "meta, window below chunk",
-        "meta, one block in all",
+        ("meta", 3),  # of four chunks: the one behind the group is a second copy of the program
+        ("meta, no clipping, warming up", 2),
+        ("meta, window below chunk", 2),
+        ("meta, one block in all", 2),
     ],
 )
-def test_both_forms_of_the_gradient_agree_over_a_batch(case):
-    value, gradient = batch_gradient(*CASES[case], "forward_over_reverse", "blocks")
-    twin_value, twin = batch_gradient(*CASES[case], "reverse_over_reverse", "naive")
+def test_both_forms_of_the_gradient_agree_over_a_batch(case, group):
+    config, training = CASES[case]
+    training = replace(training, inner_remat_freq=group)
+    value, gradient = batch_gradient(config, training, "forward_over_reverse", "blocks")
+    twin_value, twin = batch_gradient(config, training, "reverse_over_reverse", "naive")
     np.testing.assert_allclose(value, twin_value, rtol=1e-6)
     assert np.linalg.norm(gradient - twin) < 1e-4 * np.linalg.norm(twin)
 
 
 def test_in_bf16_the_fast_form_is_as_near_to_float32_as_the_plain_one():
     half = replace(MODEL, compute_dtype="bf16")
-    _, exact = batch_gradient(MODEL, TRAINING, "forward_over_reverse", "blocks")
-    _, fast = batch_gradient(half, TRAINING, "forward_over_reverse", "blocks")
-    _, plain = batch_gradient(half, TRAINING, "reverse_over_reverse", "naive")
+    groups, and_rest = (replace(TRAINING, inner_remat_freq=group) for group in (2, 3))
+    _, exact = batch_gradient(MODEL, and_rest, "forward_over_reverse", "blocks")
+    _, fast = batch_gradient(half, groups, "forward_over_reverse", "blocks")
+    _, plain = batch_gradient(half, groups, "reverse_over_reverse", "naive")
     assert np.linalg.norm(fast - exact) < 1.5 * np.linalg.norm(plain - exact)
 
 

@@ -1,5 +1,7 @@
 """Strictest settings for every test, and where the golden values lie."""
 
+import functools
+import gc
 import logging
 import os
 import runpy
@@ -8,11 +10,16 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's further optimisations take a fifth of the suite's time, and small programs run well
-# without. The golden losses and gradients are checked with them too (tests/test_golden.py).
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# The suite's time is that of compiling, and small programs run well without LLVM's optimisations.
+# Golden losses and gradients are checked with them (tests/test_golden.py).
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
+)
 
 import jax
+import omegaconf._utils
+import omegaconf.base
 import pytest
 from golden import folder
 
@@ -26,6 +33,12 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tests compose hundreds of configurations, and half the time of that is spent on parsing the same
+# few interpolations again.
+omegaconf.base.parse = omegaconf._utils.parse = functools.cache(omegaconf.base.parse)
+# Tracing makes many small objects and no cycles worth looking for so often.
+gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session")

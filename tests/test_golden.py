@@ -1,6 +1,7 @@
 """Every golden case, in full or trimmed: numbers of an independent implementation."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -23,8 +24,11 @@ CASES = cases(folder())
 FLOAT32 = SimpleNamespace(loss=1e-6, nll=1e-6, grad=1e-5, train=1e-6, norm=1e-4, params=1e-4)
 BF16 = SimpleNamespace(loss=2e-4, nll=5e-3, grad=4e-2, train=2e-3, norm=None, params=None)
 
-AS_USERS_RUN_IT = {"xla_backend_optimization_level": 3}
-"""The level of LLVM's optimisation that other tests do without (conftest.py)."""
+AS_USERS_RUN_IT = {
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT",
+}
+"""The optimisations of XLA and LLVM that other tests do without (conftest.py)."""
 
 
 def configs(case: dict) -> tuple[ModelConfig, TrainingConfig]:
@@ -103,18 +107,22 @@ def test_the_trimmed_set_is_the_full_one_with_parts_of_its_arrays(golden, name):
         np.testing.assert_array_equal(array, whole[key] if start else kept(whole[key]))
 
 
-def test_loss_and_exact_gradient_of_a_sequence(case):
-    training = case.training
-    sequence = jax.tree.map(lambda x: x[0, 0], case.batches)
-    scale = loop.inner_scale(training, 0)
-
+@partial(jax.jit, static_argnames="training", compiler_options=AS_USERS_RUN_IT)
+def scored_with_gradient(model, sequence, scale, training):
     def loss(model):
         scored = sequence_loss(model, sequence, training, scale)
         return scored.loss, scored
 
-    (_, scored), gradient = jax.jit(
-        jax.value_and_grad(loss, has_aux=True), compiler_options=AS_USERS_RUN_IT
-    )(case.model)
+    (_, scored), gradient = jax.value_and_grad(loss, has_aux=True)(model)
+    return scored, gradient
+
+
+def test_loss_and_exact_gradient_of_a_sequence(case):
+    sequence = jax.tree.map(lambda x: x[0, 0], case.batches)
+    scale = loop.inner_scale(case.training, 0)
+    # One sequence knows no microbatches: cases that differ in nothing else share the program.
+    training = replace(case.training, accum_steps=1)
+    scored, gradient = scored_with_gradient(case.model, sequence, scale, training)
     assert error(scored.chunk_losses, case.arrays["sequence.loss"]) < case.tolerance.loss
     assert error(scored.token_nll, case.arrays["sequence.token_nll_loss"]) < case.tolerance.nll
     expected = taken(case.arrays, "sequence.grad.")

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from unittest.mock import patch
 
 import jax
@@ -53,8 +53,12 @@ def training_nll(kind: str, seed: int = 0, scale: float = 1.0) -> np.ndarray:
     """−log p of tokens 1 … T as the training loss has them."""
     config, training = KINDS[kind]
     batch = from_tokens(tokens_of(seed), config.bos_token_id)
-    score = jax.jit(lambda model: sequence_loss(model, batch, training, scale).token_nll)
-    return np.asarray(score(model_of(kind)))
+    return np.asarray(score(model_of(kind), batch, training, scale).token_nll)
+
+
+@partial(jax.jit, static_argnames="training")
+def score(model, batch, training, scale):
+    return sequence_loss(model, batch, training, scale)
 
 
 def equal(a, b) -> bool:

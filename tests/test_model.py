@@ -1,6 +1,7 @@
 """The network and its losses against the NumPy oracle and finite differences."""
 
 from dataclasses import asdict, replace
+from functools import cache, partial
 
 import equinox as eqx
 import jax
@@ -83,8 +84,14 @@ def sequence(model, length=32, seed=0):
     return from_tokens(random_tokens(length + 1, seed=seed, model=model), model.bos_token_id)
 
 
+@partial(jax.jit, static_argnames="training")
 def score(model, batch, training, scale=1.0):
-    return jax.jit(lambda model: sequence_loss(model, batch, training, scale))(model)
+    return sequence_loss(model, batch, training, scale)
+
+
+@partial(jax.jit, static_argnames="training")
+def outer_gradient(model, batch, training):
+    return jax.grad(lambda model: sequence_loss(model, batch, training, 1.0).loss)(model)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,7 +122,7 @@ def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64,
     model = make_model(replace(config, **EXACT))
     tokens = random_tokens(33)
     batch = from_tokens(tokens, config.bos_token_id)
-    gradient = jax.jit(jax.grad(lambda m: sequence_loss(m, batch, training, 1.0).loss))(model)
+    gradient = outer_gradient(model, batch, training)
     params = {name: np.asarray(x) for name, x in published.to_published(model).items()}
     draw = np.random.default_rng(0)
     direction = {name: draw.normal(size=x.shape) for name, x in params.items()}
@@ -132,33 +139,39 @@ def test_the_outer_gradient_is_that_of_the_oracle_by_finite_differences(float64,
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("group", "other"),
     [
-        {"remat_prefix": "block", "remat_suffix": "dots"},
-        {"remat_prefix": "dots", "remat_suffix": "block"},
-        {"remat_prefix": "chunk", "remat_suffix": "chunk", "attention_block": 4, "loss_block": 16},
+        (3, {"remat_prefix": "block", "remat_suffix": "dots"}),  # of four chunks: and one behind it
+        (2, {"remat_prefix": "dots", "remat_suffix": "block"}),
+        (
+            2,
+            {
+                "remat_prefix": "chunk",
+                "remat_suffix": "chunk",
+                "attention_block": 4,
+                "loss_block": 16,
+            },
+        ),
     ],
 )
-def test_rematerialisation_changes_no_gradient(other):
-    batch = sequence(MODEL)
-
+def test_rematerialisation_changes_no_gradient(group, other):
     def gradient(config, training):
-        model = make_model(config)
-        return jax.jit(jax.grad(lambda m: sequence_loss(m, batch, training, 1.0).loss))(model)
+        return outer_gradient(make_model(config), sequence(MODEL), training)
 
     plain = gradient(MODEL, TRAINING)
-    other = gradient(replace(MODEL, **other), replace(TRAINING, inner_remat_freq=3))
+    other = gradient(replace(MODEL, **other), replace(TRAINING, inner_remat_freq=group))
     for name, expected in named_leaves(plain).items():
         np.testing.assert_allclose(
             named_leaves(other)[name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max()
         )
 
 
+@cache
 def batch_gradient(config, training, form, attention):
     """Loss and gradient of a batch of two, as one vector."""
     model = make_model(replace(config, attention=attention))
     batch = from_tokens(random_tokens(2, 33), config.bos_token_id)
-    chosen = replace(training, inner_gradient=form, inner_remat_freq=3)
+    chosen = replace(training, inner_gradient=form)
 
     def loss(model):
         return jnp.mean(loop.batch_losses(model, batch, chosen, 0.7).loss)
@@ -168,36 +181,38 @@ def batch_gradient(config, training, form, attention):
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "group"),
     [
-        "meta",
-        "meta, no clipping, warming up",
-        "meta, window below chunk",
-        "meta, one block in all",
+        ("meta", 3),  # of four chunks: the one behind the group is a second copy of the program
+        ("meta, no clipping, warming up", 2),
+        ("meta, window below chunk", 2),
+        ("meta, one block in all", 2),
     ],
 )
-def test_both_forms_of_the_gradient_agree_over_a_batch(case):
-    value, gradient = batch_gradient(*CASES[case], "forward_over_reverse", "blocks")
-    twin_value, twin = batch_gradient(*CASES[case], "reverse_over_reverse", "naive")
+def test_both_forms_of_the_gradient_agree_over_a_batch(case, group):
+    config, training = CASES[case]
+    training = replace(training, inner_remat_freq=group)
+    value, gradient = batch_gradient(config, training, "forward_over_reverse", "blocks")
+    twin_value, twin = batch_gradient(config, training, "reverse_over_reverse", "naive")
     np.testing.assert_allclose(value, twin_value, rtol=1e-6)
     assert np.linalg.norm(gradient - twin) < 1e-4 * np.linalg.norm(twin)
 
 
 def test_in_bf16_the_fast_form_is_as_near_to_float32_as_the_plain_one():
     half = replace(MODEL, compute_dtype="bf16")
-    _, exact = batch_gradient(MODEL, TRAINING, "forward_over_reverse", "blocks")
-    _, fast = batch_gradient(half, TRAINING, "forward_over_reverse", "blocks")
-    _, plain = batch_gradient(half, TRAINING, "reverse_over_reverse", "naive")
+    groups, and_rest = (replace(TRAINING, inner_remat_freq=group) for group in (2, 3))
+    _, exact = batch_gradient(MODEL, and_rest, "forward_over_reverse", "blocks")
+    _, fast = batch_gradient(half, groups, "forward_over_reverse", "blocks")
+    _, plain = batch_gradient(half, groups, "reverse_over_reverse", "naive")
     assert np.linalg.norm(fast - exact) < 1.5 * np.linalg.norm(plain - exact)
 
 
 def test_no_loss_depends_on_a_later_token_at_chunk_borders_and_between():
     model, tokens = make_model(MODEL), random_tokens(33)
-    nll = jax.jit(
-        lambda tokens: (
-            sequence_loss(model, from_tokens(tokens, MODEL.bos_token_id), TRAINING, 1.0).token_nll
-        )
-    )
+
+    def nll(tokens):
+        return score(model, from_tokens(tokens, MODEL.bos_token_id), TRAINING).token_nll
+
     before = nll(tokens)
     for changed in (7, 8, 9, 12, 16, 31):
         later = tokens.copy()
@@ -250,7 +265,7 @@ def test_an_empty_chunk_counts_zero_and_its_gradient_is_finite():
     got = score(model, batch, TRAINING)
     assert got.chunk_losses[1] == 0
     np.testing.assert_allclose(got.loss, np.sum(got.chunk_losses) / 4, rtol=1e-6)
-    gradient = jax.jit(jax.grad(lambda m: sequence_loss(m, batch, TRAINING, 1.0).loss))(model)
+    gradient = outer_gradient(model, batch, TRAINING)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 

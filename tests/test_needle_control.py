@@ -5,11 +5,17 @@ from pathlib import Path
 
 from ttt import evaluate, train
 from ttt.config import compose, resolve
+from ttt.core import compiling
 
 PATH = Path(__file__).parents[1] / "tools" / "needle_control.py"
 
 
-def test_needles_are_found_in_all_of_full_attentions_context_and_within_the_window(tmp_path):
+def test_needles_are_found_in_all_of_full_attentions_context_and_within_the_window(
+    tmp_path, monkeypatch
+):
+    # Many steps: here LLVM's optimisations save more time than they take.
+    fast = compiling.options() | {"xla_backend_optimization_level": 1}
+    monkeypatch.setattr(compiling, "options", lambda: fast)
     spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

@@ -135,7 +135,7 @@ def evaluated(root):
     """Two runs and all suites: (exit code, folder of the results)."""
     names = "evaluation.runs=[pretrain-tiny-e2e,pretrain-tiny-fa]"
     config = configure(root, "e2e", names, "evaluation.name=both")
-    records = list((root / "experiments/default").glob("pretrain-*/*"))
+    records = [p for p in (root / "experiments/default").glob("pretrain-*/*") if p.is_file()]
     before = {path: path.read_bytes() for path in records}
     assert len(before) == 6  # config.yaml and run.json of each run
     code = evaluate.run(config)
@@ -504,7 +504,7 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_refused(root):
     config = configure(root, "swa", *small, *ids)
     keep_checkpoint(config, step=1)
     with pytest.raises(
-        UserError, match=r"258 ids and BOS 256, but narrow has model.vocab_size=100"
+        UserError, match=r"258 ids, BOS 256, .* but narrow has model.vocab_size=100"
     ):
         evaluate.run(config)
 

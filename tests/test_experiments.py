@@ -334,6 +334,12 @@ def test_paths_come_from_the_environment_without_a_deploy(monkeypatch):
         "books3": "/d/books3",
         "builtin": "/d/builtin",
         "builtin_bpe": "/d/builtin_bpe",
+        "builtin_imported": f"/d/builtin_{config.model.name}",
+        **{
+            f"{corpus}_{tokens}": f"/d/{corpus}_{tokens}"
+            for corpus in ("dclm", "books")
+            for tokens in ("smollm2", "qwen2_5")
+        },
         "mine": "/elsewhere",
     }
     assert (config.deploy_paths.checkpoint, config.deploy_paths.experiments) == ("/c", "/e")

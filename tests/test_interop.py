@@ -65,7 +65,7 @@ def test_an_import_computes_what_the_model_does_in_other_programs(models, name):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     np.testing.assert_allclose(reference.logits(open_source(path), ids), expected, atol=1e-4)
     params = published.to_published(model)
-    np.testing.assert_allclose(ours, oracle_logits(params, ids, done.config), atol=2e-5)
+    np.testing.assert_allclose(ours, oracle_logits(params, ids, done.config), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", foreign.NAMES)

@@ -60,7 +60,8 @@ def export(step_folder: Path, out: Path, *, dtype: str = "auto") -> Exported:
         )
     checkpoint.check_mode(step_folder, "jax")
     config = of_stored(manifest["config"])
-    facts = facts_of(config)
+    known = manifest.get("provenance") or {}
+    facts = facts_of(config, known.get("positions", 0))
     tokenizer = text.checkpoint_tokenizer(step_folder, manifest)
     if not isinstance(tokenizer, FileTokenizer):
         raise UserError(
@@ -69,7 +70,6 @@ def export(step_folder: Path, out: Path, *, dtype: str = "auto") -> Exported:
         )
     arrays = checkpoint.read_flat(step_folder, "model_weights")
     model = imports.network(config, arrays, step_folder)
-    known = manifest.get("provenance") or {}
     kind = _dtype(arrays, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -94,8 +94,11 @@ def export(step_folder: Path, out: Path, *, dtype: str = "auto") -> Exported:
     return Exported(out, kind, check)
 
 
-def facts_of(config: Config) -> Facts:
-    """The model in the terms of the families; raises UserError with every reason against it."""
+def facts_of(config: Config, positions: int = 0) -> Facts:
+    """The model in the terms of the families; raises UserError with every reason against it.
+
+    positions: that it was imported with.
+    """
     model = config.model
     reasons = []
     if model.prime:
@@ -134,7 +137,7 @@ def facts_of(config: Config) -> Facts:
         rope_scaling=model.rope_scaling,
         rms_norm_eps=model.rms_norm_eps,
         tie_word_embeddings=model.tie_word_embeddings,
-        positions=config.training.seq_length,
+        positions=max(positions, config.training.seq_length),
         eos_token_id=model.eos_token_id,
     )
 

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 LOGITS_WITHIN, LOSS_WITHIN = 2e-3, 2e-5
 """Bounds of the check, on every logit and on the mean loss (nats per token). A wrong eps is seen by
 the first alone (0.04 for SmolLM2), a wrong pairing or base by both."""
+LONGEST = 8192
+"""Most tokens of a sequence unless the user says otherwise: caches of 128K would take 9 GB of a
+Llama-3.2-1B. The model's own number of positions stands in the provenance."""
 CHECK_TOKENS = 64
 CHECK_TEXT = """\
 def mean(values: list[float]) -> float:
@@ -66,8 +69,8 @@ class Imported(NamedTuple):
     audit: list[AuditRow]
 
 
-def settings(facts: Facts, name: str, bos_token_id: int, places: list[str]) -> Config:
-    """The configuration of a run that holds such a model. places: more overrides."""
+def settings(facts: Facts, name: str, exp_folder: str, bos_token_id: int) -> Config:
+    """The configuration of a run that holds such a model."""
     values = {
         "model.name": name,
         "model.vocab_size": facts.vocab_size,
@@ -94,16 +97,17 @@ def settings(facts: Facts, name: str, bos_token_id: int, places: list[str]) -> C
         "model.compute_dtype": "fp32",
         "model.remat_prefix": "none",
         "model.remat_suffix": "none",
+        "training.exp_folder": exp_folder,
         "training.exp_name": run_name(name),
         "training.dataset_name": "builtin_imported",
-        "training.seq_length": facts.positions,
+        "training.seq_length": min(facts.positions, LONGEST),
         "training.global_batch_size": 1,
         "training.total_steps": 1,
         "training.optimizer_outer.lr": 1e-4,
         "training.eval_batch_size": 1,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return resolve(compose(["+method=fa", *overrides, *places]))
+    return resolve(compose(["+method=fa", *overrides]))
 
 
 def import_model(
@@ -138,12 +142,7 @@ def import_model(
                 f"embedding rows up to {source.facts.vocab_size - 1}: it is another model's; fetch "
                 "the folder anew"
             )
-        config = settings(
-            source.facts,
-            name,
-            tokenizer.bos_token_id,
-            [f"training.exp_folder={exp_folder}", f"deploy_paths.checkpoint='{root}'"],
-        )
+        config = settings(source.facts, name, exp_folder, tokenizer.bos_token_id)
         arrays, audit = convert(source, on_progress)
         ids = tokenizer.encode(CHECK_TEXT)[:CHECK_TOKENS]
         check = compare(source, network(config, arrays, source.path), ids)

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import equinox as eqx
@@ -178,3 +179,13 @@ def test_half_a_character_waits_for_its_other_half():
     stream.add(np.array([0xE2]))
     stream.end()
     assert "".join(shown) == "aé\nb€\ufffd\n"
+
+
+def test_full_attention_gets_as_few_places_as_prompt_and_text_need():
+    config = resolve(compose([FA[0], "generate.max_new_tokens=100"]))
+    assert config.training.seq_length == 2048
+    assert generate.places(config, 156) == 256
+    assert generate.places(config, 157) == 512
+    assert generate.places(config, 5000) == 2048  # and the prompt is refused
+    kept = replace(config, generate=replace(config.generate, save_state="book.state"))
+    assert generate.places(kept, 156) == 2048

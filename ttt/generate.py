@@ -30,6 +30,9 @@ from ttt.model.transformer import MetaModel
 # What decides how a text is read: another value than in training is worth a word.
 _READING = ("model.", "training.optimizer_inner.", "training.spec_inner", "training.train_mode")
 
+_PLACES = 256
+"""A full attention's cache is a multiple of this, so that compiled programs serve again."""
+
 
 class Inputs(NamedTuple):
     """What the command works with, checked as far as it can be without the weights."""
@@ -50,7 +53,7 @@ def run(config: Config) -> None:
     console.print(f"checkpoint: {inputs.step_folder}")
     for key, (was, now) in changed(config, inputs.step_folder).items():
         console.print(f"note: {key} was {was} in training and is {now} here")
-    context = request.context or training.seq_length
+    context = request.context or places(config, len(inputs.prompt))
     engine = Engine(model, training, context=context, learn=request.learn)
     state, read_seconds = first_state(config, engine, console)
     engine.check(state, [inputs.prompt], request.max_new_tokens)
@@ -201,6 +204,18 @@ def first_state(config: Config, engine: Engine, console: Console) -> tuple[State
         f"{read_seconds - seconds:.2f} s are saved"
     )
     return state, read_seconds
+
+
+def places(config: Config, prompt: int) -> int:
+    """The tokens that full attention needs caches for: as few as will do, for each costs time.
+
+    A state that is loaded or saved has those of the trained length.
+    """
+    request, most = config.generate, config.training.seq_length
+    if request.load_state or request.save_state:
+        return most
+    needed = -(-(prompt + request.max_new_tokens) // _PLACES) * _PLACES
+    return min(needed, most)
 
 
 # ---- the work --------------------------------------------------------------------------------

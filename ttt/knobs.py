@@ -480,7 +480,8 @@ class GenerateConfig:
     save_state: str
     """Where to save the state after all that was read and written; 0 new tokens: the prompt."""
     context: Natural
-    """Most tokens under full attention, written ones included; 0: `training.seq_length`."""
+    """Most tokens under full attention, written ones included; 0: as many as prompt and text need,
+    up to `training.seq_length`."""
     max_new_tokens: Natural
     temperature: NotNegative
     """0: the likeliest token, always."""

@@ -92,15 +92,34 @@ def _likeliest(
     logits: Float[Array, " V"], values: Values, by_rank: bool, by_mass: bool
 ) -> Float[Array, " V"]:
     """−inf for all that top-k and top-p leave out; what ties with the last one stays."""
-    ordered = jnp.sort(logits, descending=True)
     if by_rank:
-        last = jnp.minimum(values.top_k, logits.shape[0]) - 1
-        ordered = jnp.where(ordered >= ordered[last], ordered, -jnp.inf)
+        ones = jnp.ones_like(logits)
+        logits = _heaviest(logits, ones, values.top_k.astype(logits.dtype))
     if by_mass:
-        mass = jax.nn.softmax(ordered)
-        before = jnp.cumsum(mass) - mass
-        # The likeliest stays whatever the bound is.
-        stays = (before < values.top_p.astype(mass.dtype)).at[0].set(True)
-        ordered = jnp.where(stays, ordered, -jnp.inf)
-    least = jnp.min(jnp.where(ordered > -jnp.inf, ordered, jnp.inf))
+        mass = jax.nn.softmax(logits)
+        logits = _heaviest(logits, mass, values.top_p.astype(logits.dtype))
+    return logits
+
+
+# Halves an interval of logits to the spacing of float32.
+_HALVINGS = 40
+
+
+def _heaviest(
+    logits: Float[Array, " V"], weights: Float[Array, " V"], bound: Float[Array, ""]
+) -> Float[Array, " V"]:
+    """−inf where all larger logits weigh `bound` or more.
+
+    By bisection: to sort a vocabulary of 50,000 took a third of a small model's time for a token.
+    """
+
+    def halve(i: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = low + (high - low) / 2
+        light = jnp.sum(jnp.where(logits > middle, weights, 0)) < bound
+        return jnp.where(light, low, middle), jnp.where(light, middle, high)
+
+    present = jnp.where(logits > -jnp.inf, logits, jnp.inf)
+    ends = (jnp.min(present) - 1, jnp.max(logits))
+    _, least = jax.lax.fori_loop(0, _HALVINGS, halve, ends)
     return jnp.where(logits >= least, logits, -jnp.inf)

@@ -182,7 +182,7 @@ def test_a_checkpoint_gives_its_settings_by_its_name(place, monkeypatch):
     assert (config.model.name, config.model.vocab_size) == ("mine", 300)
     assert config.model.mini_batch_size == 48  # full attention has no chunks of its own
     assert config.training.exp_name == "import-mine-fa-base"
-    with pytest.raises(UserError, match="run=ext/nothing"):
+    with pytest.raises(UserError, match=r"run=ext/nothing: no checkpoint .*ext/import-mine-fa"):
         compose(["+run=ext/nothing"])
 
 

@@ -620,6 +620,14 @@ def explain(error: HydraException, overrides: Sequence[str] = ()) -> UserError:
     message = str(error)
     if isinstance(error, MissingConfigException) and "/" in (file := error.missing_cfg_file or ""):
         group, name = file.split("/", 1)
+        if group == "run":
+            root = checkpoint_root()
+            runs = sorted({"/".join(p.parts[-3:-1]) for p in Path(root).glob("*/*/[0-9]*")})
+            there = ", ".join(difflib.get_close_matches(name, runs, n=3, cutoff=0.3) or runs[:3])
+            return UserError(
+                f"run={name}: no checkpoint with settings is at {root}/{name}; set TTT_CHECKPOINTS "
+                f"to another root, or take one that is there ({there or 'none is'})"
+            )
         options = choices(group)
         close = difflib.get_close_matches(name, options, n=3, cutoff=0.5) or options
         return UserError(

@@ -211,6 +211,11 @@ def prepare(
     profile = folder / PROFILE
     if profile.exists() and not force:
         source, _ = locate(model, root, None)
+        if from_dir is not None and open_source(from_dir).path != source.path:
+            raise UserError(
+                f"{profile} is of {source.path}, not of --from-dir {from_dir}; give --force to "
+                "prepare it anew from there, or another --out-root"
+            )
         say(f"{model.key}: prepared already, its files are unchanged: {source.path}")
         return profile
     if from_dir is None and not model.package:

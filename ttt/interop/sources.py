@@ -6,7 +6,6 @@ Nothing in them is executed, and files are read as they are.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -286,9 +285,3 @@ class GgufFile(Source):
 
     def licence(self) -> str:  # noqa: D102
         return str(self.metadata.get("general.license", ""))
-
-
-def special_ids(metadata: Mapping[str, Any], names: Iterable[str]) -> dict[str, int]:
-    """Those of a GGUF file's special token ids that it states."""
-    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in names}
-    return {name: int(metadata[key]) for name, key in keys.items() if key in metadata}

@@ -54,11 +54,6 @@ type ShapeDtype = AnyArray | jax.ShapeDtypeStruct
 """A target of a restore: its shape and dtype count."""
 
 
-def remove(folder: Path) -> None:
-    """Delete a folder of checkpoints, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def run_folder(root: str | Path, exp_folder: str, exp_name: str) -> Path:
     """Where the checkpoints of a run lie."""
     return Path(root).expanduser().absolute() / exp_folder / exp_name

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -25,7 +25,7 @@ from ttt.errors import UserError
 from ttt.infra import checkpoint
 from ttt.interop import families, imports
 from ttt.interop.convert import half_split
-from ttt.interop.families import BLOCKS, Facts, Part
+from ttt.interop.families import BLOCKS, SHARED, Facts, Part
 from ttt.interop.sources import open_source
 from ttt.knobs import Config, ModelConfig
 
@@ -122,24 +122,8 @@ def facts_of(config: Config, positions: int = 0) -> Facts:
             "with model.post_norm=false and +method=fa for that"
         )
     family = "qwen2" if model.attention_bias else "qwen3" if model.qk_norm else "llama"
-    return Facts(
-        family=family,
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        attention_bias=model.attention_bias,
-        qk_norm=model.qk_norm,
-        rope_theta=model.rope_theta,
-        rope_scaling=model.rope_scaling,
-        rms_norm_eps=model.rms_norm_eps,
-        tie_word_embeddings=model.tie_word_embeddings,
-        positions=max(positions, config.training.seq_length),
-        eos_token_id=model.eos_token_id,
-    )
+    shared = {key: getattr(model, key) for key in SHARED}
+    return Facts(family=family, positions=max(positions, config.training.seq_length), **shared)
 
 
 def hf_config(model: ModelConfig, facts: Facts, dtype: str) -> dict[str, Any]:
@@ -179,7 +163,7 @@ def hf_config(model: ModelConfig, facts: Facts, dtype: str) -> dict[str, Any]:
 
 def tensors(arrays: Mapping[str, np.ndarray], facts: Facts, dtype: str) -> dict[str, np.ndarray]:
     """The parameters under Hugging Face's names, [out, in], heads half-split."""
-    kind = np.dtype(np.float32) if dtype == "float32" else np.dtype(ml_dtypes.bfloat16)
+    kind = np.dtype(np.float32) if dtype == "float32" else np.dtype(jnp.bfloat16)
 
     def given(part: Part, array: np.ndarray) -> np.ndarray:
         array = array.T if part.matrix else array
@@ -207,7 +191,7 @@ def _dtype(arrays: Mapping[str, np.ndarray], asked: str) -> str:
 
 
 def _as_bf16(array: np.ndarray) -> np.ndarray:
-    return array.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return array.astype(jnp.bfloat16).astype(np.float32)
 
 
 def _rounded(model: Any, dtype: str) -> Any:

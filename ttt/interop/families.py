@@ -42,6 +42,25 @@ class Facts:
     eos_token_id: int | None
 
 
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "attention_bias",
+    "qk_norm",
+    "rope_theta",
+    "rope_scaling",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "eos_token_id",
+)
+"""Facts that a `ttt.knobs.ModelConfig` has under the same names."""
+
+
 class Part(NamedTuple):
     """One tensor of a layer, or of the whole model."""
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from ttt.infra.record import write_whole
 from ttt.interop import families, reference
 from ttt.interop.catalog import run_name
 from ttt.interop.convert import AuditRow, check_names, convert
-from ttt.interop.families import Facts
+from ttt.interop.families import SHARED, Facts
 from ttt.interop.sources import Source
 from ttt.knobs import Config
 from ttt.model import published
@@ -73,26 +74,9 @@ def settings(facts: Facts, name: str, exp_folder: str, bos_token_id: int) -> Con
     """The configuration of a run that holds such a model."""
     values = {
         "model.name": name,
-        "model.vocab_size": facts.vocab_size,
+        **{f"model.{key}": getattr(facts, key) for key in SHARED},
         "model.bos_token_id": bos_token_id,
         "model.eos_token_id": bos_token_id if facts.eos_token_id is None else facts.eos_token_id,
-        "size.intermediate_size": facts.intermediate_size,
-        **{
-            f"model.{key}": getattr(facts, key)
-            for key in (
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "head_dim",
-                "attention_bias",
-                "qk_norm",
-                "rope_theta",
-                "rms_norm_eps",
-                "tie_word_embeddings",
-            )
-        },
-        "model.rope_scaling": list(facts.rope_scaling),
         "model.post_norm": False,
         "model.compute_dtype": "fp32",
         "model.remat_prefix": "none",
@@ -148,7 +132,7 @@ def import_model(
         check = compare(source, network(config, arrays, source.path), ids)
         known = provenance(source, tokenizer, about, check)
         new = folder.with_name(f".{folder.name}.new")
-        checkpoint.remove(new)  # of an import that was cut off
+        shutil.rmtree(new, ignore_errors=True)  # of an import that was cut off
         checkpoints = Checkpoints(new)
         checkpoints.save(
             0,
@@ -172,11 +156,11 @@ def import_model(
     latest = {"step": 0, "path": str(step), "hashes_sha256": hashes, "provenance": known}
     write_whole(new / "latest.json", json.dumps(latest, indent=1) + "\n")
     aside = folder.with_name(f".{folder.name}.old")
-    checkpoint.remove(aside)
+    shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         folder.rename(aside)
     new.rename(folder)
-    checkpoint.remove(aside)
+    shutil.rmtree(aside, ignore_errors=True)
     return Imported(step, config, check, audit)
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (safetensors asks NumPy for a dtype of the name bfloat16)
 import numpy as np
 import tokenizers
 from gguf import GGUFReader, ReaderTensor, dequantize

@@ -62,8 +62,8 @@ def test_an_import_computes_what_the_model_does_in_other_programs(models, name):
     ids, expected = foreign.recorded(name)
     ours = function(model, ids)
     # transformers turns keys and queries in float32, whatever the dtype of the rest.
-    np.testing.assert_allclose(ours, expected, atol=1e-4)
-    np.testing.assert_allclose(reference.logits(open_source(path), ids), expected, atol=1e-4)
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+    np.testing.assert_allclose(reference.logits(open_source(path), ids), expected, atol=2e-5)
     params = published.to_published(model)
     np.testing.assert_allclose(ours, oracle_logits(params, ids, done.config), atol=1e-5)
 
@@ -220,7 +220,7 @@ def test_an_import_leaves_again_as_it_came_bit_for_bit(models, tmp_path, name):
         assert array.tobytes() == ours[key].tobytes(), key
     ids, expected = foreign.recorded(name)
     # Read back by code that knows nothing of how it was written.
-    np.testing.assert_allclose(reference.logits(open_source(out.folder), ids), expected, atol=1e-4)
+    np.testing.assert_allclose(reference.logits(open_source(out.folder), ids), expected, atol=2e-5)
     assert open_source(out.folder).facts == open_source(path).facts
 
 

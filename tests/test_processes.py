@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -44,16 +45,29 @@ def overrides(folder: Path, *more: str) -> list[str]:
     ]
 
 
+def free_address() -> str:
+    """A port to listen on, below those that systems hand out to outgoing connections.
+
+    One of those can be taken by any program between this call and the coordinator's start.
+    """
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as free:
+            try:
+                free.bind(("", port))
+            except OSError:
+                continue
+        return f"127.0.0.1:{port}"
+
+
 def start(folder: Path, count: int, *more: str) -> list[subprocess.Popen]:
     """`train` in so many processes, which find each other by environment variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    address = free_address()
     processes = []
     folder.mkdir(exist_ok=True)
     for number in range(count):
         cluster = {
-            "TTT_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "TTT_COORDINATOR_ADDRESS": address,
             "TTT_NUM_PROCESSES": str(count),
             "TTT_PROCESS_ID": str(number),
             "JAX_PLATFORMS": "cpu",
@@ -139,9 +153,7 @@ checkpoints.wait()
 
 
 def test_stacks_divided_among_two_processes_are_saved_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SAVING, str(tmp_path / "run"), address, str(number)],

@@ -83,15 +83,25 @@ def test_the_others_do_not(how, warm, batch, reading, parents_nll):
     assert np.abs(nll - parents_nll).max() > 1e-2
 
 
-def test_without_norms_the_parents_function_is_kept_too(batch):
-    plain = {"pre_norm": False, "post_norm": False}
-    config = replace(MODEL, sliding_window_size=2 * CHUNK, **plain)
+@pytest.mark.parametrize(
+    ("how", "pre_norm"), [("inherit", False), ("copy", True), ("zero_down", True)]
+)
+def test_without_post_norms_the_function_is_kept_and_the_inner_gradient_alive(
+    how, pre_norm, batch, reading
+):
+    config = replace(MODEL, sliding_window_size=2 * CHUNK, pre_norm=pre_norm, post_norm=False)
     fresh = MetaModel(config, key=jax.random.key(0))
     no_prime = MetaModel(replace(config, prime=False), key=jax.random.key(1))
     stored = published.to_published(fresh) | published.to_published(no_prime)
-    child = warm_start.begin(published.from_published(fresh, stored), "inherit").model
+    begun = warm_start.begin(published.from_published(fresh, stored), how)
     read = jax.jit(lambda model: loop.batch_losses(model, batch, PLAIN, 1.0).token_nll)
-    np.testing.assert_allclose(read(child), read(no_prime), atol=1e-5)
+    np.testing.assert_allclose(read(begun.model), read(no_prime), atol=1e-6)
+    _, gradient_norms = reading(begun.model, batch, 1.0)
+    assert np.min(gradient_norms) > 1e-3
+    assert np.max(gradient_norms) < 100  # no norm behind the MLP multiplies it by 1/√eps
+    down = "prime_storage.feed_forward_prime.w2.weight"
+    is_new = [name for name in begun.initialised if name.endswith(down)]
+    assert bool(is_new) == (how != "inherit")
 
 
 @pytest.mark.parametrize("how", PRIME_INITS)

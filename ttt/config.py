@@ -729,6 +729,9 @@ def _cache_dir(name: str) -> str:
 
 for _resolver in (head_dim, mlp_width, full_attention_rope_theta, extension_batch_size):
     OmegaConf.register_new_resolver(f"ttt.{_resolver.__name__}", _resolver, replace=True)
+OmegaConf.register_new_resolver(
+    "ttt.prime_init", lambda post: "inherit" if post else "copy", replace=True
+)
 OmegaConf.register_new_resolver("ttt.share", share_of_steps, replace=True)
 OmegaConf.register_new_resolver("ttt.floordiv", lambda number, by: number // by, replace=True)
 OmegaConf.register_new_resolver("ttt.times", lambda number, by: number * by, replace=True)

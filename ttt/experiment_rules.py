@@ -169,7 +169,7 @@ def _external_content(name: str) -> dict[str, Any]:
         content["model"] = {"rope_theta": "${size.rope_theta}", "width_policy": "full"}
         training["optimizer_outer"] = {"lr": "${size.adapt_lr}"}
         if method == LEARNER:
-            training |= {"prime_init": "copy", "optimizer_inner": {"lr": 0.3}}
+            training["optimizer_inner"] = {"lr": 0.3}
             if stage == "adaptation":  # another order than that of the adaptation before it
                 training["data_seed"] = 2000
     if run.endswith("-direct"):

@@ -308,7 +308,8 @@ class TrainingConfig:
     load_part: LoadPart
     """What to take from `resume_exp_name` at step 0: nothing, the parameters, or all the state."""
     prime_init: PrimeInit
-    """How prime MLPs begin that a parent has not (ttt/training/warm_start.py)."""
+    """How prime MLPs begin that a parent has not (ttt/training/warm_start.py); where nothing says,
+    `inherit` with post-norms and `copy` without."""
     resume_exp_folder: FolderName
     resume_exp_name: MaybeFolderName
     resume_step: Step

@@ -60,6 +60,9 @@ from ttt.training.steps import take_steps
 
 logger = logging.getLogger(__name__)
 
+DESTROYS = 0.05
+"""Nats by which learning may raise the loss before the first step without a warning."""
+
 
 def run(config: Config) -> None:
     """Train as `config` says, from where the last call stopped; evaluate; say where things are."""
@@ -170,6 +173,15 @@ def evaluate_start(
     shown = parent or Parent(None, 0, False, False, "it has no parent to be compared with")
     figures |= {"parent_loss": shown.loss, "context": shown.context or None}
     figures |= {"preserving": shown.preserving, "why": shown.why}
+    if still is not None and loss > still + DESTROYS:
+        logger.warning(
+            "before the first step, learning while reading makes the loss worse: %.4f, and %.4f "
+            "without. The inner rate %g destroys what these weights can do; lower "
+            "training.optimizer_inner.lr (a pretrained model without post-norms takes about 0.3)",
+            loss,
+            still,
+            run.config.training.optimizer_inner.lr,
+        )
     if parent is not None:
         log_start(parent, warm)
     run.record.note(start=figures)

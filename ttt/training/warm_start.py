@@ -1,10 +1,12 @@
 """Warm starts into another kind of model: full attention → sliding window → TTT-E2E.
 
 Attention keeps its weights, and up to a window of tokens its function; only the prime MLPs are new.
-What a prime MLP adds is normalised first. So a zero down-projection is no gentle start: the slope
-there is 1/√eps, and the first inner step changes the function. Behind a zero gain no inner gradient
-passes. The default lets the parent's MLP become the prime one, and a new MLP with gain 0 takes its
-place: the function stays, and what learns is trained already (docs/warm_start.md compares all).
+With post-norms, what a prime MLP adds is normalised first. So a zero down-projection is no gentle
+start: the slope there is 1/√eps, and the first inner step changes the function. Behind a zero gain
+no inner gradient passes. `inherit` lets the parent's MLP become the prime one, and a new MLP with
+gain 0 takes its place: the function stays, and what learns is trained already. Without post-norms a
+zero down-projection is silent and its inner gradient is finite: `copy` leaves the parent's MLP in
+place and puts a silent copy of it before it (docs/warm_start.md compares all).
 """
 
 from typing import Any, NamedTuple
@@ -59,10 +61,12 @@ def begin(model: MetaModel, how: str) -> Begun:
     )
     last = f"[-{jax.tree.leaves(blocks)[0].shape[0]}:]"
     present = [part for part in _PARTS if _part(blocks, part) is not None]
+    # What silences a copy is not the parent's.
+    silenced = "ffn_post_norm" if "ffn_post_norm" in present else "feed_forward.w2"
     taken = {
         f"{_BLOCKS}.{part}.weight{last}": f"{_PRIME}.{_PARTS[part]}.weight"
         for part in present
-        if how == "inherit" or (how == "copy" and part != "ffn_post_norm")
+        if how == "inherit" or (how == "copy" and part != silenced)
     }
     new = [f"{_PRIME}.{_PARTS[part]}.weight" for part in present]
     if how == "inherit":

@@ -15,12 +15,10 @@ Exit codes: 0 all done; 1 a run failed or a gate does not hold; 2 a mistake in t
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from contextlib import suppress
 
 from rich.console import Console
 
 from ttt.entry import exit_codes
-from ttt.errors import RunError, UserError
 from ttt.knobs import RUNTIME_MODES
 from ttt.report import tables
 from ttt.runs import execute, pilot
@@ -58,21 +56,8 @@ def main() -> None:
         if args.dry_run:
             pilot.show(prepared, Console())
             return
-        try:
+        with tables.reporting(prepared.folder, args.checkpoint_root, print):
             execute.run(prepared, Console())
-        except RunError:
-            with suppress(UserError):  # the failure counts, whatever there is to report yet
-                report(prepared, args.checkpoint_root)
-            raise
-        report(prepared, args.checkpoint_root)
-
-
-def report(prepared: pilot.PreparedPilot, checkpoint_root: str | None) -> None:
-    """Write the report on all that was run, and say where it is."""
-    written = tables.write(
-        prepared.experiments, prepared.folder.name, checkpoint_root=checkpoint_root
-    )
-    print(f"report: {next(path for path in written if path.suffix == '.md')}")
 
 
 if __name__ == "__main__":

@@ -373,6 +373,10 @@ LOSS_IN_BLOCKS = {"vocab_size": 8192, "loss_block": 256}
         (replace(SLIDING, remat_prefix="dots", **FEW_KEYS), {"train_mode": "pretrain"}),
         (replace(NARROW, **FEW_KEYS), {}),
         (hybrid(replace(SLIDING, remat_prefix="none")), {"train_mode": "pretrain"}),
+        (
+            replace(SLIDING, remat_prefix="none", suffix_len=2),
+            {"train_mode": "pretrain", "spec_outer": ("language_model.**.suffix_blocks.**",)},
+        ),
     ],
     ids=[
         "full attention, dots",
@@ -385,6 +389,7 @@ LOSS_IN_BLOCKS = {"vocab_size": 8192, "loss_block": 256}
         "SWA, few keys, dots",
         "E2E, few keys, block",
         "hybrid, none",
+        "SWA, none, the suffix alone is trained",
     ],
 )
 def test_predicted_peak_is_xlas_within_a_quarter(model, changes):

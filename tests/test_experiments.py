@@ -339,8 +339,8 @@ def test_paths_come_from_the_environment_without_a_deploy(monkeypatch):
             f"{corpus}_{tokens}": f"/d/{corpus}_{tokens}"
             for corpus in ("dclm", "books")
             for tokens in ("smollm2", "qwen2_5")
-            "prose_and_code": "/d/prose_and_code_760m",
-    },
+        },
+        "prose_and_code": f"/d/prose_and_code_{config.model.name}",
         "mine": "/elsewhere",
     }
     assert (config.deploy_paths.checkpoint, config.deploy_paths.experiments) == ("/c", "/e")

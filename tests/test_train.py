@@ -41,6 +41,7 @@ SMALL = [
     "training.eval_batch_size=2",
     "training.eval_batches=2",
     "training.count_model_tokens=0",
+    "training.inner_remat_freq=0",  # as much as fits, which is all
     "training.total_steps=6",
     "training.save_every_steps=3",
     "training.optimizer_outer.lr_decay_steps=6",

@@ -721,6 +721,11 @@ def checkpoint_root() -> str:
     return os.environ.get("TTT_CHECKPOINTS", "./checkpoints")
 
 
+def experiments_root() -> str:
+    """Where run records lie unless the command line says otherwise."""
+    return os.environ.get("TTT_EXPERIMENTS", "./experiments")
+
+
 def _cache_dir(name: str) -> str:
     """A folder of this user for what can be made again."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -75,10 +75,10 @@ def run(config: Config) -> None:
 def train_network(config: Config) -> None:
     """The network of `config.model`, on all devices."""
     distributed.start(config.backend)
-    data, training = open_data(config), config.training
-    layout = loop.lay_out(config)
-    check_divides(layout.mesh, training.global_batch_size // training.accum_steps)
+    data, layout = open_data(config), loop.lay_out(config)
+    check_divides(layout.mesh, config.training.global_batch_size // config.training.accum_steps)
     config = fit_memory(config)
+    training = config.training
     evaluator = Evaluator(training, layout)
     window = mixers.window(config.model) or training.seq_length
     with opened(config, data, as_items) as run:

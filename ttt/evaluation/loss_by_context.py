@@ -25,6 +25,8 @@ from ttt.model.loop import Evaluator
 from ttt.model.trained import TrainedModel
 
 _KEY = "evaluation.loss_by_context"
+DOCUMENTS = "loss_by_context-documents.csv"
+"""Sum of −log p in nats and number of tokens by run, mode, context, document and positions."""
 _STRETCHES = 256
 """Of the trained length, that are scored unless `tokens` says otherwise."""
 
@@ -118,6 +120,29 @@ class LossByContext(AbstractSuite):
     @property
     def _bytes_per_token(self) -> float | None:
         return next(iter(self._texts.values())).source.bytes_per_token
+
+    def files(self) -> dict[str, str]:
+        """Sums of every document, so that any comparison of runs can be made later."""
+        parts = []
+        for (reader, context), scored in self._scored.items():
+            starts, stops = scored.edges[:-1], scored.edges[1:]
+            documents, bins = scored.document_nll.shape
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "run": reader.run.name,
+                        "learning": reader.learning,
+                        "context": context,
+                        "document": np.repeat(scored.documents, bins),
+                        "position_from": np.tile(starts, documents),
+                        "position_to": np.tile(stops, documents),
+                        "nll": scored.document_nll.ravel(),
+                        "count": scored.document_count.ravel().astype(int),
+                    }
+                )
+            )
+        table = pd.concat(parts)[lambda t: t["count"] > 0] if parts else pd.DataFrame()
+        return {DOCUMENTS: table.to_csv(index=False, lineterminator="\n")}
 
     def notes(self) -> dict[str, Any]:
         """Text and lengths."""

@@ -100,6 +100,10 @@ def memory(
     squared = devices.held(p for p in chosen if outer.optimizer_type != "muon" or not p.in_muon)
     # Under `chunk` a block that sees the whole sequence keeps its input alone.
     policy = "block" if model.remat_prefix == "chunk" else model.remat_prefix
+    # Nothing is kept of blocks before the first trained weight: no gradient goes there.
+    behind = (".suffix_blocks.", ".ln_f.", ".lm_head.")
+    frozen = all(any(part in p.name for part in behind) for p in chosen)
+    kept = [kind for kind in by_turns if kind.stack == "suffix" or not frozen]
     size = _BYTES[model.param_dtype]
     moment = _BYTES["bf16" if outer.bf16_momentum else "fp32"]
     return Memory(
@@ -107,7 +111,7 @@ def memory(
         optimizer=trained * moment + squared * size,
         gradients=trained * size * (1 + (training.accum_steps > 1 or meta)),
         gathered=_gathered(model, by_turns, devices),
-        kept_blocks=tokens * sum(kind.layers * _kept(model, policy, kind) for kind in by_turns),
+        kept_blocks=tokens * sum(kind.layers * _kept(model, policy, kind) for kind in kept),
         block=max(
             (_block_work(model, model.remat_prefix, kind, tokens, sequences) for kind in by_turns),
             default=0,

@@ -11,7 +11,8 @@ import math
 import shutil
 import string
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ttt.errors import UserError
+from ttt.errors import RunError, UserError
 from ttt.figures import NONE, count, duration, known, markdown_table, nats, short, whole
 from ttt.infra.plan_manifest import label
 from ttt.infra.record import write_whole
@@ -330,6 +331,28 @@ def write(
     """Write the report into `out` (none: `<exp_folder>/report`); returns the paths."""
     report = phase1.read(experiments_root, exp_folder, checkpoint_root)
     return save(report, Path(out) if out else report.folder / "report")
+
+
+@contextmanager
+def reporting(
+    folder: Path, checkpoint_root: str | Path | None, say: Callable[[str], None]
+) -> Generator[None]:
+    """Write the report on an experiment folder when the block has run it, and say where it is.
+
+    Also where a run failed: the failure counts, whatever there is to report yet.
+    """
+
+    def report() -> None:
+        written = write(folder.parent, folder.name, checkpoint_root=checkpoint_root)
+        say(f"report: {next(path for path in written if path.suffix == '.md')}")
+
+    try:
+        yield
+    except RunError:
+        with suppress(UserError):
+            report()
+        raise
+    report()
 
 
 def save(report: Report, out: Path) -> list[Path]:

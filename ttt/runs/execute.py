@@ -27,8 +27,8 @@ from ttt.infra.plan_manifest import PlanManifest
 from ttt.infra.progress import Progress
 from ttt.infra.record import RunRecord, StoredRun
 from ttt.runs import gates, matching
-from ttt.runs.pilot import PreparedPilot, bootstrap, check_data
-from ttt.runs.plan import Plan, PlannedRun, build, config_of
+from ttt.runs.pilot import check_data
+from ttt.runs.plan import Plan, PlannedRun, PreparedPlan, config_of
 
 TRAIN = (sys.executable, "-m", "ttt.train")
 """The command of a run, before its arguments."""
@@ -38,25 +38,21 @@ _LAST_LINES = 12
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-def run(pilot: PreparedPilot, console: Console, train: Sequence[str] = TRAIN) -> None:
-    """Run everything that is left, from where the last call stopped.
+def run(prepared: PreparedPlan, console: Console, train: Sequence[str] = TRAIN) -> None:
+    """Run everything that is left and can run, from where the last call stopped.
 
     Raises UserError before anything is written if data is missing, or if the folder holds another
     plan or runs of another plan; RunError at the first run that fails or does not pass a gate; and
     Stopped or KeyboardInterrupt where a signal asked for an end.
     """
-    flags = pilot.flags
-    if flags["runtime_mode"] == "jax" and gpu_is_visible() and cuda_extra() is None:
+    if prepared.head["runtime_mode"] == "jax" and gpu_is_visible() and cuda_extra() is None:
         console.print(f"warning: {UNUSED_GPU}", soft_wrap=True, style="bold", markup=False)
-    if flags.get("bootstrap_token_data"):
-        bootstrap(pilot.plan, console)
-    check_data(pilot.plan)
-    head = {"registry": "warmstart_registry"} | {
-        key: flags[key] for key in ("size", "runtime_mode")
-    }
-    with RunLock(pilot.folder, named_by="--exp-folder") as lock:
-        manifest = PlanManifest.open(pilot.folder, pilot.recorded, head)
-        _Execution(pilot, manifest, console, train).run(lock)
+    if prepared.make_data is not None:
+        prepared.make_data(console)
+    check_data([run for run in prepared.plan.runs if run.name not in prepared.absent])
+    with RunLock(prepared.folder, named_by="--exp-folder") as lock:
+        manifest = PlanManifest.open(prepared.folder, prepared.recorded, prepared.head)
+        _Execution(prepared, manifest, console, train).run(lock)
 
 
 class _Execution:
@@ -64,12 +60,12 @@ class _Execution:
 
     def __init__(
         self,
-        pilot: PreparedPilot,
+        prepared: PreparedPlan,
         manifest: PlanManifest,
         console: Console,
         train: Sequence[str],
     ):
-        self._pilot, self._folder, self._manifest = pilot, pilot.folder, manifest
+        self._prepared, self._folder, self._manifest = prepared, prepared.folder, manifest
         self._console, self._command = console, train
         self._began = time.monotonic()
         self._paces: dict[str, list[float]] = {}  # kind -> wall seconds per token of runs done now
@@ -82,10 +78,10 @@ class _Execution:
         lock.make()
         with self._listening():
             self._work(plan)
-            if "wall_clock" in self._pilot.matchings and self._manifest.seconds_per_token is None:
-                timed = build(self._pilot.request, ["tokens"]).runs
+            if self._prepared.rest is not None and self._manifest.seconds_per_token is None:
                 rows = [
-                    (r.kind, r.name, r.tokens_per_step, self._record(r).metrics()) for r in timed
+                    (r.kind, r.name, r.tokens_per_step, self._record(r).metrics())
+                    for r in self._prepared.timed
                 ]
                 self._manifest.freeze(matching.seconds_per_token(rows))
                 self._print("seconds per token are measured; now the wall-clock-matched runs")
@@ -93,11 +89,9 @@ class _Execution:
 
     def _plan(self) -> Plan:
         """All that can be planned by now; UserError if a record on disk does not fit."""
-        per_token = self._manifest.seconds_per_token
-        matchings = [
-            how for how in self._pilot.matchings if how != "wall_clock" or per_token is not None
-        ]
-        plan = build(self._pilot.request, matchings, per_token)
+        per_token, plan = self._manifest.seconds_per_token, self._prepared.plan
+        if per_token is not None and self._prepared.rest is not None:
+            plan = self._prepared.rest(per_token)
         self._manifest.adopt(
             [{**asdict(run), "tokens": run.tokens, "command": run.command} for run in plan.runs],
             [asdict(path) for path in plan.paths],
@@ -121,7 +115,7 @@ class _Execution:
             if recorded == "absent":
                 if status == "finished":
                     faults.append(f"{run.name}: the manifest says finished, but there is no record")
-            elif status == "pending" and not self._pilot.flags.get("skip_existing"):
+            elif status == "pending" and not self._prepared.skip_existing:
                 faults.append(
                     f"{run.name}: has a record ({recorded}), but not of this plan; "
                     "--skip-existing takes it as it is if its settings are the plan's"
@@ -142,11 +136,11 @@ class _Execution:
         for run in plan.runs:
             if self._recorded(run) == "finished":
                 self._judge(run)  # again, if the last call stopped before
-            else:
+            elif run.name not in self._prepared.absent:
                 left.append(run)
-        total = len(plan.runs)
-        if len(left) < total:
-            self._print(f"{total - len(left)} of {total} runs are finished already")
+        total, absent = len(plan.runs), len(self._prepared.absent)
+        if done := total - len(left) - absent:
+            self._print(f"{done} of {total} runs are finished already")
         for position, run in enumerate(left):
             number = plan.runs.index(run) + 1
             time_left = self._time_left(left[position:])

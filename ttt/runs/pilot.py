@@ -1,7 +1,8 @@
 """The ladder in a short budget: what script 06 asks for, checked and shown, and its data."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,10 @@ from ttt.dataloader import builtin, token_store
 from ttt.errors import UserError
 from ttt.runs import registry, settings
 from ttt.runs.matching import WARM_UP_ROWS
-from ttt.runs.plan import Plan, PlannedRun, PlanRequest, build, config_of
+from ttt.runs.plan import Plan, PlannedRun, PlanRequest, PreparedPlan, build, config_of
 
 
-@dataclass(frozen=True)
-class PreparedPilot:
-    """A pilot that is ready to run."""
-
-    flags: Mapping[str, Any]
-    """Of script 06, as it parsed them."""
-    request: PlanRequest
-    matchings: tuple[str, ...]
-    recorded: dict[str, Any]
-    """The flags with the pilot's own where none is given, as the manifest keeps them."""
-    plan: Plan
-    """All but the wall-clock-matched runs."""
-    experiments: str
-    """The root of the run records."""
-
-    @property
-    def folder(self) -> Path:
-        """`<experiments>/<exp_folder>`."""
-        return Path(self.experiments).expanduser().absolute() / self.flags["exp_folder"]
-
-
-def prepare(flags: Mapping[str, Any]) -> PreparedPilot:
+def prepare(flags: Mapping[str, Any]) -> PreparedPlan:
     """Check everything that can be checked before the first run; raises UserError.
 
     flags: of script 06; a flag that is missing or None is as the registry's pilot has it.
@@ -60,7 +40,8 @@ def prepare(flags: Mapping[str, Any]) -> PreparedPilot:
     planned = tuple(how for how in pilot.matchings if how != "wall_clock")
     plan = build(request, planned)
     matchings = pilot.matchings if mode == "jax" else planned  # other modes have no times
-    if "wall_clock" in matchings:
+    timed = "wall_clock" in matchings
+    if timed:
         for run in plan.runs:
             if run.steps <= WARM_UP_ROWS:
                 raise UserError(
@@ -74,11 +55,25 @@ def prepare(flags: Mapping[str, Any]) -> PreparedPilot:
         "matchings": list(matchings),
         "settings": list(common),
     }
-    experiments = config_of(plan.runs[0]).deploy_paths.experiments
-    return PreparedPilot(flags, request, matchings, recorded, plan, experiments)
+    return PreparedPlan(
+        folder_of(plan, flags["exp_folder"]),
+        {"registry": "warmstart_registry", "size": size.name, "runtime_mode": mode},
+        recorded,
+        plan,
+        skip_existing=bool(flags.get("skip_existing")),
+        make_data=partial(bootstrap, plan) if flags.get("bootstrap_token_data") else None,
+        timed=build(request, ["tokens"]).runs if timed else (),
+        rest=partial(build, request, matchings) if timed else None,
+    )
 
 
-def show(prepared: PreparedPilot, console: Console) -> None:
+def folder_of(plan: Plan, exp_folder: str) -> Path:
+    """Where the records of a plan's runs go."""
+    root = config_of(plan.runs[0]).deploy_paths.experiments
+    return Path(root).expanduser().absolute() / exp_folder
+
+
+def show(prepared: PreparedPlan, console: Console) -> None:
     """The plan: runs in order, their cost, and their commands."""
     plan = prepared.plan
     table = Table(title="nothing is run")
@@ -92,8 +87,9 @@ def show(prepared: PreparedPilot, console: Console) -> None:
     lines = []
     for path in plan.paths:
         total = sum(tokens[name] for name in path.runs)
-        lines.append(f"{path.path} ({path.matching}, seed {path.seed}): {total:,} tokens")
-    if "wall_clock" in prepared.matchings:
+        seed = "" if path.seed is None else f", seed {path.seed}"
+        lines.append(f"{path.path} ({path.matching}{seed}): {total:,} tokens")
+    if prepared.rest is not None:
         lines.append(
             "The wall-clock-matched runs follow when the token-matched ones have shown what a "
             "token of each stage costs."
@@ -105,9 +101,9 @@ def show(prepared: PreparedPilot, console: Console) -> None:
 # ---- data --------------------------------------------------------------------------------
 
 
-def check_data(plan: Plan) -> None:
+def check_data(runs: Iterable[PlannedRun]) -> None:
     """Raise UserError for a missing token store; the built-in one is made by `train`."""
-    for name, (root, run) in _stores(plan).items():
+    for name, (root, run) in _stores(runs).items():
         training = config_of(run).training
         if name not in builtin.DATASETS or Path(root).exists():
             for split in (training.data_split, training.eval_split):
@@ -116,7 +112,7 @@ def check_data(plan: Plan) -> None:
 
 def bootstrap(plan: Plan, console: Console) -> None:
     """Make the token stores that are missing: the built-in text, or random ids with a warning."""
-    for name, (root, run) in _stores(plan).items():
+    for name, (root, run) in _stores(plan.runs).items():
         if Path(root).exists():
             continue
         if name in builtin.DATASETS:
@@ -136,10 +132,10 @@ def bootstrap(plan: Plan, console: Console) -> None:
         )
 
 
-def _stores(plan: Plan) -> Mapping[str, tuple[str, PlannedRun]]:
+def _stores(runs: Iterable[PlannedRun]) -> Mapping[str, tuple[str, PlannedRun]]:
     """Dataset -> its root, and a run that reads it."""
     stores = {}
-    for run in {run.experiment: run for run in plan.runs}.values():  # seeds read the same
+    for run in {run.experiment: run for run in runs}.values():  # seeds read the same
         config = config_of(run)
         name = config.training.dataset_name
         if not config.training.dummy_dataset:

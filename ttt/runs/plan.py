@@ -7,13 +7,16 @@ everything else.
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from ttt.config import compose, resolve
 from ttt.entry import cuda_extra
@@ -91,6 +94,29 @@ class Plan:
 
     runs: tuple[PlannedRun, ...]
     paths: tuple[PathRuns, ...]
+
+
+@dataclass(frozen=True)
+class PreparedPlan:
+    """A plan that is ready to run, in a folder of its own."""
+
+    folder: Path
+    """`<experiments>/<exp_folder>`."""
+    head: Mapping[str, str]
+    """`registry`, `size` and `runtime_mode`, as the manifest has them."""
+    recorded: Mapping[str, Any]
+    """The request in full, as the manifest keeps it: another one is refused."""
+    plan: Plan
+    skip_existing: bool = False
+    """Whether records that another plan has made are taken, where their settings are this one's."""
+    make_data: Callable[[Console], None] | None = None
+    """Makes the token stores that are missing."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Run -> why it cannot run now; the runs that start from it cannot either, and are here too."""
+    timed: tuple[PlannedRun, ...] = ()
+    """Runs whose seconds per token decide what `rest` plans."""
+    rest: Callable[[Mapping[str, float]], Plan] | None = None
+    """Seconds per token by kind -> the whole plan; None: `plan` is all."""
 
 
 @dataclass(frozen=True)

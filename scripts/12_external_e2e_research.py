@@ -1,14 +1,14 @@
 r"""Prepare, import, train and evaluate pretrained models: scripts 07, 10, 09 and 11 as one plan.
 
 For example:
-  uv run --exact python scripts/12_external_e2e_research.py --model smollm2_135m --budget pilot \
-      --bootstrap-token-data
+  uv run --exact python scripts/12_external_e2e_research.py --model smollm2_135m --budget pilot
   uv run --exact python scripts/12_external_e2e_research.py --model all --path all --budget pilot \
       --data-root /data
   uv run --exact python scripts/12_external_e2e_research.py --model qwen2_5_0_5b --budget full \
       --from-dir Qwen2.5-0.5B --dclm-root /data/dclm_qwen2_5 --books-root /data/books_qwen2_5
 
-The same command goes on where it stopped. A model that is not there is named with the remedy, the
+A pilot reads the built-in text unless other data is named. The same command goes on where it
+stopped. A model that is not there is named with the remedy, the
 others are done, and the exit code is 1. In the end one page has everything:
 EXP_DIR/EXP_FOLDER_external_eval.md.
 Exit codes: 0 all done; 1 something could not be done; 2 a mistake in the request; 75 or 130 stopped

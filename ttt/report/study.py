@@ -58,7 +58,7 @@ class Losses:
         self.documents = table["document"].nunique()
 
     def sums(self, reader: str, first: int, last: int) -> pd.DataFrame:
-        """Columns nll and count of each document at positions [first, last), which are borders of bins."""
+        """Columns nll and count of each document at positions [first, last), borders of bins."""
         t = self._table
         own = t[(t.reader == reader) & (t.position_from >= first) & (t.position_to <= last)]
         return own.groupby("document")[["nll", "count"]].sum()
@@ -178,12 +178,11 @@ def _bins(losses: Losses, window: int) -> str:
 
 
 def _long(kind: str, losses: Losses) -> str:
-    rows = []
     spans = [(2**k, 2 ** (k + 1)) for k in range(9, 20) if 2 ** (k + 1) <= losses.context]
-    for reader in losses.readers:
-        rows.append(
-            [LABELS[reader], *(f"{float(losses.loss(reader, *s).value):.4f}" for s in spans)]
-        )
+    rows = [
+        [LABELS[reader], *(f"{float(losses.loss(reader, *s).value):.4f}" for s in spans)]
+        for reader in losses.readers
+    ]
     header = ["arm", *(f"{first:,} – {last - 1:,}" for first, last in spans)]
     return (
         f"{kind.capitalize()}, {losses.documents} documents:\n\n{markdown_table(header, rows, 1)}"

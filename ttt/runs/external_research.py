@@ -34,6 +34,8 @@ def commands(args: Namespace, scripts: Path) -> list[list[str]]:
         for name, value in _SMALL.items():
             if getattr(args, name) in (None, flags.EVALUATION[_flag(name)].get("default")):
                 setattr(args, name, value)
+        named = (args.data_root, args.dclm_root, args.books_root, args.dummy_dataset)
+        args.bootstrap_token_data |= not any(named)  # a pilot needs no corpus of the user's
     imports = ["--exp-folder", args.import_folder]
     imports += ["--checkpoint-root", args.checkpoint_root] if args.checkpoint_root else []
     model, places = flags.arguments(args, flags.MODEL), flags.arguments(args, flags.PLACES)

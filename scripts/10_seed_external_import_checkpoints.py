@@ -48,12 +48,16 @@ def main() -> None:
             if args.dry_run:
                 print(f"{key}: {source.path} would become {imports.run_name(model.short)}")
                 return
+            place = {"root": args.checkpoint_root, "exp_folder": args.exp_folder}
+            before = imports.imported_before(source, model.short, **place)
+            if before and not args.force:
+                print(f"{key}: imported already, from the same files: {before}")
+                return
             with Progress(len(source.names), f"import {key}") as progress:
                 done = imports.import_model(
                     source,
                     model.short,
-                    root=args.checkpoint_root,
-                    exp_folder=args.exp_folder,
+                    **place,
                     about=about,
                     force=args.force,
                     on_progress=lambda count, total: progress.update(count),

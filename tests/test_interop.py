@@ -394,8 +394,11 @@ def test_an_import_that_is_there_stays_unless_forced(tmp_path, run_script):
     folder = root / "external_phase1" / "import-mine-fa-base"
     before = (folder / "0" / "hashes.json").stat()
     code, said = run_script(*script, "--checkpoint-root", root)
+    assert (code, "imported already, from the same files" in said.out) == (0, True)
+    other = ("--from-dir", foreign.folder("llama", tmp_path))
+    code, said = run_script(*script[:-2], *other, "--checkpoint-root", root)
     assert code == 2
-    assert "holds this import already, and nothing is overwritten" in said.err
+    assert "holds an import of other files already, and nothing is overwritten" in said.err
     assert (folder / "0" / "hashes.json").stat() == before
     assert run_script(*script, "--checkpoint-root", root, "--force")[0] == 0
     assert (folder / "0" / "hashes.json").stat() != before

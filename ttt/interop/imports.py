@@ -176,9 +176,19 @@ def check_free(folder: Path, force: bool) -> None:
         raise UserError(f"{folder} holds a run that was trained; choose another --exp-folder")
     if not force:
         raise UserError(
-            f"{checkpoints.find()} holds this import already, and nothing is overwritten; use it, "
-            "or import again with --force"
+            f"{checkpoints.find()} holds an import of other files already, and nothing is "
+            "overwritten; use it, or put this one in its place with --force"
         )
+
+
+def imported_before(source: Source, name: str, *, root: str | Path, exp_folder: str) -> Path | None:
+    """The checkpoint that `import_model` made of the very same files; None: there is none."""
+    checkpoints = Checkpoints(checkpoint.run_folder(root, exp_folder, run_name(name)))
+    if checkpoints.latest() is None:
+        return None
+    known = checkpoint.read_manifest(checkpoints.find()).get("provenance") or {}
+    same = known.get("files") == json.loads(json.dumps(source.hashes))
+    return checkpoints.find() if same else None
 
 
 def check_writable(folder: Path) -> None:

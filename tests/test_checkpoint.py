@@ -25,8 +25,8 @@ from ttt.infra.checkpoint import (
     account,
     read_flat,
     read_json,
-    run_folder,
 )
+from ttt.infra.step_folders import run_folder
 
 WEIGHTS = {
     "model": {

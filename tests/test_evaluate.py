@@ -27,7 +27,7 @@ from ttt.evaluation.judge import ForeignJudge, OwnJudge
 from ttt.evaluation.loss_by_context import LossByContext
 from ttt.evaluation.resources import LoadedModels
 from ttt.inference.engine import Engine, Written
-from ttt.infra import checkpoint
+from ttt.infra import step_folders
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import RunRecord
 from ttt.model import loop, trained
@@ -101,7 +101,7 @@ def configure(root: Path, method: str, *overrides: str):
 def keep_checkpoint(config, *, step: int, change=lambda weights: weights) -> None:
     training = config.training
     items = jax.jit(lambda: as_items(loop.init_state(config)))()
-    folder = checkpoint.run_folder(
+    folder = step_folders.run_folder(
         config.deploy_paths.checkpoint, training.exp_folder, training.exp_name
     )
     checkpoints = Checkpoints(folder, keep=9)
@@ -558,8 +558,8 @@ def test_only_a_run_with_full_attention_in_every_layer_is_cut_to_one_chunk_of_an
 def test_a_published_checkpoint_without_manifest_can_be_used_where_settings_are_auto(
     root, tmp_path
 ):
-    names = checkpoint.run_folder(f"{root}/checkpoints", "default", "pretrain-tiny-e2e")
-    bare = checkpoint.run_folder(f"{tmp_path}/checkpoints", "default", "bare")
+    names = step_folders.run_folder(f"{root}/checkpoints", "default", "pretrain-tiny-e2e")
+    bare = step_folders.run_folder(f"{tmp_path}/checkpoints", "default", "bare")
     shutil.copytree(names, bare)
     shutil.rmtree(bare / "3" / "manifest")
     (bare / "3" / "hashes.json").unlink()

@@ -17,7 +17,7 @@ from ttt.dataloader.text import FileTokenizer
 from ttt.errors import UserError
 from ttt.evaluation import resources
 from ttt.experiment_rules import EXTERNAL
-from ttt.infra import checkpoint
+from ttt.infra import step_folders
 from ttt.infra.record import RunRecord
 from ttt.interop import catalog, export, imports
 from ttt.interop.sources import open_source
@@ -50,7 +50,7 @@ def place(tmp_path_factory):
 def child(place: Path, store: str, **training):
     """A run that starts from the import."""
     folder = place / "ckpt" / "ext" / "import-mine-fa-base" / "0"
-    config = of_stored(checkpoint.read_manifest(folder)["config"])
+    config = of_stored(step_folders.read_manifest(folder)["config"])
     paths = replace(
         config.deploy_paths,
         data={**config.deploy_paths.data, "mine": str(place / store)},
@@ -82,9 +82,9 @@ def child(place: Path, store: str, **training):
 def test_a_descendant_keeps_provenance_and_tokenizer(place):
     config = child(place, "own")
     train.run(config)
-    parent = checkpoint.read_manifest(place / "ckpt" / "ext" / "import-mine-fa-base" / "0")
+    parent = step_folders.read_manifest(place / "ckpt" / "ext" / "import-mine-fa-base" / "0")
     folder = place / "ckpt" / "ext" / "child-own" / "1"
-    own = checkpoint.read_manifest(folder)
+    own = step_folders.read_manifest(folder)
     assert own["provenance"] == parent["provenance"]
     assert own["tokenizer"] == parent["tokenizer"] == parent["provenance"]["tokenizer"]
     (attempt,) = RunRecord(place / "experiments" / "ext" / "child-own").run()["attempts"]

@@ -197,10 +197,6 @@ def evaluated(tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(external_eval, "evaluate", evaluate)
-    monkeypatch.setattr(
-        external_eval.Checkpoints, "latest", lambda self: 3 if self.folder.exists() else None
-    )
-    monkeypatch.setattr(external_eval.Checkpoints, "find", lambda self: self.folder / "3")
 
     def run(names=("one",), **given):
         for name in names:

@@ -16,7 +16,8 @@ from ttt import generate
 from ttt.config import compose, resolve, to_dict
 from ttt.dataloader import text
 from ttt.errors import UserError
-from ttt.infra.checkpoint import Checkpoints, run_folder
+from ttt.infra.checkpoint import Checkpoints
+from ttt.infra.step_folders import run_folder
 from ttt.model import published
 from ttt.model.transformer import MetaModel
 

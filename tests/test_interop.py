@@ -12,7 +12,7 @@ import pytest
 
 from ttt.config import of_stored
 from ttt.errors import RunError, UserError
-from ttt.infra import checkpoint
+from ttt.infra import checkpoint, step_folders
 from ttt.interop import export, families, imports, reference
 from ttt.interop.convert import convert, half_split, interleaved
 from ttt.interop.sources import open_source
@@ -78,7 +78,7 @@ def test_the_settings_are_those_of_the_family(models, name):
     assert model.rms_norm_eps == (1e-5 if name.startswith("llama") else 1e-6)
     assert model.rope_scaling == ((8.0, 1.0, 4.0, 16.0) if name == "llama3" else ())
     # What a checkpoint says of itself is enough to build it again.
-    assert of_stored(checkpoint.read_manifest(done.folder)["config"]).model == model
+    assert of_stored(step_folders.read_manifest(done.folder)["config"]).model == model
 
 
 def faults(config, arrays, source):
@@ -157,7 +157,7 @@ def test_the_audit_names_every_tensor_and_what_was_done_to_it(models):
 
 def test_provenance_and_tokenizer_lie_in_the_checkpoint(models):
     path, done = models["qwen3"]
-    manifest = checkpoint.read_manifest(done.folder)
+    manifest = step_folders.read_manifest(done.folder)
     known = manifest["provenance"]
     assert known["files"].keys() == {"config.json", "tokenizer.json", "model.safetensors"}
     assert known["files"] == open_source(path).hashes

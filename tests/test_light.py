@@ -20,7 +20,7 @@ from ttt.config import ConfigError, differences, to_dict
 from ttt.core.batch import Batch, from_tokens
 from ttt.dataloader import lm_dataset, token_store
 from ttt.errors import UserError
-from ttt.infra import checkpoint
+from ttt.infra import step_folders
 from ttt.infra.checkpoint import Checkpoints
 from ttt.model import trained
 from ttt.report import frame
@@ -42,7 +42,7 @@ def never_compiled(request, monkeypatch):
 def checkpoints_of(config) -> Checkpoints:
     training = config.training
     root = config.deploy_paths.checkpoint
-    return Checkpoints(checkpoint.run_folder(root, training.exp_folder, training.exp_name))
+    return Checkpoints(step_folders.run_folder(root, training.exp_folder, training.exp_name))
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -25,7 +25,7 @@ from ttt.config import of_stored
 from ttt.core.batch import from_tokens
 from ttt.dataloader import text
 from ttt.errors import UserError
-from ttt.infra import checkpoint
+from ttt.infra import step_folders
 from ttt.interop import catalog, imports
 from ttt.model.published import load_model
 
@@ -50,7 +50,7 @@ def root():
     sources = sorted(Path(imports.__file__).parent.glob("*.py"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
     model, root = catalog.MODELS[KEY], place / f"checkpoints-{code}"  # anew once the code changed
-    folder = checkpoint.run_folder(root, catalog.EXP_FOLDER, catalog.run_name(model.short))
+    folder = step_folders.run_folder(root, catalog.EXP_FOLDER, catalog.run_name(model.short))
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "latest.json").is_file():
@@ -74,7 +74,7 @@ def root():
 def real(root):
     """(model on the device, its tokenizer)."""
     folder = root / catalog.EXP_FOLDER / catalog.run_name("smol135") / "0"
-    manifest = checkpoint.read_manifest(folder)
+    manifest = step_folders.read_manifest(folder)
     model, account = load_model(of_stored(manifest["config"]).model, folder)
     assert (account.initialised, account.unused) == ((), ())
     return jax.tree.map(jnp.asarray, model), text.checkpoint_tokenizer(folder, manifest)

@@ -28,7 +28,7 @@ from ttt.config import compose, differences, resolve, to_dict
 from ttt.dataloader import lm_dataset, token_store
 from ttt.entry import Job, exit_codes
 from ttt.errors import RunError, Stopped, UserError
-from ttt.infra import checkpoint
+from ttt.infra import checkpoint, step_folders
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.lock import LOCK_FILE, RunLock
 from ttt.infra.preemption import StopRequest
@@ -47,7 +47,7 @@ MEASURED = ("seconds", "per_second", "mfu")
 def checkpoints_of(config) -> Checkpoints:
     training = config.training
     root = config.deploy_paths.checkpoint
-    return Checkpoints(checkpoint.run_folder(root, training.exp_folder, training.exp_name))
+    return Checkpoints(step_folders.run_folder(root, training.exp_folder, training.exp_name))
 
 
 def numbers_of(config) -> list[dict]:

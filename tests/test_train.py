@@ -17,7 +17,7 @@ from ttt import train
 from ttt.config import compose, resolve
 from ttt.dataloader import token_store
 from ttt.errors import UserError
-from ttt.infra import checkpoint
+from ttt.infra import checkpoint, step_folders
 from ttt.infra.record import RunRecord
 from ttt.plan import hardware
 from ttt.plan.flops import model_flops
@@ -86,7 +86,7 @@ def record_of(config) -> RunRecord:
 
 def weights_of(config, step=-1) -> dict[str, np.ndarray]:
     training = config.training
-    folder = checkpoint.run_folder(
+    folder = step_folders.run_folder(
         config.deploy_paths.checkpoint, training.exp_folder, training.exp_name
     )
     return checkpoint.read_flat(checkpoint.Checkpoints(folder).find(step), "model_weights")

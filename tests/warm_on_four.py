@@ -13,7 +13,8 @@ from test_train import SMALL
 from ttt.config import compose, resolve, to_dict
 from ttt.core.tree import named_leaves
 from ttt.infra import distributed
-from ttt.infra.checkpoint import Checkpoints, run_folder
+from ttt.infra.checkpoint import Checkpoints
+from ttt.infra.step_folders import run_folder
 from ttt.model import loop, published
 from ttt.training import start, warm_start
 from ttt.training.run import open_data

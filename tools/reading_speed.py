@@ -23,7 +23,7 @@ from ttt.core.tree import count
 from ttt.entry import exit_codes
 from ttt.inference.engine import Engine
 from ttt.inference.sampling import Sampling
-from ttt.infra import checkpoint
+from ttt.infra import checkpoint, step_folders
 from ttt.knobs import Config
 from ttt.model.published import load_model
 
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     with exit_codes():
         folder = checkpoint.find_folder(checkpoint_root(), args.run)
-        config = of_stored(checkpoint.read_manifest(folder)["config"])
+        config = of_stored(step_folders.read_manifest(folder)["config"])
         config = changed(config, args.window, args.dtype)
         model, _ = load_model(config.model, folder)
         print(json.dumps(measure(config, model, args.read, args.write, args.turns), indent=1))

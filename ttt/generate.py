@@ -21,7 +21,7 @@ from ttt.errors import UserError
 from ttt.inference.engine import Engine
 from ttt.inference.sampling import Sampling
 from ttt.inference.state import State, read_about, size_in_bytes
-from ttt.infra import checkpoint, distributed
+from ttt.infra import checkpoint, distributed, step_folders
 from ttt.infra.progress import Progress
 from ttt.knobs import Config
 from ttt.model.published import load_model
@@ -124,7 +124,7 @@ def find_checkpoint(config: Config) -> Path:
     """The step's folder that `generate.checkpoint` and `generate.step` name."""
     request, training = config.generate, config.training
     root = config.deploy_paths.checkpoint
-    own = checkpoint.run_folder(root, training.exp_folder, training.exp_name)
+    own = step_folders.run_folder(root, training.exp_folder, training.exp_name)
     return checkpoint.find_folder(root, request.checkpoint or str(own), request.step)
 
 
@@ -132,7 +132,7 @@ def find_tokenizer(config: Config, step_folder: Path) -> AbstractTokenizer:
     """The one requested, that of the checkpoint, or that of the dataset; it must fit the model."""
     request, model, name = config.generate, config.model, config.training.dataset_name
     root = config.deploy_paths.data.get(name, "")
-    own = text.checkpoint_tokenizer(step_folder, checkpoint.read_manifest(step_folder))
+    own = text.checkpoint_tokenizer(step_folder, step_folders.read_manifest(step_folder))
     if request.tokenizer:
         tokenizer = text.load_tokenizer(request.tokenizer)
         if own is not None and own.fingerprint != tokenizer.fingerprint:

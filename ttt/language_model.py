@@ -24,7 +24,7 @@ from ttt.errors import UserError
 from ttt.generate import Stream
 from ttt.inference.engine import Engine
 from ttt.inference.sampling import Sampling
-from ttt.infra import checkpoint
+from ttt.infra import checkpoint, step_folders
 from ttt.infra.checkpoint import Checkpoints
 from ttt.interop import catalog, imports
 from ttt.knobs import Config
@@ -58,7 +58,7 @@ def load(
         name = _imported(catalog.MODELS[str(name)], root, Path(profile_root))
     folder = checkpoint.find_folder(root, str(name), step)
     checkpoint.check_mode(folder, "jax")
-    manifest = checkpoint.read_manifest(folder)
+    manifest = step_folders.read_manifest(folder)
     if not manifest:
         raise UserError(
             f"{folder} does not say what network it holds (it has no manifest); use the command "
@@ -76,7 +76,7 @@ def load(
 
 def _imported(model: catalog.Model, root: str | Path, profiles: Path) -> Path:
     """The folder of a model's import, which is made if it is missing."""
-    folder = checkpoint.run_folder(root, catalog.EXP_FOLDER, catalog.run_name(model.short))
+    folder = step_folders.run_folder(root, catalog.EXP_FOLDER, catalog.run_name(model.short))
     if Checkpoints(folder).latest() is None:
         logger.info("importing %s into %s", model.key, folder)
         if model.package:

@@ -15,7 +15,7 @@ from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
 from ttt.inference.engine import Engine
 from ttt.inference.sampling import Sampling
-from ttt.infra import checkpoint
+from ttt.infra import step_folders
 from ttt.infra.mesh import replicate
 from ttt.knobs import Config
 from ttt.model.trained import TrainedModel
@@ -138,7 +138,7 @@ def tokenizer(config: Config, run: TrainedModel) -> AbstractTokenizer:
     """The tokenizer behind the text, which must fit the run's vocabulary; raises a UserError."""
     name, own = config.evaluation.tokenizer, None
     if run.folder is not None:
-        own = text.checkpoint_tokenizer(run.folder, checkpoint.read_manifest(run.folder))
+        own = text.checkpoint_tokenizer(run.folder, step_folders.read_manifest(run.folder))
     try:
         if name:
             tokenizer = text.load_tokenizer(name)

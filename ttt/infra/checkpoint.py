@@ -35,7 +35,7 @@ from ttt.core.batch import AnyArray
 from ttt.core.tree import named_leaves, with_leaves
 from ttt.errors import RunError, UserError
 from ttt.globs import matches
-from ttt.infra import distributed
+from ttt.infra import distributed, step_folders
 
 _logger = logging.getLogger(__name__)
 
@@ -52,11 +52,6 @@ class CheckpointError(UserError):
 
 type ShapeDtype = AnyArray | jax.ShapeDtypeStruct
 """A target of a restore: its shape and dtype count."""
-
-
-def run_folder(root: str | Path, exp_folder: str, exp_name: str) -> Path:
-    """Where the checkpoints of a run lie."""
-    return Path(root).expanduser().absolute() / exp_folder / exp_name
 
 
 class Checkpoints:
@@ -80,9 +75,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints on disk, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        return step_folders.steps(self.folder)
 
     def latest(self) -> int | None:
         """The last step, None where there is no checkpoint."""
@@ -337,14 +330,6 @@ def read_json(step_dir: str | Path, item: str) -> dict[str, Any]:
     """A JSON item."""
     path = _item_folder(step_dir, item) / _JSON_FILES[item]
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_manifest(step_dir: str | Path) -> dict[str, Any]:
-    """The manifest; empty for a published checkpoint, which has none."""
-    try:
-        return read_json(step_dir, "manifest")
-    except CheckpointError:
-        return {}
 
 
 def check_mode(step_dir: str | Path, mode: str) -> None:

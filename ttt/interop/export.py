@@ -22,7 +22,7 @@ from ttt.config import of_stored
 from ttt.dataloader import text
 from ttt.dataloader.text import TOKENIZER_FILE, FileTokenizer
 from ttt.errors import UserError
-from ttt.infra import checkpoint
+from ttt.infra import checkpoint, step_folders
 from ttt.interop import families, imports
 from ttt.interop.convert import half_split
 from ttt.interop.families import BLOCKS, SHARED, Facts, Part
@@ -52,7 +52,7 @@ def export(step_folder: Path, out: Path, *, dtype: str = "auto") -> Exported:
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; choose another --out")
     imports.check_writable(out)
-    manifest = checkpoint.read_manifest(step_folder)
+    manifest = step_folders.read_manifest(step_folder)
     if not manifest:
         raise UserError(
             f"{step_folder} does not say what network it holds (it has no manifest); export a "

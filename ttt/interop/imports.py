@@ -26,7 +26,7 @@ from ttt.core.tree import nested
 from ttt.dataloader import text
 from ttt.dataloader.text import FileTokenizer
 from ttt.errors import RunError, UserError
-from ttt.infra import checkpoint
+from ttt.infra import step_folders
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.record import write_whole
 from ttt.interop import families, reference
@@ -112,7 +112,7 @@ def import_model(
     Raises UserError before anything is written: for a source that is incomplete or damaged, a root
     that cannot be written to, an import that is there. RunError: the check failed.
     """
-    folder = checkpoint.run_folder(root, exp_folder, run_name(name))
+    folder = step_folders.run_folder(root, exp_folder, run_name(name))
     check_free(folder, force)
     check_writable(folder)
     check_names(source)
@@ -170,7 +170,7 @@ def check_free(folder: Path, force: bool) -> None:
         return
     checkpoints = Checkpoints(folder)
     step = checkpoints.latest()
-    if step is None or not checkpoint.read_manifest(checkpoints.find()).get("provenance"):
+    if step is None or not step_folders.read_manifest(checkpoints.find()).get("provenance"):
         raise UserError(f"{folder} is in the way and holds no import; move it away")
     if (checkpoints.find() / "opt_state").is_dir():
         raise UserError(f"{folder} holds a run that was trained; choose another --exp-folder")
@@ -183,10 +183,10 @@ def check_free(folder: Path, force: bool) -> None:
 
 def imported_before(source: Source, name: str, *, root: str | Path, exp_folder: str) -> Path | None:
     """The checkpoint that `import_model` made of the very same files; None: there is none."""
-    checkpoints = Checkpoints(checkpoint.run_folder(root, exp_folder, run_name(name)))
+    checkpoints = Checkpoints(step_folders.run_folder(root, exp_folder, run_name(name)))
     if checkpoints.latest() is None:
         return None
-    known = checkpoint.read_manifest(checkpoints.find()).get("provenance") or {}
+    known = step_folders.read_manifest(checkpoints.find()).get("provenance") or {}
     same = known.get("files") == json.loads(json.dumps(source.hashes))
     return checkpoints.find() if same else None
 

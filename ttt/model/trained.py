@@ -12,7 +12,7 @@ import jax
 from ttt import mixers
 from ttt.config import with_stored
 from ttt.errors import UserError
-from ttt.infra import checkpoint
+from ttt.infra import checkpoint, step_folders
 from ttt.infra.checkpoint import Checkpoints
 from ttt.knobs import Config, ModelConfig, TrainingConfig
 from ttt.model import published
@@ -121,7 +121,7 @@ def load(config: Config) -> list[TrainedModel]:
 def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
     """One run of `training.exp_folder`, with the settings in its checkpoint's manifest."""
     root, folder = config.deploy_paths.checkpoint, config.training.exp_folder
-    checkpoints = Checkpoints(checkpoint.run_folder(root, folder, name))
+    checkpoints = Checkpoints(step_folders.run_folder(root, folder, name))
     if checkpoints.latest() is None:
         raise UserError(
             f"no checkpoint of {name} in {checkpoints.folder}; {_others(checkpoints)}. Train it "
@@ -129,7 +129,7 @@ def load_one(config: Config, name: str, step: int = -1) -> TrainedModel:
         )
     step_folder = checkpoints.find(step)
     checkpoint.check_mode(step_folder, "jax")
-    manifest = checkpoint.read_manifest(step_folder)
+    manifest = step_folders.read_manifest(step_folder)
     if not manifest:
         logger.info("%s has no manifest: its settings are those of the command line", step_folder)
     own = with_stored(config, manifest.get("config", {}))

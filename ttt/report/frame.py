@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ttt import mixers
+from ttt.infra import step_folders
 from ttt.infra.plan_manifest import PlanManifest
 from ttt.infra.record import StoredRun, is_run, read_run
 from ttt.intervals import median
@@ -359,8 +360,8 @@ def _checkpoint(record: StoredRun, root: Path | None) -> str | Unknown:
     if not folder or not stated:
         return Unknown("config.yaml does not say where")
     own = Path(stated).expanduser() / folder / record.folder.name
-    steps = [int(p.name) for p in own.glob("*") if p.name.isdigit()]
-    return str(own / str(max(steps))) if steps else Unknown(f"none in {own}")
+    newest = step_folders.newest(own)
+    return str(newest) if newest else Unknown(f"none in {own}")
 
 
 def _notes(record: StoredRun, plan: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from ttt.dataloader import builtin
 from ttt.dataloader.text import TOKENIZER_FILE
 from ttt.errors import RunError, UserError
 from ttt.experiment_rules import EXTERNAL, size_setting
-from ttt.infra.checkpoint import Checkpoints, run_folder
+from ttt.infra.step_folders import newest, run_folder
 from ttt.interop import catalog
 from ttt.runs import pilot, settings
 from ttt.runs.plan import PathRuns, Plan, PlannedRun, PreparedPlan, config_of, training_of
@@ -228,11 +228,11 @@ def _is_light(flags: Mapping[str, Any]) -> bool:
 def _missing(flags: Mapping[str, Any], config: Any, model: catalog.Model) -> str:
     """Why a model's imported weights cannot be started from; empty: they can."""
     name, root = catalog.run_name(model.short), config.deploy_paths.checkpoint
-    checkpoints = Checkpoints(run_folder(root, flags["import_folder"], name))
-    if checkpoints.latest() is not None:
+    folder = run_folder(root, flags["import_folder"], name)
+    if newest(folder) is not None:
         return ""
     return (
-        f"{model.key}: its weights are not in {checkpoints.folder}; {model.remedy}, and "
+        f"{model.key}: its weights are not in {folder}; {model.remedy}, and "
         f"scripts/10_seed_external_import_checkpoints.py --model {model.key} imports it"
     )
 
@@ -295,6 +295,6 @@ def _bootstrap(
             continue
         console.print(f"making the built-in corpus in {root}", soft_wrap=True)
         name = catalog.run_name(config.model.name)
-        folder = run_folder(config.deploy_paths.checkpoint, import_folder, name)
-        file = Checkpoints(folder).find() / TOKENIZER_FILE
+        step = newest(run_folder(config.deploy_paths.checkpoint, import_folder, name))
+        file = step and step / TOKENIZER_FILE
         builtin.ensure(config.training.dataset_name, root, tokenizer_file=file)

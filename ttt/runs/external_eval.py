@@ -16,10 +16,9 @@ from typing import Any
 from ttt.config import checkpoint_root, config_dir, experiments_root
 from ttt.errors import RunError, UserError
 from ttt.experiment_rules import size_setting
-from ttt.infra import checkpoint
-from ttt.infra.checkpoint import Checkpoints, run_folder
 from ttt.infra.plan_manifest import NAME, PlanManifest
 from ttt.infra.record import RunRecord
+from ttt.infra.step_folders import newest, read_manifest
 from ttt.runs import settings
 from ttt.runs.children import evaluate, is_finished
 
@@ -88,8 +87,8 @@ def prepare(flags: Mapping[str, Any]) -> Planned:
         if known[name]:
             absent[name] = known[name]
             continue
-        step_folder = Checkpoints(run_folder(checkpoints, flags["exp_folder"], name)).find()
-        stored = checkpoint.read_manifest(step_folder)["config"]
+        step_folder = newest(checkpoints / flags["exp_folder"] / name) or checkpoints
+        stored = read_manifest(step_folder)["config"]
         evaluations += _evaluations(flags, name, int(step_folder.name), stored)
     return Planned(folder, checkpoints, tuple(evaluations), absent)
 
@@ -101,14 +100,15 @@ def _runs(folder: Path, checkpoints: Path) -> dict[str, str]:
     else:
         places = [path for path in (folder, checkpoints) if path.is_dir()]
         found = {path.name for place in places for path in place.iterdir()}
-        names = sorted(n for n in found if Checkpoints(checkpoints / n).latest() is not None)
-    return {name: _why_not(folder / name, Checkpoints(checkpoints / name)) for name in names}
+        names = sorted(name for name in found if newest(checkpoints / name) is not None)
+    return {name: _why_not(folder / name, checkpoints / name) for name in names}
 
 
-def _why_not(record: Path, checkpoints: Checkpoints) -> str:
-    if checkpoints.latest() is None:
-        return f"no checkpoint in {checkpoints.folder}: it was not trained yet"
-    mode = checkpoint.read_manifest(checkpoints.find())["config"]["training"]["runtime_mode"]
+def _why_not(record: Path, checkpoints: Path) -> str:
+    step = newest(checkpoints)
+    if step is None:
+        return f"no checkpoint in {checkpoints}: it was not trained yet"
+    mode = read_manifest(step)["config"]["training"]["runtime_mode"]
     if mode != "jax":
         return f"it was made by runtime_mode={mode}, and has no weights to evaluate"
     if (record / "run.json").exists() and (

@@ -18,7 +18,7 @@ from ttt.dataloader import builtin, lm_dataset, prose_and_code, text, token_stor
 from ttt.dataloader.lm_dataset import HeldOut, Source
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import RunError, Stopped, UserError
-from ttt.infra import checkpoint, distributed
+from ttt.infra import checkpoint, distributed, step_folders
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.lock import RunLock
 from ttt.infra.preemption import StopRequest
@@ -62,7 +62,7 @@ class Origin(NamedTuple):
         """Of a run on `data` that starts from the checkpoint in `folder`, if any."""
         if folder is None:
             return cls(data.tokenizer, None)
-        before = checkpoint.read_manifest(folder)
+        before = step_folders.read_manifest(folder)
         own = data.tokenizer or text.checkpoint_tokenizer(folder, before)
         return cls(own, before.get("provenance"))
 
@@ -158,7 +158,7 @@ def opened(
     training, paths = config.training, config.deploy_paths
     first = distributed.is_first()
     checkpoints = Checkpoints(
-        checkpoint.run_folder(paths.checkpoint, training.exp_folder, training.exp_name),
+        step_folders.run_folder(paths.checkpoint, training.exp_folder, training.exp_name),
         keep=training.keep_checkpoints,
         milestone_freq=training.save_milestone_freq,
     )
@@ -175,7 +175,7 @@ def opened(
             distributed.first_does(lambda: check_parent(config, data.fingerprints))
             folder = parents_checkpoints(config).find(training.resume_step)
             if not training.dummy_dataset:
-                known = checkpoint.read_manifest(folder).get("tokenizer")
+                known = step_folders.read_manifest(folder).get("tokenizer")
                 root = config.deploy_paths.data[training.dataset_name]
                 text.check_store(root, known, training.resume_exp_name)
         origin = Origin.of(data, folder)

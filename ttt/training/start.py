@@ -24,7 +24,7 @@ from ttt.dataloader.lm_dataset import HeldOut, Source
 from ttt.dataloader.text import TOKENIZER_FILE
 from ttt.errors import UserError
 from ttt.globs import matches
-from ttt.infra import checkpoint
+from ttt.infra import checkpoint, step_folders
 from ttt.infra.checkpoint import CheckpointError, Checkpoints
 from ttt.infra.mesh import Layout
 from ttt.knobs import Config, ModelConfig
@@ -128,14 +128,14 @@ def parents_checkpoints(config: Config) -> Checkpoints:
     """Those of the run that `resume_exp_name` names."""
     training, root = config.training, config.deploy_paths.checkpoint
     return Checkpoints(
-        checkpoint.run_folder(root, training.resume_exp_folder, training.resume_exp_name)
+        step_folders.run_folder(root, training.resume_exp_folder, training.resume_exp_name)
     )
 
 
 def tokenizer_file(config: Config) -> Path | None:
     """The one in the checkpoint that the run goes on or starts from; None: there is none."""
     training, root = config.training, config.deploy_paths.checkpoint
-    own = Checkpoints(checkpoint.run_folder(root, training.exp_folder, training.exp_name))
+    own = Checkpoints(step_folders.run_folder(root, training.exp_folder, training.exp_name))
     sources = [own] if training.load_part == "none" else [own, parents_checkpoints(config)]
     for source in sources:
         if source.latest() is not None:

@@ -4,6 +4,8 @@ For example:
   uv run --exact python scripts/16_read_and_learn.py --run adaptation_study/e2e --text BOOK.txt
   uv run --exact python scripts/16_read_and_learn.py --run default/pretrain-tiny-e2e \
       --text README.md --tokens 8192
+  uv run --exact python scripts/16_read_and_learn.py --difference adapted.safetensors \
+      --text BOOK.txt
 
 A line of progress shows the loss of the last tokens, both ways. In the end: a picture of both along
 the text, every token's loss as CSV, and what learning gained and cost.
@@ -32,8 +34,12 @@ def main() -> None:
     with exit_codes():
         from ttt.evaluation import side_by_side  # JAX, once the command line makes sense
         from ttt.infra.checkpoint import find_folder
+        from ttt.interop import difference
 
-        folder = find_folder(args.checkpoint_root, args.run)
+        if args.difference:
+            folder = difference.restore(args.difference, args.checkpoint_root)
+        else:
+            folder = find_folder(args.checkpoint_root, args.run)
         ids = side_by_side.encode(folder, args.text, args.tokens)
 
         def show(done: int, total: int, learning: float, still: float) -> None:
@@ -44,7 +50,7 @@ def main() -> None:
             )
 
         found = side_by_side.read(folder, ids, show)
-        title = f"{args.run} reads {args.text.name}"
+        title = f"{folder.parent.name} reads {args.text.name}"
         side_by_side.save(found, args.out.with_suffix(".csv"))
         picture = side_by_side.draw(found, args.out.with_suffix(".png"), title)
         speeds = " and ".join(f"{len(ids) / seconds:,.0f}" for seconds in found.seconds)

@@ -18,8 +18,9 @@ from ttt.errors import UserError
 from ttt.evaluation import resources
 from ttt.experiment_rules import EXTERNAL
 from ttt.infra import step_folders
+from ttt.infra.checkpoint import read_flat
 from ttt.infra.record import RunRecord
-from ttt.interop import catalog, export, imports
+from ttt.interop import catalog, difference, export, imports
 from ttt.interop.sources import open_source
 from ttt.model import trained
 from ttt.plan.parameters import count, parameters
@@ -322,3 +323,42 @@ def test_generate_goes_on_from_a_run_by_its_name(place, monkeypatch, capfd):
     said = capfd.readouterr()
     assert "wrote" in said.err
     assert said.out.strip()
+
+
+def test_a_descendant_is_packed_as_its_difference_and_put_back(place, tmp_path, run_script):
+    own = of_stored(
+        step_folders.read_manifest(place / "ckpt" / "ext" / "import-mine-fa-base" / "0")["config"]
+    )
+    config = child(
+        place,
+        "own",
+        exp_name="learner",
+        train_mode="meta",
+        total_steps=2,
+        prime_init="copy",
+        spec_inner=("language_model.**.suffix_blocks.feed_forward_prime.**",),
+    )
+    model = replace(
+        own.model, layer_types=("sliding_attention",), suffix_len=1, prime=True,
+        mini_batch_size=8, sliding_window_size=16,
+    )  # fmt: skip
+    train.run(replace(config, model=model))
+    script = ("17_pack_difference.py", "--checkpoint-root", place / "ckpt", "--run", "ext/learner")
+    out = ("--parent", "ext/import-mine-fa-base", "--out", tmp_path / "d.safetensors")
+    code, said = run_script(*script, *out)
+    assert code == 0, said.err
+    whole = place / "ckpt" / "ext" / "learner" / "2"
+    made = difference.restore(tmp_path / "d.safetensors", place / "ckpt")
+    before, after = (read_flat(p, "model_weights") for p in (whole, made))
+    assert before.keys() == after.keys()
+    parents = read_flat(place / "ckpt" / "ext" / "import-mine-fa-base" / "0", "model_weights")
+    for name, array in before.items():
+        change = np.abs(array - parents[name]).max() if name in parents else np.abs(array).max()
+        np.testing.assert_allclose(after[name], array, atol=2**-8 * change, err_msg=name)
+    assert difference.restore(tmp_path / "d.safetensors", place / "ckpt") == made
+    assert run_script(*script, *out)[0] == 2  # nothing is overwritten
+    (tmp_path / "not").write_text("x")
+    with pytest.raises(UserError, match="cannot be read as a model's difference"):
+        difference.restore(tmp_path / "not", place / "ckpt")
+    with pytest.raises(UserError, match="is not there"):
+        difference.restore(tmp_path / "d.safetensors", tmp_path)

@@ -16,6 +16,7 @@ from ttt import generate
 from ttt.config import compose, resolve, to_dict
 from ttt.dataloader import text
 from ttt.errors import UserError
+from ttt.inference.engine import Engine
 from ttt.infra.checkpoint import Checkpoints
 from ttt.infra.step_folders import run_folder
 from ttt.model import published
@@ -190,3 +191,50 @@ def test_full_attention_gets_as_few_places_as_prompt_and_text_need():
     assert generate.places(config, 5000) == 2048  # and the prompt is refused
     kept = replace(config, generate=replace(config.generate, save_state="book.state"))
     assert generate.places(kept, 156) == 2048
+
+
+# ---- one text, learning and not (script 16) --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learner(tmp_path_factory) -> Path:
+    """The step's folder of a model whose checkpoint knows its tokenizer."""
+    root = tmp_path_factory.mktemp("learner")
+    config = resolve(compose([*E2E, "training.optimizer_inner.lr=0.3"]))
+    checkpoints = Checkpoints(run_folder(root, "f", "run"))
+    checkpoints.save(
+        3,
+        model_weights=published.to_stored(MetaModel(config.model, key=jax.random.key(0))),
+        opt_state=None,
+        loader_state={},
+        manifest={"config": to_dict(config), "data": {}, "tokenizer": "bytes"},
+    )
+    checkpoints.wait()
+    return checkpoints.find()
+
+
+def test_a_text_is_read_learning_and_not(learner, tmp_path, run_script):
+    text = tmp_path / "text.txt"
+    text.write_text("the rain in Spain stays mainly in the plain. " * 8)
+    script = ("16_read_and_learn.py", "--checkpoint-root", learner.parents[2], "--run", "f/run")
+    code, said = run_script(*script, "--text", text, "--tokens", 100, "--out", tmp_path / "o")
+    assert code == 0, said.err
+    assert "read 100 of 100" in said.out
+    assert (tmp_path / "o.png").stat().st_size > 5000
+    rows = np.genfromtxt(tmp_path / "o.csv", delimiter=",", names=True)
+    assert len(rows) == 99
+    first = rows["token"] < 16
+    np.testing.assert_allclose(rows["learning"][first], rows["still"][first], atol=1e-6)
+    assert np.abs(rows["learning"] - rows["still"])[~first].max() > 1e-3
+    # The same losses as of the engine that reads all at once.
+    config = resolve(compose([*E2E, "training.optimizer_inner.lr=0.3"]))
+    model, _ = published.load_model(config.model, learner)
+    ids = np.frombuffer(text.read_bytes(), np.uint8)[:99].astype(np.int32)
+    ids = np.concatenate([[256], ids]).astype(np.int32)
+    engine = Engine(model, config.training, context=100)
+    _, nll = engine.read(engine.start(1), [ids])
+    np.testing.assert_allclose(rows["learning"], nll[0], atol=2e-5)
+
+    assert run_script(*script, "--text", tmp_path / "none")[0] == 2
+    code, said = run_script(*script, "--text", text, "--tokens", 20)
+    assert (code, "give one of at least 32" in said.err) == (2, True)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from ttt.config import compose, resolve
 from ttt.dataloader import token_store
 from ttt.errors import UserError
 from ttt.infra import checkpoint, step_folders
+from ttt.infra.progress import Spent
 from ttt.infra.record import RunRecord
 from ttt.plan import hardware
 from ttt.plan.flops import model_flops
@@ -388,3 +390,22 @@ def test_without_its_data_a_published_experiment_says_where_it_looked_and_what_t
     assert "scripts/00_data_fetch.py --datasets books3 --billing-project PROJECT" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("learning", "warned"), [(2.52, False), (3.3, True), (1.9, False)])
+def test_an_inner_rate_that_destroys_the_model_is_named(learning, warned, monkeypatch, caplog):
+    """2.02 to 3.33 nats is what the published rate did to the MLPs of a real model."""
+    losses = iter([SimpleNamespace(loss=learning), SimpleNamespace(loss=2.5)])
+    monkeypatch.setattr(train, "score", lambda *args, **kwargs: next(losses))
+    training = SimpleNamespace(
+        eval_start_batches=1, eval_split="val", optimizer_inner=SimpleNamespace(lr=1.0)
+    )
+    run = SimpleNamespace(
+        config=SimpleNamespace(training=training),
+        spent=Spent(),
+        record=SimpleNamespace(note=lambda **noted: None, logged=lambda *key: True),
+    )
+    start = SimpleNamespace(parent=None, state=SimpleNamespace(step=0))
+    with caplog.at_level("WARNING", logger="ttt.train"):
+        train.evaluate_start(run, start, None, lambda: None, learning=True)
+    assert ("lower training.optimizer_inner.lr" in caplog.text) is warned

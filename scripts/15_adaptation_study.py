@@ -49,7 +49,7 @@ def main() -> None:
                 plan = study.trials() if part == "trials" else study.arms()
                 execute.run(replace(plan, skip_existing=args.skip_existing), console)
             elif part == "evaluations":
-                study.evaluate(print)
+                study.measure(print)
             else:
                 print(f"report: {report.write(study.experiments, study.folder)}")
 

@@ -179,7 +179,7 @@ def evaluated(tmp_path, monkeypatch):
                                "dataset_name": "books"}, "model": {"name": "mine"}}  # fmt: skip
         (step / "manifest" / "manifest.json").write_text(json.dumps({"config": stored}))
 
-    def evaluate(arguments, log, checkpoints):
+    def measure(command, arguments, log, checkpoints):
         run = arguments[0].split("/")[-1]
         calls.append(arguments)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def evaluated(tmp_path, monkeypatch):
             )
         return 0
 
-    monkeypatch.setattr(external_eval, "evaluate", evaluate)
+    monkeypatch.setattr(external_eval, "measure", measure)
 
     def run(names=("one",), **given):
         for name in names:

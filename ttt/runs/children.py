@@ -47,18 +47,20 @@ def call(command: Sequence[str], **options: Any) -> int:
     return code
 
 
-def evaluate(arguments: Sequence[str], log: Path, checkpoints: Path | str | None) -> int:
-    """The command `evaluate` with these arguments, its output into `log`; returns its exit code.
+def measure(
+    command: str, arguments: Sequence[str], log: Path, checkpoints: Path | str | None
+) -> int:
+    """`evaluate` or `benchmark` with these arguments, its output into `log`; returns its exit code.
 
     checkpoints: their root; None: the usual one. `+run=` finds runs below it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     root = str(Path(checkpoints or checkpoint_root()).expanduser().absolute())
     with log.open("w") as file:
-        file.write(f"$ {shlex.join(['uv', 'run', 'evaluate', *arguments])}\n")
+        file.write(f"$ {shlex.join(['uv', 'run', command, *arguments])}\n")
         file.flush()
         return call(
-            [sys.executable, "-m", "ttt.evaluate", *arguments],
+            [sys.executable, "-m", f"ttt.{command}", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -20,7 +20,7 @@ from ttt.infra.plan_manifest import NAME, PlanManifest
 from ttt.infra.record import RunRecord
 from ttt.infra.step_folders import newest, read_manifest
 from ttt.runs import settings
-from ttt.runs.children import evaluate, is_finished
+from ttt.runs.children import is_finished, measure
 
 _CORPORA = {
     "dclm_filter_8k": ("dclm_root", "size.pretrain_dataset"),
@@ -199,7 +199,7 @@ def run(
             say(f"evaluation {number} of {total}: {one.run} on {one.dataset}")
             log = planned.folder / "logs" / f"{one.run}.evaluate.log"
             places = [settings.override("deploy_paths.experiments", str(planned.folder.parent))]
-            evaluate([*one.arguments, *places], log, planned.checkpoints)
+            measure("evaluate", [*one.arguments, *places], log, planned.checkpoints)
         found = [row for file in sorted(place.glob("*.json")) for row in _rows_in(file)]
         if not found:
             log = planned.folder / "logs" / f"{one.run}.evaluate.log"

@@ -1,4 +1,4 @@
-"""The study of a real model that learns while it reads: trials, arms, evaluations (script 15).
+"""The study of a real model that learns while it reads: trials, arms, measurements (script 15).
 
 What is run stands in configs/research/adaptation_study.yaml; why, in docs/adaptation_study.md.
 """
@@ -16,7 +16,7 @@ from ttt.errors import RunError, UserError
 from ttt.experiment_rules import EXTERNAL
 from ttt.infra.record import RunRecord
 from ttt.runs import pilot, settings
-from ttt.runs.children import evaluate, is_finished
+from ttt.runs.children import is_finished, measure
 from ttt.runs.plan import PathRuns, Plan, PlannedRun, PreparedPlan, training_of
 
 _RATES = ("training.optimizer_outer.lr", "training.optimizer_inner.lr")
@@ -132,40 +132,41 @@ class Study:
             plan,
         )
 
-    # ---- evaluations ----
+    # ---- measurements ----
 
-    def evaluations(self) -> Iterator[tuple[str, list[str]]]:
-        """Name of each evaluation, and the overrides of its call of `evaluate`."""
+    def measurements(self) -> Iterator[tuple[str, str, Path, list[str]]]:
+        """Command, name, folder of its record and overrides of each."""
+        root = self.experiments / self.folder
         places = {
             "exp_dir": "deploy_paths.experiments",
             "checkpoint_root": "deploy_paths.checkpoint",
         }
         given = [settings.override(k, self.flags[f]) for f, k in places.items() if self.flags[f]]
         for name, entry in self.content["evaluations"].items():
-            runs = entry["runs"]
-            yield (
-                name,
-                [
-                    f"+run={self.folder}/{runs[0]}",
-                    *given,
-                    f"evaluation.name={name}",
-                    f"evaluation.runs=[{','.join(runs)}]",
-                    *entry["settings"],
-                ],
-            )
-
-    def evaluate(self, say: Callable[[str], None]) -> None:
-        """Every evaluation that is not there yet. Raises RunError where one fails."""
-        root = self.experiments / self.folder
-        for name, overrides in self.evaluations():
+            first, runs = entry["runs"][0], ",".join(entry["runs"])
+            own = [f"evaluation.name={name}", f"evaluation.runs=[{runs}]", *entry["settings"]]
             place = root / f"evaluation-{name}" / "eval"
-            if is_finished(place):
-                say(f"evaluation {name} is there already")
+            yield (
+                "evaluate",
+                f"evaluation-{name}",
+                place,
+                [f"+run={self.folder}/{first}", *given, *own],
+            )
+        for arm in self.content["arms"]:
+            own = ["benchmark.calls=[prefill]", "benchmark.repetitions=2"]
+            place = root / f"benchmark-{arm}"
+            yield "benchmark", place.name, place, [f"+run={self.folder}/{arm}", *given, *own]
+
+    def measure(self, say: Callable[[str], None]) -> None:
+        """Every evaluation and timing that is not there yet. Raises RunError where one fails."""
+        for command, name, place, overrides in self.measurements():
+            if is_finished(place) or (place / "benchmark.json").exists():
+                say(f"{name} is there already")
                 continue
-            say(f"evaluation {name}")
-            log = root / "logs" / f"evaluation-{name}.log"
-            if code := evaluate(overrides, log, self.flags["checkpoint_root"]):
-                raise RunError(f"evaluation {name} ended with exit code {code}: see {log}")
+            say(name)
+            log = self.experiments / self.folder / "logs" / f"{name}.log"
+            if code := measure(command, overrides, log, self.flags["checkpoint_root"]):
+                raise RunError(f"{name} ended with exit code {code}: see {log}")
 
 
 def trial_name(arm: str, rates: Sequence[float]) -> str:

@@ -160,7 +160,7 @@ class Study:
     def measure(self, say: Callable[[str], None]) -> None:
         """Every evaluation and timing that is not there yet. Raises RunError where one fails."""
         for command, name, place, overrides in self.measurements():
-            if is_finished(place) or (place / "benchmark.json").exists():
+            if is_finished(place):
                 say(f"{name} is there already")
                 continue
             say(name)

@@ -83,7 +83,7 @@ def test_a_pilot_is_short_and_takes_imports_from_their_own_folder(prepared):
         "training.resume_exp_folder=external_phase1"
         not in runs["ext-smol135-fa-32K-from-import"].overrides
     )
-    assert {runs[n].seq_length for n in runs if n.startswith("ext-")} == {1024}
+    assert {runs[n].seq_length for n in runs if n.startswith("ext-")} == {512}
 
 
 def test_without_the_weights_what_starts_from_them_is_left_out_and_named(prepared):

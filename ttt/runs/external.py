@@ -29,7 +29,7 @@ BUDGETS: Mapping[str, Mapping[str, int]] = {
         "adapt_steps": 4,
         "extension_steps": 2,
         "seq_length": 256,
-        "extension_length": 1024,
+        "extension_length": 512,
         "global_batch_size": 1,
     },
     "full": {},
@@ -37,8 +37,8 @@ BUDGETS: Mapping[str, Mapping[str, int]] = {
 """What script 12 takes unless told otherwise: a trial for two cores; the experiments' own."""
 _PILOT = (
     "training.eval_batch_size=1",
-    "training.eval_batches=8",
-    "training.eval_start_batches=2",
+    "training.eval_batches=2",
+    "training.eval_start_batches=1",
     "training.save_milestone_freq=0",
     "training.keep_checkpoints=1",
 )

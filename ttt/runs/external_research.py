@@ -18,9 +18,9 @@ STEPS = {
 }
 """What can be left out -> the script that does it."""
 _SMALL: Mapping[str, object] = {
-    "eval_batches": 4,
+    "eval_batches": 1,
     "niah_tasks": "niah_single_1",
-    "niah_positions": 2,
+    "niah_positions": 1,
     "niah_answer_tokens": 16,
     "decode_steps": 32,
     "decode_prompts": 1,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -19,7 +19,7 @@ from ttt.experiment_rules import EXTERNAL, size_setting
 from ttt.infra.step_folders import newest, run_folder
 from ttt.interop import catalog
 from ttt.runs import pilot, settings
-from ttt.runs.plan import PathRuns, Plan, PlannedRun, PreparedPlan, config_of, training_of
+from ttt.runs.plan import PathRuns, Plan, PlannedRun, PreparedPlan, config_of, planned_run
 from ttt.runs.registry import one_of
 
 PATHS = ("scratch", "adapter")
@@ -60,18 +60,24 @@ def paths_of(path: str) -> tuple[str, ...]:
     return PATHS if path == "all" else (one_of(path, PATHS, "--path"),)
 
 
-def matrix(model: catalog.Model, paths: Sequence[str]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Path, method, stage, name and parent of each run, parents first; "": no parent."""
+class Entry(NamedTuple):
+    """A run of the matrix."""
+
+    path: str
+    method: str
+    stage: str
+    name: str
+    parent: str
+    """Empty: it starts from random weights."""
+
+
+def matrix(model: catalog.Model, paths: Sequence[str]) -> Iterator[Entry]:
+    """A model's runs, parents first."""
     for run, (method, stage, parent) in EXTERNAL.items():
         path = "adapter" if "import" in run else "scratch"
         if path in paths:
-            yield (
-                path,
-                method,
-                stage,
-                run.format(model=model.short),
-                parent.format(model=model.short),
-            )
+            names = (text.format(model=model.short) for text in (run, parent))
+            yield Entry(path, method, stage, *names)
 
 
 # ---- commands (script 08) ----------------------------------------------------------------
@@ -92,9 +98,9 @@ def commands(flags: Mapping[str, Any]) -> list[str]:
         resolve(compose([f"+experiment=external/{model.short}/{first}", *overrides]))
         if "adapter" in paths:
             lines += _import_commands(flags, model)
-        for path, _, _, name, parent in matrix(model, paths):
-            experiment = f"+experiment=external/{model.short}/{name}"
-            lines.append(f"# {path} from {parent}" if parent else f"# {path}")
+        for entry in matrix(model, paths):
+            experiment = f"+experiment=external/{model.short}/{entry.name}"
+            lines.append(f"# {entry.path}" + (f" from {entry.parent}" if entry.parent else ""))
             lines.append(shlex.join(["uv", "run", "train", experiment, *overrides]))
     return lines
 
@@ -123,7 +129,9 @@ def _sizes(flags: Mapping[str, Any]) -> list[str]:
 
 def _count(flags: Mapping[str, Any], key: str) -> int:
     if flags[key] < 1:
-        raise UserError(f"--{key.replace('_', '-')} {flags[key]}: must be at least 1; raise it")
+        names = {"extension_steps": "ext-steps", "extension_length": "ext-seq-length"}
+        flag = names.get(key, key.replace("_", "-"))
+        raise UserError(f"--{flag} {flags[key]}: must be at least 1; raise it")
     return flags[key]
 
 
@@ -166,7 +174,7 @@ def prepare(flags: Mapping[str, Any]) -> PreparedPlan:
     chains = []
     for key in keys:
         model = catalog.MODELS[key]
-        own = [_planned(flags, model, *entry) for entry in matrix(model, paths)]
+        own = [_planned(flags, model, entry) for entry in matrix(model, paths)]
         missing = _missing(flags, config_of(own[0]), model)
         for run in own:
             starts_from_it = run.parent == catalog.run_name(model.short)
@@ -237,16 +245,7 @@ def _missing(flags: Mapping[str, Any], config: Any, model: catalog.Model) -> str
     )
 
 
-def _planned(
-    flags: Mapping[str, Any],
-    model: catalog.Model,
-    path: str,
-    method: str,
-    stage: str,
-    name: str,
-    parent: str,
-) -> PlannedRun:
-    experiment = f"external/{model.short}/{name}"
+def _planned(flags: Mapping[str, Any], model: catalog.Model, entry: Entry) -> PlannedRun:
     overrides = [*(_PILOT if flags.get("seq_length") else ()), *_overrides(flags, model)]
     budget = {
         "size.pretrain_steps": "pretrain_steps",
@@ -259,28 +258,24 @@ def _planned(
     overrides += [f"{k}={_count(flags, f)}" for k, f in budget.items() if flags.get(f) is not None]
     if flags.get("seq_length") is not None:
         overrides.append(f"size.chunk={max(1, flags['seq_length'] // 4)}")
-    if stage == "extension" and flags.get("extension_length") is not None:
+    if entry.stage == "extension" and flags.get("extension_length") is not None:
         overrides.append(f"training.seq_length={_count(flags, 'extension_length')}")
-    is_import = parent == catalog.run_name(model.short)
-    if is_import and _is_light(flags):  # a count model takes nothing from weights
+    parent = entry.parent
+    if parent == catalog.run_name(model.short) and _is_light(flags):
+        parent = ""  # a count model takes nothing from weights
         overrides += ["training.load_part=none", "training.resume_exp_name="]
-    elif is_import:
+    elif parent == catalog.run_name(model.short):
         overrides.append(settings.override("training.resume_exp_folder", flags["import_folder"]))
-    training = training_of(experiment, tuple(overrides))
-    methods = {run.format(model=model.short): entry[0] for run, entry in EXTERNAL.items()}
-    return PlannedRun(
-        name=name,
-        experiment=experiment,
-        stage=_STAGES[stage],
-        method=method,
-        kind=f"{model.short}-{stage}-{method}",
-        parent=None if is_import and _is_light(flags) else parent or None,
+    methods = {run.format(model=model.short): known[0] for run, known in EXTERNAL.items()}
+    return planned_run(
+        f"external/{model.short}/{entry.name}",
+        overrides,
+        name=entry.name,
+        stage=_STAGES[entry.stage],
+        method=entry.method,
+        kind=f"{model.short}-{entry.stage}-{entry.method}",
+        parent=parent or None,
         parent_method=methods.get(parent, "fa") if parent else None,
-        seed=None,
-        steps=training.total_steps,
-        seq_length=training.seq_length,
-        global_batch_size=training.global_batch_size,
-        overrides=tuple(overrides),
     )
 
 

@@ -261,6 +261,24 @@ def training_of(experiment: str, overrides: tuple[str, ...]) -> TrainingConfig:
     return resolve(_composed((f"+experiment={experiment}", *overrides))).training
 
 
+def planned_run(experiment: str, overrides: Sequence[str], **named: Any) -> PlannedRun:
+    """A run of an experiment with overrides, of one seed; named: the fields that they do not tell.
+
+    Raises UserError where its configuration is faulty.
+    """
+    overrides = tuple(overrides)
+    training = training_of(experiment, overrides)
+    return PlannedRun(
+        experiment=experiment,
+        seed=None,
+        steps=training.total_steps,
+        seq_length=training.seq_length,
+        global_batch_size=training.global_batch_size,
+        overrides=overrides,
+        **named,
+    )
+
+
 @cache
 def config_of(run: PlannedRun) -> Config:
     """All settings of a planned run."""

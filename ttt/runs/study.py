@@ -3,7 +3,6 @@
 What is run stands in configs/research/adaptation_study.yaml; why, in docs/adaptation_study.md.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from ttt.experiment_rules import EXTERNAL
 from ttt.infra.record import RunRecord
 from ttt.runs import pilot, settings
 from ttt.runs.children import is_finished, measure
-from ttt.runs.plan import PathRuns, Plan, PlannedRun, PreparedPlan, training_of
+from ttt.runs.plan import PathRuns, Plan, PlannedRun, PreparedPlan, planned_run
 
+_PLANNED = ("model", "parent", "settings", "arms", "untrained", "trials", "steps")
+"""What may not change under a plan that has begun."""
 _RATES = ("training.optimizer_outer.lr", "training.optimizer_inner.lr")
 
 
@@ -107,20 +108,15 @@ class Study:
             settings.override("training.resume_exp_folder", parent["folder"]),
             settings.override("training.resume_exp_name", parent["run"]),
         )
-        training = training_of(experiment, overrides)
-        return PlannedRun(
+        return planned_run(
+            experiment,
+            overrides,
             name=name,
-            experiment=experiment,
             stage="adapt",
             method=method,
             kind=f"{stage}-{arm}",
             parent=parent["run"],
             parent_method="fa",
-            seed=None,
-            steps=training.total_steps,
-            seq_length=training.seq_length,
-            global_batch_size=training.global_batch_size,
-            overrides=overrides,
         )
 
     def _prepared(self, folder: str, runs: Sequence[PlannedRun]) -> PreparedPlan:
@@ -128,7 +124,7 @@ class Study:
         return PreparedPlan(
             pilot.folder_of(plan, folder),
             {"registry": self.flags["study"], "size": self.content["model"], "runtime_mode": "jax"},
-            {"study": json.loads(json.dumps(self.content)), "override": self.flags["override"]},
+            {key: self.content[key] for key in _PLANNED} | {"override": self.flags["override"]},
             plan,
         )
 

@@ -23,9 +23,11 @@ def main() -> None:
     """Read the command line; read the text."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--run", required=True, help="FOLDER/NAME below the checkpoint root, or a checkpoint's path"
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--run", help="FOLDER/NAME below the checkpoint root, or a checkpoint's path"
     )
+    which.add_argument("--difference", type=Path, help="file of scripts/17; its parent is imported")
     add("--text", required=True, type=Path, help="a text file, UTF-8")
     add("--tokens", type=int, default=0, help="read so many; default: the whole text")
     add("--checkpoint-root", default=checkpoint_root())

@@ -339,7 +339,7 @@ def test_a_descendant_is_packed_as_its_difference_and_put_back(place, tmp_path, 
         spec_inner=("language_model.**.suffix_blocks.feed_forward_prime.**",),
     )
     model = replace(
-        own.model, layer_types=("sliding_attention",), suffix_len=1, prime=True,
+        own.model, seq_modeling_block="SWA", suffix_len=1, prime=True,
         mini_batch_size=8, sliding_window_size=16,
     )  # fmt: skip
     train.run(replace(config, model=model))
@@ -357,6 +357,12 @@ def test_a_descendant_is_packed_as_its_difference_and_put_back(place, tmp_path, 
         np.testing.assert_allclose(after[name], array, atol=2**-8 * change, err_msg=name)
     assert difference.restore(tmp_path / "d.safetensors", place / "ckpt") == made
     assert run_script(*script, *out)[0] == 2  # nothing is overwritten
+    (tmp_path / "text").write_text("the rain in Spain stays mainly in the plain. " * 8)
+    demo = ("16_read_and_learn.py", "--checkpoint-root", place / "ckpt", "--out", tmp_path / "o")
+    code, said = run_script(
+        *demo, "--difference", tmp_path / "d.safetensors", "--text", tmp_path / "text"
+    )
+    assert (code, "learning gained" in said.out) == (0, True), said.err
     (tmp_path / "not").write_text("x")
     with pytest.raises(UserError, match="cannot be read as a model's difference"):
         difference.restore(tmp_path / "not", place / "ckpt")

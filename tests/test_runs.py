@@ -689,7 +689,10 @@ def test_a_dry_run_shows_and_writes_nothing(ladder, place):
     assert [path.name for path in place.iterdir()] == ["calls"]
 
 
-def test_a_missing_store_is_told_before_the_first_run_and_can_be_made(ladder, place):
+def test_a_missing_store_is_told_before_the_first_run_and_can_be_made(ladder, place, monkeypatch):
+    monkeypatch.chdir(place)  # the built-in text would be made in ./data, in a minute
+    made = []
+    monkeypatch.setattr(pilot.builtin, "ensure", lambda name, root: made.append(name))
     with pytest.raises(UserError, match="No token store at"):
         ladder(dclm_root=str(place / "x"), data_root=None)
     assert ladder.calls() == []
@@ -702,4 +705,5 @@ def test_a_missing_store_is_told_before_the_first_run_and_can_be_made(ladder, pl
         )
     assert "RANDOM TOKENS" in ladder.said
     assert (place / "x").is_dir()
+    assert made == ["builtin_bpe"]
     assert len(ladder.calls()) == 1

@@ -692,7 +692,7 @@ def test_a_dry_run_shows_and_writes_nothing(ladder, place):
 def test_a_missing_store_is_told_before_the_first_run_and_can_be_made(ladder, place, monkeypatch):
     monkeypatch.chdir(place)  # the built-in text would be made in ./data, in a minute
     made = []
-    monkeypatch.setattr(pilot.builtin, "ensure", lambda name, root: made.append(name))
+    monkeypatch.setattr(pilot.first_use, "ensure", lambda name, root: made.append(name))
     with pytest.raises(UserError, match="No token store at"):
         ladder(dclm_root=str(place / "x"), data_root=None)
     assert ladder.calls() == []

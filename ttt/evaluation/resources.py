@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ttt import mixers
-from ttt.dataloader import builtin, lm_dataset, text, token_store
+from ttt.dataloader import first_use, lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import Source
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import UserError
@@ -100,10 +100,10 @@ def store_folder(config: Config, run: TrainedModel) -> Path:
             f"+deploy_paths.data.{name}=FOLDER, or name one of {', '.join(places)}"
         )
     root = Path(places[name])
-    if name in builtin.DATASETS and not root.exists():
-        logger.info("making the built-in corpus (Python source) in %s", root)
+    if name in first_use.DATASETS and not root.exists():
+        logger.info("making the dataset %s in %s", name, root)
         file = run.folder / text.TOKENIZER_FILE if run.folder else None
-        builtin.ensure(name, root, tokenizer_file=file)
+        first_use.ensure(name, root, tokenizer_file=file)
     return root
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ttt.config import compose, config_dir, resolve
-from ttt.dataloader import builtin
+from ttt.dataloader import first_use
 from ttt.dataloader.text import TOKENIZER_FILE
 from ttt.errors import RunError, UserError
 from ttt.experiment_rules import EXTERNAL, size_setting
@@ -292,4 +292,4 @@ def _bootstrap(
         name = catalog.run_name(config.model.name)
         step = newest(run_folder(config.deploy_paths.checkpoint, import_folder, name))
         file = step and step / TOKENIZER_FILE
-        builtin.ensure(config.training.dataset_name, root, tokenizer_file=file)
+        first_use.ensure(config.training.dataset_name, root, tokenizer_file=file)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ttt.dataloader import builtin, token_store
+from ttt.dataloader import first_use, token_store
 from ttt.errors import UserError
 from ttt.runs import registry, settings
 from ttt.runs.matching import WARM_UP_ROWS
@@ -102,10 +102,10 @@ def show(prepared: PreparedPlan, console: Console) -> None:
 
 
 def check_data(runs: Iterable[PlannedRun]) -> None:
-    """Raise UserError for a missing token store; the built-in one is made by `train`."""
+    """Raise UserError for a missing token store; `train` makes some on first use."""
     for name, (root, run) in _stores(runs).items():
         training = config_of(run).training
-        if name not in builtin.DATASETS or Path(root).exists():
+        if name not in first_use.DATASETS or Path(root).exists():
             for split in (training.data_split, training.eval_split):
                 token_store.open_split(root, split, remedy=token_store.remedy(name, root))
 
@@ -115,9 +115,9 @@ def bootstrap(plan: Plan, console: Console) -> None:
     for name, (root, run) in _stores(plan.runs).items():
         if Path(root).exists():
             continue
-        if name in builtin.DATASETS:
+        if name in first_use.DATASETS:
             console.print(f"making the built-in corpus in {root}", soft_wrap=True)
-            builtin.ensure(name, root)
+            first_use.ensure(name, root)
             continue
         longest = max(one.seq_length for one in plan.runs)
         vocab_size = config_of(run).model.vocab_size

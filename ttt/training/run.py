@@ -14,7 +14,7 @@ import jax
 from jaxtyping import PyTree
 
 from ttt.config import to_dict
-from ttt.dataloader import builtin, lm_dataset, prose_and_code, text, token_store
+from ttt.dataloader import first_use, lm_dataset, text, token_store
 from ttt.dataloader.lm_dataset import HeldOut, Source
 from ttt.dataloader.text import AbstractTokenizer
 from ttt.errors import RunError, Stopped, UserError
@@ -96,12 +96,9 @@ def open_data(config: Config) -> Data:
         if Path(root).exists():
             return
         logger.info("making the dataset %s in %s", name, root)
-        if name == prose_and_code.NAME:
-            prose_and_code.ensure(root, tokenizer_file(config))
-        else:
-            builtin.ensure(name, root, tokenizer_file=tokenizer_file(config))
+        first_use.ensure(name, root, tokenizer_file=tokenizer_file(config))
 
-    if name in (*builtin.DATASETS, prose_and_code.NAME) and not training.dummy_dataset:
+    if name in first_use.DATASETS and not training.dummy_dataset:
         distributed.first_does(make_store)
     train, evaluation = (
         lm_dataset.open_source(

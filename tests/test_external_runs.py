@@ -226,6 +226,23 @@ def test_runs_are_evaluated_at_their_context_and_twice_it_and_once(evaluated):
     assert "2.5000" in page
 
 
+def test_a_page_has_needles_and_written_text_by_the_names_of_their_suites():
+    """As `ttt.evaluation.needles` and `long_decoding` write them."""
+    of = {"run": "one", "dataset": "d", "learning": True, "context": 64}
+    needle = {"suite": "needles", "measure": "accuracy", "task": "niah_single_1", "value": 0.75}
+    text = {"suite": "long_decoding", "measure": "log_loss", "text": "written", "value": 3.25}
+    page = external_report.to_markdown(
+        [
+            of | needle | {"depth": "all", "reach": "all"},
+            of | needle | {"depth": "all", "reach": "inside", "value": 0.5},
+            of | text | {"half": "decoded", "repetition_penalty": 1.1},
+        ]
+    )
+    assert "niah_single_1 at 64" in page
+    assert "log-loss decoded, penalty 1.1" in page
+    assert "| 0.75 | 3.2500 |" in page
+
+
 def test_an_evaluation_without_rows_is_a_failed_row(evaluated):
     _, rows = evaluated(names=("one", "broken"))
     assert [bool(row.get("failed")) for row in rows] == [True, False]

@@ -89,8 +89,14 @@ def _title(row: Mapping[str, Any]) -> str:
     context = f"at {row['context']:,}"
     if row["measure"] == "loss" and row["suite"] == "loss_by_context":
         return f"loss {context}"
+    if (
+        row["suite"] == "long_decoding"
+        and row["measure"] == "log_loss"
+        and row["text"] == "written"
+    ):
+        return f"log-loss {row['half']}, penalty {row['repetition_penalty']:g}"
     everywhere = row.get("depth") == "all" and row.get("reach") == "all"
-    if row["suite"] == "needles" and row["measure"] == "recall" and everywhere:
+    if row["suite"] == "needles" and row["measure"] == "accuracy" and everywhere:
         return f"{row['task']} {context}"
     return ""
 

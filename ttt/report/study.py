@@ -243,7 +243,7 @@ def _needles(root: Path) -> str:
     table = _rows(root, "needles", "needles")
     if table.empty:
         return ""
-    table = table[(table.measure == "recall") & (table.depth == "all")]
+    table = table[(table.measure == "accuracy") & (table.depth == "all")]
     cells = [(n, where) for n in sorted(set(table.context)) for where in ("inside", "beyond")]
     rows = []
     for reader, own in _readers(table):
@@ -262,7 +262,7 @@ def _decoding(root: Path) -> str:
     table = _rows(root, "decoding", "long_decoding")
     if table.empty:
         return ""
-    own = table[(table.measure == "loss") & table.half.isin(["read", "written"])]
+    own = table[table.measure == "log_loss"]
     keys = ["run", "learning", "repetition_penalty", "text", "half"]
     rows = [
         [*(str(row[key]) for key in keys), f"{row['value']:.3f}"] for row in own.to_dict("records")

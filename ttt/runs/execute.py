@@ -132,14 +132,15 @@ class _Execution:
 
     def _work(self, plan: Plan) -> None:
         """Every run that is not done, in order."""
-        left = []
+        left, done = [], 0
         for run in plan.runs:
             if self._recorded(run) == "finished":
                 self._judge(run)  # again, if the last call stopped before
+                done += 1
             elif run.name not in self._prepared.absent:
                 left.append(run)
-        total, absent = len(plan.runs), len(self._prepared.absent)
-        if done := total - len(left) - absent:
+        total = len(plan.runs)
+        if done:
             self._print(f"{done} of {total} runs are finished already")
         for position, run in enumerate(left):
             number = plan.runs.index(run) + 1
